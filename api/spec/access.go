@@ -1,0 +1,41 @@
+package spec
+
+// AccessPolicy says who may call a workload. A workload without any
+// AccessPolicy may be called by nobody.
+type AccessPolicy struct {
+	// Workload the policy protects, in the same namespace.
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=63
+	Workload string `json:"workload"`
+	// Deny rules are looked at first; a match refuses.
+	// +optional
+	// +kubebuilder:validation:MaxItems=256
+	Deny []AccessRule `json:"deny,omitempty"`
+	// Allow rules are looked at next; without a match the call is refused.
+	// +optional
+	// +kubebuilder:validation:MaxItems=256
+	Allow []AccessRule `json:"allow,omitempty"`
+}
+
+// AccessRule matches a call when each of its present fields does.
+type AccessRule struct {
+	// From lists callers: "workload", "workload.namespace", a full SPIFFE id,
+	// "anonymous" (no identity, through a published port), or "*" (any
+	// identity). None matches nobody.
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=64
+	From []string `json:"from"`
+	// Ports; none means every port.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	Ports []int32 `json:"ports,omitempty"`
+	// Methods and Paths match HTTP requests on ports with protocol http; on
+	// other ports a rule that has them never allows. A path ending in * is a
+	// prefix.
+	// +optional
+	// +kubebuilder:validation:MaxItems=32
+	Methods []string `json:"methods,omitempty"`
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	Paths []string `json:"paths,omitempty"`
+}

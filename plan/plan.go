@@ -1,0 +1,95 @@
+// Package plan holds what should be true of the network and of the sandboxes,
+// as plain values.
+//
+// The control plane computes a plan, a node and its mesh make it true. A plan
+// is whole: applying it replaces the one before. The package opens no socket
+// and starts no goroutine.
+package plan
+
+import "net/netip"
+
+// Mesh is what one node's proxy should do.
+type Mesh struct {
+	// Generation rises with every change; a receiver refuses to go back.
+	Generation uint64 `json:"generation"`
+	// TrustDomain of every identity in the plan.
+	TrustDomain string `json:"trustDomain"`
+	// Services that can be called.
+	Services []Service `json:"services"`
+	// Sandboxes on this node.
+	Sandboxes []Sandbox `json:"sandboxes"`
+}
+
+// Service is a workload as its callers see it.
+type Service struct {
+	Name      string `json:"name"`
+	Namespace string `json:"namespace"`
+	// Address is the virtual address that the service's name resolves to.
+	Address netip.Addr `json:"address"`
+	// Identity every endpoint must prove: a SPIFFE id.
+	Identity  string     `json:"identity"`
+	Ports     []Port     `json:"ports"`
+	Endpoints []Endpoint `json:"endpoints"`
+	// Allow and Deny are the access rules of the service, applied where the
+	// call arrives. Deny beats allow; nothing allowed means nobody may call.
+	Allow []Rule `json:"allow,omitempty"`
+	Deny  []Rule `json:"deny,omitempty"`
+}
+
+// Port of a service.
+type Port struct {
+	Port     uint16 `json:"port"`
+	Protocol string `json:"protocol"` // "http" or "tcp"
+	// Publish is a port on the node's loopback address, or 0.
+	Publish uint16 `json:"publish,omitempty"`
+}
+
+// Endpoint is one instance of a service.
+type Endpoint struct {
+	Instance string     `json:"instance"`
+	Address  netip.Addr `json:"address"` // of the sandbox
+	// Gateway is the mesh address (HBONE) of the node it runs on.
+	Gateway netip.AddrPort `json:"gateway"`
+}
+
+// Rule is one access rule; every present field must match.
+type Rule struct {
+	Name string `json:"name"` // policy/rule, for explanations
+	// From: SPIFFE ids, "anonymous" or "*" (any identity).
+	From    []string `json:"from"`
+	Ports   []uint16 `json:"ports,omitempty"`
+	Methods []string `json:"methods,omitempty"`
+	Paths   []string `json:"paths,omitempty"` // a trailing * is a prefix
+}
+
+// Sandbox is a local instance as the mesh knows it.
+type Sandbox struct {
+	Instance string     `json:"instance"`
+	Address  netip.Addr `json:"address"`
+	Identity string     `json:"identity"`
+	Service  string     `json:"service"` // name
+	// Namespace of the service, also the DNS search domain.
+	Namespace string `json:"namespace"`
+	// Egress lists destinations outside the mesh the workload may reach.
+	Egress []Egress `json:"egress,omitempty"`
+}
+
+// Egress is one allowed destination outside the mesh.
+type Egress struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Ports  []uint16     `json:"ports,omitempty"`
+}
+
+// Epoch is a numbered set of what is no longer trusted. Epochs only grow: a
+// later one holds everything an earlier one held that has not expired.
+type Epoch struct {
+	Number uint64 `json:"number"`
+	// Instances whose connections must be cut and whose sandboxes frozen.
+	Instances []string `json:"instances,omitempty"`
+	// Identities (SPIFFE ids) no instance may hold any more.
+	Identities []string `json:"identities,omitempty"`
+	// Serials of certificates, lower-case hexadecimal.
+	Serials []string `json:"serials,omitempty"`
+	// Digests of images.
+	Digests []string `json:"digests,omitempty"`
+}
