@@ -1,0 +1,180 @@
+// Package admin is the protocol between people's tools and the control plane:
+// HTTP with JSON bodies on a Unix socket that only its owner may open.
+//
+// It is for what a person does and reads. Resources themselves are read and
+// written through the Kubernetes-style API.
+package admin
+
+import (
+	"encoding/json"
+	"time"
+)
+
+// Paths. GET unless noted.
+const (
+	PathStatus    = "/v1/status"
+	PathInstances = "/v1/instances"
+	PathIncidents = "/v1/incidents"
+	PathWhy       = "/v1/why"        // ?subject=<incident|workload|instance|refusal|digest>&namespace=
+	PathApply     = "/v1/apply"      // POST, YAML documents
+	PathDelete    = "/v1/delete"     // POST, YAML documents
+	PathRelease   = "/v1/release"    // POST, tar of an OCI layout with its evidence; ?namespace=&application=&image=
+	PathExec      = "/v1/exec"       // POST Exec; upgraded to the stream of package admin
+	PathLogs      = "/v1/logs"       // ?namespace=&workload=&instance=&follow=
+	PathRestart   = "/v1/restart"    // POST ?namespace=&workload= : replace every instance
+	PathLedger    = "/v1/ledger"     // ?from=&limit= : LedgerEntry list
+	PathLedgerTar = "/v1/ledger.tar" // the whole log and its public key, for offline verification
+)
+
+// Status is the health of the chain, link by link.
+type Status struct {
+	Version     string    `json:"version"`
+	TrustDomain string    `json:"trustDomain"`
+	StartedAt   time.Time `json:"startedAt"`
+	API         string    `json:"api"` // URL of the Kubernetes-style API
+	Kubeconfig  string    `json:"kubeconfig"`
+	Links       []Link    `json:"links"`
+	Nodes       []Node    `json:"nodes"`
+	Ledger      Ledger    `json:"ledger"`
+}
+
+// Link is one link of the chain. State is "ok", "broken" or "absent" (not
+// adopted; never shown as passed).
+type Link struct {
+	Name   string `json:"name"`
+	State  string `json:"state"`
+	Detail string `json:"detail"`
+}
+
+// Node is a machine and the programs on it.
+type Node struct {
+	Name        string    `json:"name"`
+	Ready       bool      `json:"ready"`
+	Accelerator string    `json:"accelerator"`
+	GuardOff    bool      `json:"guardOff,omitempty"`
+	LastSeen    time.Time `json:"lastSeen"`
+	Instances   int       `json:"instances"`
+}
+
+// Ledger is the head of the log.
+type Ledger struct {
+	Size uint64 `json:"size"`
+	Root string `json:"root"` // base64
+}
+
+// Instance is one running (or ended) sandbox.
+type Instance struct {
+	Name        string    `json:"name"`
+	Namespace   string    `json:"namespace"`
+	Workload    string    `json:"workload"`
+	Application string    `json:"application"`
+	Node        string    `json:"node"`
+	Phase       string    `json:"phase"`
+	Reason      string    `json:"reason,omitempty"`
+	Message     string    `json:"message,omitempty"`
+	Address     string    `json:"address"`
+	Image       string    `json:"image"`
+	Digest      string    `json:"digest"`
+	Identity    string    `json:"identity"`
+	Serial      string    `json:"serial,omitempty"`
+	StartedAt   time.Time `json:"startedAt,omitzero"`
+	ReadyMillis int64     `json:"readyMillis,omitempty"`
+	Guard       string    `json:"guard"` // "generation 3, 34 programs, 0 lost"
+	ExitCode    *int      `json:"exitCode,omitempty"`
+}
+
+// Incident as people read it.
+type Incident struct {
+	Name      string    `json:"name"`
+	Namespace string    `json:"namespace"`
+	Instance  string    `json:"instance"`
+	Workload  string    `json:"workload"`
+	Cause     string    `json:"cause"`
+	Rule      string    `json:"rule"`
+	Detail    string    `json:"detail"`
+	Observed  time.Time `json:"observed"`
+	Epoch     uint64    `json:"epoch"`
+	State     string    `json:"state"` // Containing, Contained
+	// ContainedMillis is from observation to the last receipt.
+	ContainedMillis int64     `json:"containedMillis,omitempty"`
+	Receipts        []Receipt `json:"receipts"`
+}
+
+// Receipt of an enforcement point.
+type Receipt struct {
+	Point string    `json:"point"`
+	Node  string    `json:"node"`
+	Act   string    `json:"act"`
+	At    time.Time `json:"at"`
+}
+
+// Story answers why: what happened to a subject, in order.
+type Story struct {
+	Subject string    `json:"subject"`
+	Answer  string    `json:"answer"` // one sentence
+	Chapter []Chapter `json:"chapters"`
+}
+
+// Chapter is one fact of a story.
+type Chapter struct {
+	At   time.Time `json:"at"`
+	Link string    `json:"link"` // own, release, launch, boot, identity, talk, break
+	Text string    `json:"text"`
+	// Index of the ledger entry that proves it; -1 if none does.
+	Index int64 `json:"index"`
+}
+
+// Applied says what became of one document.
+type Applied struct {
+	Kind      string `json:"kind"`
+	Namespace string `json:"namespace"`
+	Name      string `json:"name"`
+	Result    string `json:"result"` // created, configured, unchanged, deleted
+}
+
+// Released is the decision on a release.
+type Released struct {
+	Image       string `json:"image"`
+	Digest      string `json:"digest"`
+	Application string `json:"application"`
+	Index       uint64 `json:"index"`
+	// Checks lists what was verified, in order.
+	Checks []string `json:"checks"`
+}
+
+// Exec asks for a process in a running instance of a workload.
+type Exec struct {
+	Namespace string   `json:"namespace"`
+	Workload  string   `json:"workload"`
+	Instance  string   `json:"instance,omitempty"`
+	Args      []string `json:"args"`
+	TTY       bool     `json:"tty,omitempty"`
+	Rows      uint16   `json:"rows,omitempty"`
+	Cols      uint16   `json:"cols,omitempty"`
+}
+
+// LedgerEntry is one entry of the log.
+type LedgerEntry struct {
+	Index uint64          `json:"index"`
+	Entry json.RawMessage `json:"entry"`
+}
+
+// Error is the body of every refusal: what is wrong and what to do next.
+type Error struct {
+	Reason  string `json:"reason"`
+	Message string `json:"message"`
+	Fix     string `json:"fix,omitempty"`
+}
+
+func (e *Error) Error() string { return e.Message }
+
+// Stream frames of an exec, after the upgrade: one byte of kind, four bytes
+// of big-endian length, payload. At most 64 KiB of payload.
+const (
+	FrameStdin  = 0 // client to server; empty payload closes it
+	FrameStdout = 1
+	FrameStderr = 2
+	FrameResize = 3 // rows, cols: two big-endian uint16
+	FrameExit   = 4 // server to client, last: big-endian int32
+	FrameError  = 5 // server to client, last: JSON Error
+)
