@@ -7,6 +7,9 @@ type Application struct {
 	// from, as URIs; a provenance naming any other is refused.
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=1024
+	// +listType=set
 	Repositories []string `json:"repositories"`
 	// Accounts lists the people and machines that hold a role here.
 	// +kubebuilder:validation:MinItems=1
@@ -23,6 +26,7 @@ type Application struct {
 }
 
 // Account is one holder of roles on an application.
+// +kubebuilder:validation:XValidation:rule="has(self.key) || !self.roles.exists(r, r in ['owner', 'reviewer', 'builder'])",message="owners, reviewers and builders sign: set key to the account's public key in PEM"
 type Account struct {
 	// Name is unique within the application.
 	// +kubebuilder:validation:Pattern=`^[a-z0-9]([-a-z0-9.@]*[a-z0-9])?$`
@@ -31,6 +35,7 @@ type Account struct {
 	// Roles the account holds.
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=8
+	// +listType=set
 	Roles []Role `json:"roles"`
 	// Key is the account's public signing key, PEM-encoded SubjectPublicKeyInfo
 	// (ECDSA P-256 or Ed25519). Needed by accounts that sign: reviewers, owners,

@@ -38,6 +38,9 @@ type GuardExec struct {
 	// whatever they are called or linked as.
 	// +optional
 	// +kubebuilder:validation:MaxItems=512
+	// +kubebuilder:validation:items:Pattern=`^/`
+	// +kubebuilder:validation:items:MaxLength=4095
+	// +listType=set
 	Deny []string `json:"deny,omitempty"`
 	// ShellOnSocket says whether a program may start with standard input or
 	// output connected to a network socket, as a reverse shell does.
@@ -80,16 +83,22 @@ type GuardNet struct {
 
 // GuardEgress is one allowed destination: either a service or a range.
 // +kubebuilder:validation:XValidation:rule="has(self.service) != has(self.cidr)",message="set exactly one of service and cidr"
+// +kubebuilder:validation:XValidation:rule="!has(self.cidr) || isCIDR(self.cidr)",message="cidr must be an address range such as 10.0.0.0/8"
 type GuardEgress struct {
 	// Service is "workload" or "workload.namespace".
 	// +optional
+	// +kubebuilder:validation:Pattern=`^[a-z]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)?$`
+	// +kubebuilder:validation:MaxLength=127
 	Service string `json:"service,omitempty"`
 	// CIDR is an address range such as 10.0.0.0/8.
 	// +optional
+	// +kubebuilder:validation:MaxLength=64
 	CIDR string `json:"cidr,omitempty"`
 	// Ports allowed there; none means all.
 	// +optional
 	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:Minimum=1
+	// +kubebuilder:validation:items:Maximum=65535
 	Ports []int32 `json:"ports,omitempty"`
 }
 
@@ -97,6 +106,7 @@ type GuardEgress struct {
 type GuardSys struct {
 	// Deny lists operations the workload may not do.
 	// +kubebuilder:validation:MaxItems=16
+	// +listType=set
 	Deny []GuardOperation `json:"deny"`
 	// +kubebuilder:default=warning
 	// +optional

@@ -5,10 +5,16 @@ type ReleasePolicy struct {
 	// Applications the policy covers, in the same namespace; "*" is all.
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=63
+	// +listType=set
 	Applications []string `json:"applications"`
 	// Builders whose provenance is accepted: SLSA builder ids.
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=1024
+	// +listType=set
 	Builders []string `json:"builders"`
 	// Rules are CEL expressions that must all be true. They see: application,
 	// image {repository, digest}, provenance {builder, source, revision,

@@ -1,6 +1,7 @@
 package spec
 
 // Workload is a running part of an application.
+// +kubebuilder:validation:XValidation:rule="!has(self.ports) || self.ports.all(p, !has(p.publish) || p.publish == 0 || self.ports.exists_one(q, has(q.publish) && q.publish == p.publish))",message="two ports publish the same port of the node"
 type Workload struct {
 	// Application that owns the workload, in the same namespace.
 	// +kubebuilder:validation:MinLength=1
@@ -14,9 +15,11 @@ type Workload struct {
 	// Command replaces the image's entry point; Args its command.
 	// +optional
 	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MaxLength=4096
 	Command []string `json:"command,omitempty"`
 	// +optional
 	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MaxLength=32768
 	Args []string `json:"args,omitempty"`
 	// Env is added to the image's environment.
 	// +optional
@@ -45,6 +48,9 @@ type Workload struct {
 	// apply; all of them hold. None means the built-in baseline.
 	// +optional
 	// +kubebuilder:validation:MaxItems=16
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=253
+	// +listType=set
 	GuardPolicies []string `json:"guardPolicies,omitempty"`
 	// OnContain says what happens to an instance that was contained: Hold keeps
 	// it frozen and starts nothing in its place; Replace starts a fresh one
@@ -58,6 +64,7 @@ type Workload struct {
 // EnvVar is one environment variable.
 type EnvVar struct {
 	// +kubebuilder:validation:Pattern=`^[A-Za-z_][A-Za-z0-9_]*$`
+	// +kubebuilder:validation:MaxLength=256
 	Name string `json:"name"`
 	// +optional
 	// +kubebuilder:validation:MaxLength=32768
