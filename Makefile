@@ -1,0 +1,54 @@
+# Hauberk. Every target works on a fresh Debian 12 with Go, git and make.
+#
+#   make up       install what is needed, build, start, deploy examples/bank
+#   make test     install what the tests need, run them all
+#   make help     the rest
+
+SHELL        := /bin/bash
+.DEFAULT_GOAL := build
+PROGRAMS     := hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest containerd-shim-hauberk-v2
+VERSION      ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
+LDFLAGS      := -X hauberk.dev/internal/version.version=$(VERSION)
+export CGO_ENABLED := 0
+
+.PHONY: help up down check build $(PROGRAMS) generate test lint bench clean
+
+help: ## say what each target does
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+up: ## install, build, start everything, deploy examples/bank, print URLs (root)
+	scripts/setup run
+	$(MAKE) build
+	bin/hauberk up examples/bank
+
+check: build ## bring the bank up and check every link of the chain (root)
+	scripts/setup run
+	bin/hauberk up --check examples/bank
+
+down: ## stop everything, leave nothing running (root)
+	bin/hauberk down
+
+build: $(PROGRAMS) ## build the six programs into bin/
+
+hauberk-guest: LDFLAGS += -s -w
+hauberk-guest: GOFLAGS := -buildvcs=false
+$(PROGRAMS):
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/$@ ./cmd/$@
+
+generate: ## rewrite generated code, CRDs and eBPF objects (clang)
+	go generate ./...
+
+test: ## install what the tests need, run them all (root)
+	scripts/setup test
+	scripts/test
+
+lint: ## gofmt, vet, staticcheck, govulncheck
+	scripts/lint
+
+bench: ## measure, and print the conditions with the figures (root)
+	scripts/setup test
+	$(MAKE) build
+	scripts/bench
+
+clean: ## remove what was built
+	rm -rf bin examples/bank/.build
