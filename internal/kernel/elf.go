@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 )
 
 // Bounds on the parts taken out of a kernel. Debian's type information is 4 MB.
@@ -56,11 +55,10 @@ func section(image []byte, name string, limit uint64) ([]byte, error) {
 	if s.FileSize > limit {
 		return nil, fmt.Errorf("read kernel: section %s has %d bytes, at most %d are accepted", name, s.FileSize, limit)
 	}
-	data := make([]byte, s.FileSize)
-	if _, err := io.ReadFull(s.Open(), data); err != nil {
-		return nil, fmt.Errorf("read kernel: section %s: %w", name, err)
+	if s.Offset > uint64(len(image)) || s.FileSize > uint64(len(image))-s.Offset {
+		return nil, fmt.Errorf("read kernel: section %s: %w", name, errShort)
 	}
-	return data, nil
+	return image[s.Offset : s.Offset+s.FileSize], nil
 }
 
 // buildID finds the note of type 3 and owner "GNU" in a note section.
