@@ -1,0 +1,263 @@
+package command
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"hauberk.dev/api/admin"
+	"hauberk.dev/cmd/hauberk/internal/client"
+	"hauberk.dev/cmd/hauberk/internal/supervise"
+)
+
+const (
+	// readyWithin bounds the wait for the first start: it builds a template
+	// machine, with emulation on a loaded host.
+	readyWithin = 3 * time.Minute
+	pollEvery   = 100 * time.Millisecond
+)
+
+func (s *session) up() *cobra.Command {
+	var i installation
+	var checks bool
+	c := &cobra.Command{
+		Use:   "up [DIR]",
+		Short: "Start an installation on this machine and deploy an example",
+		Long: `Up starts the control plane, the mesh and the node of this machine, waits until
+they are ready and, given a directory such as examples/bank, builds its images,
+signs and releases them, applies its resources and waits until they run.
+
+With --check it then sends real payments through every link of the chain, replays
+a list of attacks, and says of each what was seen. The exit code is 1 if a link
+failed or an attack was not stopped.
+
+What is already running stays; up can be run again at any time.`,
+		Example: `  hauberk up
+  hauberk up examples/bank
+  hauberk up --check examples/bank -o json`,
+		Args: func(c *cobra.Command, got []string) error {
+			if checks {
+				return args(1, 1, "the DIR of an example to check")(c, got)
+			}
+			return args(0, 1, "")(c, got)
+		},
+		ValidArgsFunction: cobra.NoFileCompletions,
+		RunE: func(c *cobra.Command, dirs []string) error {
+			if err := s.ensure(c.Context(), &i); err != nil {
+				return err
+			}
+			if len(dirs) == 0 {
+				return nil
+			}
+			return s.example(c.Context(), dirs[0], checks)
+		},
+	}
+	c.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+		return nil, cobra.ShellCompDirectiveFilterDirs
+	}
+	i.flags(c.Flags())
+	c.Flags().BoolVar(&checks, "check", false, "check every link and replay the attacks")
+	return c
+}
+
+// ensure starts the installation unless it runs.
+func (s *session) ensure(ctx context.Context, i *installation) error {
+	if st, err := s.client().Status(ctx); err == nil {
+		return s.running(ctx, i, st)
+	}
+	if p, err := supervise.Find(s.run, "supervisor"); err != nil {
+		return err
+	} else if p == nil {
+		if err := i.check(); err != nil {
+			return err
+		}
+	}
+	if err := i.prepare(s.state, s.run); err != nil {
+		return err
+	}
+	died, err := s.detach(i)
+	if err != nil {
+		return err
+	}
+	if err := s.ready(ctx, died); err != nil {
+		// Nothing half done: what this command started ends with it.
+		_, stop := supervise.Stop(context.WithoutCancel(ctx), s.run, "supervisor", syscall.SIGTERM, 2*supervise.Grace)
+		return errors.Join(err, stop)
+	}
+	return nil
+}
+
+// running accepts an installation that runs if it is the one that was asked
+// for.
+func (s *session) running(ctx context.Context, i *installation, st admin.Status) error {
+	for _, n := range st.Nodes {
+		if n.GuardOff != i.withoutGuard {
+			return &admin.Error{Message: fmt.Sprintf("node %s is running with --without-guard=%v", n.Name, n.GuardOff), Fix: "stop it first: hauberk down"}
+		}
+	}
+	s.progress().Say("already running since %s", st.StartedAt.Local().Format(time.DateTime))
+	return s.ready(ctx, nil)
+}
+
+// detach starts the supervisor in a session of its own. The channel yields if
+// it dies while this command runs.
+func (s *session) detach(i *installation) (died <-chan error, err error) {
+	out, err := os.OpenFile(s.log("supervisor"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(self, append([]string{"supervise", "--state=" + s.state, "--run=" + s.run}, i.arguments()...)...)
+	cmd.Stdout, cmd.Stderr, cmd.Dir = out, out, "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start supervisor: %w", err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	return ended, nil
+}
+
+func (s *session) logDir() string { return filepath.Join(s.state, "log") }
+
+func (s *session) log(program string) string { return filepath.Join(s.logDir(), program+".log") }
+
+// ready waits for the control plane, then for a node.
+func (s *session) ready(ctx context.Context, died <-chan error) error {
+	ctx, cancel := context.WithTimeout(ctx, readyWithin)
+	defer cancel()
+	err := s.await(ctx, "the control plane", "hauberkd", died, func(admin.Status) bool { return true })
+	if err != nil {
+		return err
+	}
+	return s.await(ctx, "the node, which boots a template sandbox", "hauberk-node", died, func(st admin.Status) bool {
+		for _, n := range st.Nodes {
+			if n.Ready {
+				return true
+			}
+		}
+		return false
+	})
+}
+
+// await polls the status until it is good. The error says what was waited for
+// and what the program to blame wrote last.
+func (s *session) await(ctx context.Context, what, program string, died <-chan error, good func(admin.Status) bool) error {
+	end := s.progress().Step("waiting for %s", what)
+	for {
+		st, err := s.client().Status(ctx)
+		if err == nil && good(st) {
+			return end(nil)
+		}
+		select {
+		case err := <-died:
+			return s.blame("supervisor", fmt.Errorf("wait for %s: the supervisor ended: %w", what, orZero(err)))
+		case <-ctx.Done():
+			if errors.Is(err, client.ErrNotRunning) {
+				err = errors.New("it does not answer")
+			}
+			return s.blame(program, fmt.Errorf("wait for %s: %w: %v", what, context.Cause(ctx), err))
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+func orZero(err error) error {
+	if err == nil {
+		return errors.New("exit status 0")
+	}
+	return err
+}
+
+// blame adds the end of a program's log to an error.
+func (s *session) blame(program string, err error) error {
+	s.progress().Say("last lines of %s:\n%s", s.log(program), supervise.Tail(s.logDir(), program, 20))
+	return err
+}
+
+func (s *session) down() *cobra.Command {
+	var keep bool
+	c := &cobra.Command{
+		Use: "down", Short: "Stop the installation on this machine",
+		Long: `Down stops the node, which ends its sandboxes, then the mesh and the control
+plane. What was released, recorded and configured stays in the state directory.`,
+		Args: args(0, 0, ""),
+		RunE: func(c *cobra.Command, _ []string) error {
+			signal := syscall.SIGTERM
+			if keep {
+				signal = syscall.SIGUSR1
+			}
+			return s.stop(c.Context(), signal)
+		},
+	}
+	c.Flags().BoolVar(&keep, "keep", false, "leave the sandboxes running; the next up adopts them")
+	return c
+}
+
+// stop ends the supervisor, and with it the programs; and programs that have
+// outlived a supervisor that was killed.
+func (s *session) stop(ctx context.Context, signal syscall.Signal) error {
+	end := s.progress().Step("stopping")
+	found, err := supervise.Stop(ctx, s.run, "supervisor", signal, 4*supervise.Grace)
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"hauberk-node", "hauberk-mesh", "hauberkd"} {
+		last := syscall.SIGTERM
+		if signal == syscall.SIGUSR1 && name == "hauberk-node" {
+			last = syscall.SIGKILL // asked to stop it would end its sandboxes
+		}
+		left, err := supervise.Stop(ctx, s.run, name, last, supervise.Grace)
+		if err != nil {
+			return err
+		}
+		found = found || left
+	}
+	if !found {
+		s.progress().Say("nothing was running")
+	}
+	return end(nil)
+}
+
+// supervise is what up starts and leaves running.
+func (s *session) supervise() *cobra.Command {
+	var i installation
+	c := &cobra.Command{
+		Use: "supervise", Short: "Keep the programs of this machine running (started by up)",
+		Hidden: true, Args: args(0, 0, ""),
+		RunE: func(c *cobra.Command, _ []string) error {
+			programs, err := i.list(s.state, s.run)
+			if err != nil {
+				return err
+			}
+			ctx, end := context.WithCancelCause(c.Context())
+			defer end(nil)
+			leave := make(chan os.Signal, 1)
+			signal.Notify(leave, syscall.SIGUSR1)
+			defer signal.Stop(leave)
+			go func() {
+				select {
+				case <-leave:
+					end(supervise.ErrLeave)
+				case <-ctx.Done():
+				}
+			}()
+			sv := supervise.Supervisor{Programs: programs, RunDir: s.run, LogDir: s.logDir(), Out: s.Err}
+			return sv.Run(ctx)
+		},
+	}
+	i.flags(c.Flags())
+	return c
+}

@@ -1,0 +1,339 @@
+// Package deploy brings an example up: it builds its images, has its accounts
+// sign for them, releases them, applies its resources, and waits until they
+// run.
+//
+// The accounts' keys lie on this machine, which makes it a demonstration: in
+// earnest each of them signs on a machine of their own, and hauberk release
+// takes what they have signed.
+package deploy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"hauberk.dev/api/admin"
+	"hauberk.dev/api/spec"
+	"hauberk.dev/cmd/hauberk/internal/client"
+	"hauberk.dev/cmd/hauberk/internal/layout"
+	"hauberk.dev/cmd/hauberk/internal/progress"
+	"hauberk.dev/evidence"
+	"hauberk.dev/id"
+	"hauberk.dev/image/build"
+)
+
+// Files of an example's directory.
+const (
+	RecipeFile = "images.json"
+	maxYAML    = 4 << 20
+)
+
+const (
+	runningWithin = 5 * time.Minute
+	pollEvery     = 200 * time.Millisecond
+)
+
+// Example is what a directory holds, read and checked.
+type Example struct {
+	Dir    string
+	Recipe build.Recipe
+	docs   []*document
+}
+
+// Door is a port of a workload that is open on this machine.
+type Door struct {
+	Workload string
+	URL      string
+}
+
+// Deployer brings examples up.
+type Deployer struct {
+	Client   *client.Client
+	Progress *progress.Log
+	Accounts string // directory of the accounts' keys
+	Layouts  string // directory images are built into
+}
+
+// Open reads an example. It changes nothing.
+func Open(dir string) (*Example, error) {
+	recipe, err := build.ReadRecipe(filepath.Join(dir, RecipeFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("read example: %w: name a directory such as examples/bank", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	x := &Example{Dir: dir, Recipe: recipe}
+	files, err := filepath.Glob(filepath.Join(dir, "*.yaml"))
+	if err != nil || len(files) == 0 {
+		return nil, fmt.Errorf("read example: no *.yaml in %s", dir)
+	}
+	for _, f := range files {
+		docs, err := readDocuments(f)
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", f, err)
+		}
+		x.docs = append(x.docs, docs...)
+	}
+	return x, nil
+}
+
+func readDocuments(name string) ([]*document, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, maxYAML+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(raw) > maxYAML {
+		return nil, fmt.Errorf("more than %d bytes", maxYAML)
+	}
+	return documents(raw)
+}
+
+// Doors lists the ports that workloads publish.
+func (x *Example) Doors() (doors []Door) {
+	for _, d := range x.docs {
+		for _, p := range d.Spec.Ports {
+			if d.Kind == "Workload" && p.Publish != 0 {
+				scheme := "http"
+				if p.Protocol != "http" {
+					scheme = "tcp"
+				}
+				doors = append(doors, Door{d.Metadata.Name, fmt.Sprintf("%s://127.0.0.1:%d", scheme, p.Publish)})
+			}
+		}
+	}
+	return doors
+}
+
+// Namespace of the example.
+func (x *Example) Namespace() string { return x.Recipe.Namespace }
+
+// Deploy brings the example up. It can be done again: what is there stays.
+func (d *Deployer) Deploy(ctx context.Context, x *Example) error {
+	for _, doc := range x.docs {
+		err := doc.setKeys(func(name string) (string, error) {
+			s, err := d.signer(name)
+			if err != nil {
+				return "", err
+			}
+			return string(s.Key().PEM()), nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	// Workloads come last: one without a release is refused, and that refusal
+	// would be in the ledger for ever.
+	if err := d.apply(ctx, x, "policies", func(doc *document) bool { return doc.Kind != "Workload" }); err != nil {
+		return err
+	}
+	for _, img := range x.Recipe.Images {
+		if err := d.release(ctx, x, img); err != nil {
+			return err
+		}
+	}
+	if err := d.apply(ctx, x, "workloads", func(doc *document) bool { return doc.Kind == "Workload" }); err != nil {
+		return err
+	}
+	return d.running(ctx, x)
+}
+
+func (d *Deployer) apply(ctx context.Context, x *Example, what string, pass func(*document) bool) error {
+	end := d.Progress.Step("applying %s", what)
+	raw, err := encode(x.docs, pass)
+	if err != nil {
+		return err
+	}
+	_, err = d.Client.Apply(ctx, raw)
+	return end(err)
+}
+
+// signer is the key of an account, made at the first use.
+func (d *Deployer) signer(account string) (*evidence.KeySigner, error) {
+	if !filepath.IsLocal(account) || strings.ContainsRune(account, '/') {
+		return nil, fmt.Errorf("account %q: not a name for a file", account)
+	}
+	key, err := id.LoadOrCreateKey(filepath.Join(d.Accounts, account+".pem"))
+	if err != nil {
+		return nil, fmt.Errorf("key of account %s: %w", account, err)
+	}
+	return evidence.NewSigner(key, account)
+}
+
+// release builds an image, signs for it as builder, reviewer and owner, and
+// submits it to the gate.
+func (d *Deployer) release(ctx context.Context, x *Example, img build.Image) error {
+	built, err := d.Build(ctx, x, img)
+	if err != nil {
+		return err
+	}
+	end := d.Progress.Step("releasing %s", img.Name)
+	if err := d.sign(x, img, built); err != nil {
+		return err
+	}
+	_, err = Submit(ctx, d.Client, x.Recipe.Namespace, img.Application, img.Name, built.Layout)
+	return end(err)
+}
+
+// Build builds one image of an example and signs its provenance.
+func (d *Deployer) Build(ctx context.Context, x *Example, img build.Image) (build.Built, error) {
+	end := d.Progress.Step("building %s", img.Name)
+	signer, err := d.holder(x, img.Application, spec.RoleBuilder, "")
+	if err != nil {
+		return build.Built{}, err
+	}
+	src, modified, err := build.Checkout(ctx, x.Dir, x.Recipe.Repository, x.Recipe.Author)
+	if err != nil {
+		return build.Built{}, err
+	}
+	if err := os.MkdirAll(d.Layouts, 0o700); err != nil {
+		return build.Built{}, err
+	}
+	built, err := build.Build(ctx, build.Spec{
+		Dir: x.Dir, Image: img, Output: filepath.Join(d.Layouts, fileName(img.Name)),
+		Source: src, Modified: modified, Builder: x.builder(img.Application), Signer: signer,
+	})
+	return built, end(err)
+}
+
+func fileName(image string) string { return strings.NewReplacer("/", "_", ":", "_").Replace(image) }
+
+// builder is the SLSA builder id that the policies of an application accept.
+func (x *Example) builder(application string) string {
+	for _, d := range x.docs {
+		if d.Kind == "ReleasePolicy" && len(d.Spec.Builders) > 0 {
+			if slices.Contains(d.Spec.Applications, application) || slices.Contains(d.Spec.Applications, "*") {
+				return d.Spec.Builders[0]
+			}
+		}
+	}
+	return ""
+}
+
+// sign puts the review and the approval beside the provenance.
+func (d *Deployer) sign(x *Example, img build.Image, built build.Built) error {
+	reviewer, err := d.holder(x, img.Application, spec.RoleReviewer, x.Recipe.Author)
+	if err != nil {
+		return err
+	}
+	owner, err := d.holder(x, img.Application, spec.RoleOwner, "")
+	if err != nil {
+		return err
+	}
+	revision, err := revision(built)
+	if err != nil {
+		return err
+	}
+	now := time.Now().UTC().Truncate(time.Second)
+	review, err := evidence.SignStatement(img.Name, built.Digest, evidence.Review{
+		Reviewer: reviewer.Key().Subject, Author: x.Recipe.Author, Revision: revision, ReviewedOn: now}, reviewer)
+	if err != nil {
+		return err
+	}
+	approval, err := evidence.SignStatement(img.Name, built.Digest, evidence.Approval{
+		Owner: owner.Key().Subject, Application: img.Application, ApprovedOn: now}, owner)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(built.Layout, "evidence")
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "review.json"), append(review.Raw(), '\n'), 0o644),
+		os.WriteFile(filepath.Join(dir, "approval.json"), append(approval.Raw(), '\n'), 0o644))
+}
+
+// holder is the signer of an application's account with a role.
+func (d *Deployer) holder(x *Example, application string, role spec.Role, not string) (*evidence.KeySigner, error) {
+	name, err := holder(x.docs, x.Recipe.Namespace, application, role, not)
+	if err != nil {
+		return nil, err
+	}
+	return d.signer(name)
+}
+
+func revision(built build.Built) (string, error) {
+	st, err := evidence.ParseStatement(built.Provenance.Payload)
+	if err != nil {
+		return "", err
+	}
+	return sourceRevision(st)
+}
+
+// Submit sends the layout in dir to the gate.
+func Submit(ctx context.Context, c *client.Client, namespace, application, image, dir string) (admin.Released, error) {
+	r, w := io.Pipe()
+	go func() { w.CloseWithError(layout.Pack(w, os.DirFS(dir))) }()
+	defer r.Close() // a gate that refused early does not read on
+	return c.Release(ctx, namespace, application, image, r)
+}
+
+// running waits until every workload of the example runs. What cannot come
+// good by waiting ends the wait.
+func (d *Deployer) running(ctx context.Context, x *Example) error {
+	ctx, cancel := context.WithTimeout(ctx, runningWithin)
+	defer cancel()
+	want := map[string]int{}
+	for _, doc := range x.docs {
+		if doc.Kind == "Workload" {
+			want[doc.Metadata.Name] = replicas(doc)
+		}
+	}
+	end := d.Progress.Step("waiting for %d workloads to run", len(want))
+	for {
+		list, err := d.Client.Instances(ctx, x.Recipe.Namespace)
+		if err != nil {
+			return err
+		}
+		missing, err := judge(want, list)
+		if err != nil || len(missing) == 0 {
+			return end(err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s to run: %w", strings.Join(missing, ", "), ctx.Err())
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+func replicas(doc *document) int {
+	if doc.Spec.Replicas == nil {
+		return 1
+	}
+	return *doc.Spec.Replicas
+}
+
+// judge names the workloads of which too few instances run.
+func judge(want map[string]int, list []admin.Instance) (missing []string, err error) {
+	have := map[string]int{}
+	for _, i := range list {
+		switch i.Phase {
+		case "Running":
+			have[i.Workload]++
+		case "Refused", "Contained":
+			if want[i.Workload] > 0 {
+				return nil, &admin.Error{
+					Message: fmt.Sprintf("workload %s: instance %s is %s: %s: %s", i.Workload, i.Name, i.Phase, i.Reason, i.Message),
+					Fix:     fmt.Sprintf("see hauberk why %s/%s; replace a contained instance with hauberk restart %s/%s", i.Namespace, i.Workload, i.Namespace, i.Workload),
+				}
+			}
+		}
+	}
+	for w, n := range want {
+		if have[w] < n {
+			missing = append(missing, w)
+		}
+	}
+	slices.Sort(missing)
+	return missing, nil
+}
