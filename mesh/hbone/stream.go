@@ -1,0 +1,396 @@
+package hbone
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"sync"
+
+	"golang.org/x/net/http2/hpack"
+)
+
+// Headroom is the room WriteFramed needs before the data.
+const Headroom = headerLen
+
+// reasonField tells the other proxy why it was refused.
+const reasonField = "hauberk-reason"
+
+// StatusError is a peer's refusal to open a stream.
+type StatusError struct {
+	Status int
+	Reason string // the peer's words, bounded
+}
+
+func (e *StatusError) Error() string {
+	if e.Reason == "" {
+		return fmt.Sprintf("the peer answered %d", e.Status)
+	}
+	return fmt.Sprintf("the peer answered %d: %q", e.Status, e.Reason)
+}
+
+// ResetError is a stream's end by the peer before its time.
+type ResetError struct{ Code Code }
+
+func (e *ResetError) Error() string {
+	return fmt.Sprintf("stream reset by the peer (code %d)", e.Code)
+}
+
+// Stream is a TCP stream inside the connection. One goroutine may read while
+// another writes.
+type Stream struct {
+	// Authority is the address asked for, Fields the other fields of the
+	// request, on the server's side.
+	Authority string
+	Fields    []hpack.HeaderField
+
+	h         *Conn
+	id        uint32
+	malformed string
+	window    int64 // what may be sent; guarded by h.mu
+
+	mu        sync.Mutex
+	readable  sync.Cond // something below has changed
+	chunks    []*chunk
+	credit    int // what the peer may still send
+	unacked   int // consumed since the last WINDOW_UPDATE
+	status    string
+	reason    string
+	peerEnded bool
+	ownEnded  bool
+	err       error
+}
+
+// chunk is a pooled piece of received data.
+type chunk struct {
+	n   int
+	buf [maxFrame]byte
+}
+
+var chunks = sync.Pool{New: func() any { return new(chunk) }}
+
+// Field is the value of a field of the request, "" if absent.
+func (s *Stream) Field(name string) string {
+	for _, f := range s.Fields {
+		if f.Name == name {
+			return f.Value
+		}
+	}
+	return ""
+}
+
+// receive takes n bytes of a DATA frame that costs the peer credit bytes. The
+// network is read without the lock: a peer that stops in the middle of a frame
+// must not keep the stream from being ended.
+func (s *Stream) receive(r io.Reader, n, cost int) error {
+	c := chunks.Get().(*chunk)
+	if _, err := io.ReadFull(r, c.buf[:n]); err != nil {
+		chunks.Put(c)
+		return err
+	}
+	c.n = n
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.peerEnded {
+		return fault(CodeClosed, "DATA after the end of stream %d", s.id)
+	}
+	if s.credit -= cost; s.credit < 0 {
+		return fault(CodeFlowControl, "more DATA than the window of stream %d", s.id)
+	}
+	s.unacked += cost - n // padding is consumed at once
+	if s.err != nil || n == 0 {
+		chunks.Put(c)
+		return nil
+	}
+	// Small frames share a chunk, so that the window bounds memory too.
+	if k := len(s.chunks); k > 0 && s.chunks[k-1].n+n <= maxFrame {
+		last := s.chunks[k-1]
+		last.n += copy(last.buf[last.n:], c.buf[:n])
+		chunks.Put(c)
+	} else {
+		s.chunks = append(s.chunks, c)
+	}
+	s.readable.Signal()
+	return nil
+}
+
+// peerDone notes that the peer has closed its half.
+func (s *Stream) peerDone() {
+	s.mu.Lock()
+	s.peerEnded = true
+	both := s.ownEnded
+	s.readable.Broadcast()
+	s.mu.Unlock()
+	if both {
+		s.h.remove(s)
+	}
+}
+
+// noMore notes that the peer, whose half is closed, will not read the rest of
+// this side's. What it sent stays readable.
+func (s *Stream) noMore() (orderly bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.peerEnded {
+		return false
+	}
+	s.ownEnded = true
+	return true
+}
+
+// end ends both halves at once, with what is not yet read lost.
+func (s *Stream) end(err error) {
+	s.mu.Lock()
+	if s.err == nil {
+		s.err = err
+	}
+	for _, c := range s.chunks {
+		chunks.Put(c)
+	}
+	s.chunks = nil
+	s.readable.Broadcast()
+	s.mu.Unlock()
+	s.h.mu.Lock()
+	s.h.window.Broadcast()
+	s.h.mu.Unlock()
+}
+
+// fail ends the stream and tells the peer.
+func (s *Stream) fail(err error, code Code) {
+	s.h.mu.Lock()
+	live := s.h.streams[s.id] == s
+	s.h.mu.Unlock()
+	s.end(err)
+	if live {
+		s.h.remove(s)
+		s.h.enqueue(appendFrame(nil, frameReset, 0, s.id, u32(uint32(code))))
+	}
+}
+
+// Reset ends the stream at once. After an orderly end it does nothing.
+func (s *Stream) Reset(code Code) { s.fail(ErrClosed, code) }
+
+func (s *Stream) setStatus(m message) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.status != "" {
+		return // trailers
+	}
+	s.status = m.status
+	for _, f := range m.other {
+		if f.Name == reasonField {
+			s.reason = f.Value[:min(len(f.Value), 512)]
+		}
+	}
+	s.readable.Broadcast()
+}
+
+func (s *Stream) awaitStatus() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.status == "" && s.err == nil && !s.peerEnded {
+		s.readable.Wait()
+	}
+	switch {
+	case s.status == "200":
+		return nil
+	case s.status != "":
+		n, _ := strconv.Atoi(s.status)
+		return &StatusError{n, s.reason}
+	case s.err != nil:
+		return s.err
+	}
+	return errors.New("the peer closed the stream without an answer")
+}
+
+// Accept answers the request with 200; the stream is then open.
+func (s *Stream) Accept() error {
+	return s.respond(0, []hpack.HeaderField{{Name: ":status", Value: "200"}})
+}
+
+// Refuse answers the request with a status other than 200.
+func (s *Stream) Refuse(status int, reason string) error {
+	err := s.respond(flagEndStream, []hpack.HeaderField{
+		{Name: ":status", Value: strconv.Itoa(status)}, {Name: reasonField, Value: reason[:min(len(reason), 512)]}})
+	if err == nil {
+		// The peer learns the status first and then that its half is not read.
+		s.fail(ErrClosed, CodeNone)
+	}
+	return err
+}
+
+func (s *Stream) respond(flags byte, fields []hpack.HeaderField) error {
+	return s.h.write(appendFrame(nil, frameHeaders, flagEndHeaders|flags, s.id, encodeFields(fields)))
+}
+
+// take waits for data and hands over all there is.
+func (s *Stream) take() (got []*chunk, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for len(s.chunks) == 0 {
+		switch {
+		case s.err != nil:
+			return nil, s.err
+		case s.peerEnded:
+			return nil, io.EOF
+		}
+		s.readable.Wait()
+	}
+	got, s.chunks = s.chunks, nil
+	return got, nil
+}
+
+// consumed gives the peer its credit back, now and then.
+func (s *Stream) consumed(n int) error {
+	s.mu.Lock()
+	s.unacked += n
+	grant := 0
+	if s.unacked >= streamWindow/4 && !s.peerEnded && s.err == nil {
+		grant = s.unacked
+		s.credit += grant
+		s.unacked = 0
+	}
+	s.mu.Unlock()
+	if grant == 0 {
+		return nil
+	}
+	return s.h.write(appendFrame(nil, frameWindow, 0, s.id, u32(uint32(grant))))
+}
+
+// WriteTo writes what is received to w until the peer has closed its half.
+func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
+	for {
+		got, err := s.take()
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+		for _, c := range got {
+			if err == nil {
+				var n int
+				n, err = w.Write(c.buf[:c.n])
+				total += int64(n)
+				if e := s.consumed(c.n); err == nil {
+					err = e
+				}
+			}
+			chunks.Put(c)
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// Read reads what is received.
+func (s *Stream) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	s.mu.Lock()
+	for len(s.chunks) == 0 {
+		if s.err != nil || s.peerEnded {
+			defer s.mu.Unlock()
+			if s.err != nil {
+				return 0, s.err
+			}
+			return 0, io.EOF
+		}
+		s.readable.Wait()
+	}
+	c := s.chunks[0]
+	n := copy(p, c.buf[:c.n])
+	if n == c.n {
+		s.chunks = s.chunks[1:]
+		chunks.Put(c)
+	} else {
+		copy(c.buf[:], c.buf[n:c.n])
+		c.n -= n
+	}
+	s.mu.Unlock()
+	return n, s.consumed(n)
+}
+
+// Write sends p.
+func (s *Stream) Write(p []byte) (int, error) {
+	b := make([]byte, Headroom, Headroom+min(len(p), maxFrame))
+	sent := 0
+	for sent < len(p) {
+		piece := p[sent:min(len(p), sent+maxFrame)]
+		n, err := s.WriteFramed(append(b[:Headroom], piece...))
+		sent += n
+		if err != nil {
+			return sent, err
+		}
+	}
+	return sent, nil
+}
+
+// WriteFramed sends b[Headroom:], using the room before it, and destroying b:
+// frames leave in one piece and nothing is copied.
+func (s *Stream) WriteFramed(b []byte) (sent int, err error) {
+	for len(b) > Headroom {
+		n, err := s.reserve(len(b) - Headroom)
+		if err != nil {
+			return sent, err
+		}
+		putHeader(b, n, frameData, 0, s.id)
+		if err := s.h.write(b[:Headroom+n]); err != nil {
+			return sent, err
+		}
+		sent += n
+		b = b[n:] // the next header overwrites data already sent
+	}
+	return sent, nil
+}
+
+// reserve waits until something may be sent, and takes up to want of it.
+func (s *Stream) reserve(want int) (int, error) {
+	h := s.h
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for {
+		if h.err != nil {
+			return 0, h.err
+		}
+		if h.streams[s.id] != s {
+			return 0, s.cause()
+		}
+		if n := min(int64(want), h.send, s.window, int64(h.frame)); n > 0 {
+			h.send -= n
+			s.window -= n
+			return int(n), nil
+		}
+		h.window.Wait()
+	}
+}
+
+func (s *Stream) cause() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	return ErrClosed
+}
+
+// CloseWrite closes this side's half: the peer reads to the end.
+func (s *Stream) CloseWrite() error {
+	s.mu.Lock()
+	if s.ownEnded || s.err != nil {
+		s.mu.Unlock()
+		return nil
+	}
+	s.ownEnded = true
+	s.mu.Unlock()
+	err := s.h.write(appendFrame(nil, frameData, flagEndStream, s.id, nil))
+	s.mu.Lock()
+	both := s.peerEnded
+	s.mu.Unlock()
+	if both {
+		s.h.remove(s)
+	}
+	return err
+}
