@@ -1,5 +1,12 @@
 package guest
 
+import (
+	"strconv"
+	"syscall"
+
+	"hauberk.dev/api/guestproto"
+)
+
 // How processes come to be, for whoever labels tasks (the Guard).
 //
 // The agent is PID 1 and never execs anything but itself. A process of the
@@ -35,3 +42,351 @@ package guest
 // cgroup2, loads modules with finit_module, calls guardStart, and only then
 // opens the port. After a root is mounted it calls guardRoot with the device
 // numbers of the overlay and of the erofs below it.
+
+const (
+	stageName  = "HAUBERK_STAGE"
+	stageSetup = "setup"
+	initPath   = "/init"
+)
+
+// Descriptors of a setup stage, after its standard three.
+const (
+	setupSocket    = 3 // words to and from PID 1
+	setupSpec      = 4 // a memfd: kind, length and bytes of the machine id, request's payload
+	setupContainer = 5 // of an exec: pidfd of the container's first process
+)
+
+// Kinds of setup.
+const (
+	kindCreate = 'C'
+	kindExec   = 'X'
+)
+
+// Words on the setup socket, one a message.
+const (
+	wordReady = 'R' // from the setup stage, with the terminal's master if there is one
+	wordGo    = 'G' // to it: exec now
+	wordError = 'E' // from it: u32 errno, text
+)
+
+// spawning is a process on its way.
+type spawning struct {
+	kind      byte
+	payload   []byte
+	tty       bool
+	container *process // of an exec
+	cgroup    int
+}
+
+// create makes a container and its first process, up to the execve.
+func (a *agent) create(request uint32, payload []byte) error {
+	m, err := guestproto.ParseCreate(payload)
+	if err != nil {
+		return err
+	}
+	if !a.roots[m.Root] {
+		return fail("create", "container on root "+strconv.Itoa(int(m.Root)), syscall.ENOENT)
+	}
+	p, err := a.admit(guestproto.VerbCreate)
+	if err != nil {
+		return err
+	}
+	a.lastID++
+	p.id, p.request, p.container = a.lastID, request, p
+	err = p.makeCgroup(&m)
+	if err == nil && m.KeepLog {
+		p.log, err = newHistory()
+	}
+	if err == nil {
+		err = a.spawn(p, spawning{kind: kindCreate, payload: payload, tty: m.Program.TTY, cgroup: p.cgroup})
+	}
+	if err != nil {
+		a.release(p)
+	}
+	return err
+}
+
+// exec runs one more process in a container.
+func (a *agent) exec(request uint32, payload []byte) error {
+	m, err := guestproto.ParseExec(payload)
+	if err != nil {
+		return err
+	}
+	c, err := a.find(guestproto.VerbExec, m.Container)
+	if err != nil {
+		return err
+	}
+	if c.container != c || c.phase != guestproto.PhaseRunning {
+		return fail("exec in", c.name(), syscall.ESRCH)
+	}
+	p, err := a.admit(guestproto.VerbExec)
+	if err != nil {
+		return err
+	}
+	a.lastID++
+	p.id, p.request, p.container = a.lastID, request, c
+	if err := a.spawn(p, spawning{kind: kindExec, payload: payload, tty: m.Program.TTY, container: c, cgroup: c.cgroup}); err != nil {
+		a.release(p)
+		return err
+	}
+	return nil
+}
+
+// admit gives a slot, unless the Guard that should be here is not.
+func (a *agent) admit(v guestproto.Verb) (*process, error) {
+	if a.guard == guestproto.GuardFailed {
+		return nil, fail(v.String(), "process: guard is not attached: "+a.guardText, syscall.EPERM)
+	}
+	return a.free(v)
+}
+
+// start lets the first process of a container exec.
+func (a *agent) start(request uint32, payload []byte) error {
+	m, err := guestproto.ParseProcessID(guestproto.VerbStart, payload)
+	if err != nil {
+		return err
+	}
+	p, err := a.find(guestproto.VerbStart, m.Process)
+	if err != nil {
+		return err
+	}
+	if p.phase != guestproto.PhaseCreated || p.request != 0 {
+		return fail("start", p.name(), syscall.EALREADY)
+	}
+	if _, err := syscall.Write(p.setup, []byte{wordGo}); err != nil {
+		return fail("start", p.name(), err)
+	}
+	p.request = request
+	return nil
+}
+
+func cgroupOf(id uint32) string { return cgroupDir + "/c" + strconv.FormatUint(uint64(id), 10) }
+
+// makeCgroup makes the cgroup of a container, with its limits.
+func (p *process) makeCgroup(m *guestproto.Create) (err error) {
+	dir := cgroupOf(p.id)
+	if err := syscall.Mkdir(dir, 0o755); err != nil {
+		return fail("make cgroup", dir, err)
+	}
+	if p.cgroup, err = syscall.Open(dir, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
+		return fail("open cgroup", dir, err)
+	}
+	if m.PidsMax > 0 {
+		if err := writeFile(dir+"/pids.max", strconv.FormatUint(uint64(m.PidsMax), 10)); err != nil {
+			return err
+		}
+	}
+	if m.MemoryMax > 0 {
+		if err := writeFile(dir+"/memory.max", strconv.FormatUint(m.MemoryMax, 10)); err != nil {
+			return err
+		}
+	}
+	if fd, err := syscall.Open(dir+"/memory.events", syscall.O_RDONLY|syscall.O_CLOEXEC, 0); err == nil {
+		p.oom = fd // else this kernel counts no memory
+	}
+	return nil
+}
+
+// spawn starts the setup stage of p.
+func (a *agent) spawn(p *process, s spawning) error {
+	var child [6]int // the child's standard three, its socket, the spec, the container
+	for i := range child {
+		child[i] = -1
+	}
+	defer func() {
+		for i := range child[:5] {
+			closeFD(&child[i])
+		}
+	}()
+	p.tty = s.tty
+	if err := p.openStdio(&child, s.tty); err != nil {
+		return err
+	}
+	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fail("make", "setup socket", err)
+	}
+	p.setup, child[setupSocket] = pair[0], pair[1]
+	if child[setupSpec], err = a.writeSpec(s); err != nil {
+		return err
+	}
+	files := make([]uintptr, 0, len(child))
+	for _, fd := range child[:5] {
+		files = append(files, uintptr(fd))
+	}
+	if s.container != nil {
+		files = append(files, uintptr(s.container.pidfd))
+	}
+	attr := &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: s.cgroup, PidFD: &p.pidfd, Setsid: true}
+	if s.kind == kindCreate {
+		attr.Cloneflags = syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC
+	} else if err := setns(s.container.pidfd, syscall.CLONE_NEWPID); err != nil {
+		return fail("enter PID namespace of", s.container.name(), err)
+	}
+	p.pid, err = syscall.ForkExec(initPath, []string{initPath}, &syscall.ProcAttr{
+		Env: []string{stageName + "=" + stageSetup, "GOGC=off"}, Files: files, Sys: attr,
+	})
+	if s.kind == kindExec {
+		if err := setns(a.selfPIDNS, syscall.CLONE_NEWPID); err != nil {
+			panic("cannot leave a container's PID namespace")
+		}
+	}
+	if err != nil {
+		p.pidfd = -1
+		return fail("start setup of", p.name(), err)
+	}
+	return nil
+}
+
+// openStdio makes the pipes of a process. One with a terminal gets nothing for
+// now; its setup stage opens the terminal and sends the master.
+func (p *process) openStdio(child *[6]int, tty bool) error {
+	if tty {
+		for i := range 3 {
+			fd, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
+			if err != nil {
+				return fail("open", "/dev/null", err)
+			}
+			child[i] = fd
+		}
+		return nil
+	}
+	mine := [3]*int{&p.stdin, &p.out[0].fd, &p.out[1].fd}
+	for i := range 3 {
+		var pipe [2]int
+		if err := syscall.Pipe2(pipe[:], syscall.O_CLOEXEC); err != nil {
+			return fail("make", "pipe", err)
+		}
+		if i == 0 {
+			child[i], *mine[i] = pipe[0], pipe[1]
+		} else {
+			*mine[i], child[i] = pipe[0], pipe[1]
+		}
+		if err := syscall.SetNonblock(*mine[i], true); err != nil {
+			return fail("set up", "pipe", err)
+		}
+	}
+	return nil
+}
+
+// writeSpec puts what the setup stage must know into a memfd: the agent never
+// waits for it to be read.
+func (a *agent) writeSpec(s spawning) (int, error) {
+	fd, err := memfd("setup")
+	if err != nil {
+		return -1, fail("make", "setup spec", err)
+	}
+	head := append([]byte{s.kind, byte(len(a.machineID))}, a.machineID...)
+	for _, b := range [][]byte{head, s.payload} {
+		for len(b) > 0 {
+			n, err := syscall.Write(fd, b)
+			if err != nil && err != syscall.EINTR {
+				_ = syscall.Close(fd)
+				return -1, fail("write", "setup spec", err)
+			}
+			b = b[max(n, 0):]
+		}
+	}
+	if _, err := syscall.Seek(fd, 0, 0); err != nil {
+		_ = syscall.Close(fd)
+		return -1, fail("rewind", "setup spec", err)
+	}
+	return fd, nil
+}
+
+// setupReady hears what a setup stage has to say; that it hangs up without a
+// word means that it exec'd.
+func (a *agent) setupReady(p *process) {
+	if p.setup < 0 {
+		return
+	}
+	var msg [1024]byte
+	var oob [32]byte
+	n, oobn, _, _, err := syscall.Recvmsg(p.setup, msg[:], oob[:], syscall.MSG_DONTWAIT|syscall.MSG_CMSG_CLOEXEC)
+	switch {
+	case err == syscall.EAGAIN || err == syscall.EINTR:
+	case err != nil || n == 0:
+		closeFD(&p.setup)
+		a.setupLeft(p)
+	case msg[0] == wordReady:
+		if oobn > 0 {
+			p.takeTerminal(oob[:oobn])
+		}
+		if p.container == p {
+			p.phase = guestproto.PhaseCreated
+			p.attached = p.request != 0
+			a.answerProcess(p)
+		}
+	case msg[0] == wordError && n >= 5:
+		a.setupFailed(p, &failure{
+			syscall.Errno(uint32(msg[1]) | uint32(msg[2])<<8), string(msg[5:n]),
+		})
+	}
+}
+
+// setupLeft is the end of a setup stage.
+func (a *agent) setupLeft(p *process) {
+	switch {
+	case p.phase == guestproto.PhaseSetup && p.container == p:
+		a.setupFailed(p, fail("create", p.name()+": setup stage died", syscall.ECHILD))
+	case p.phase == guestproto.PhaseSetup:
+		p.phase = guestproto.PhaseRunning
+		p.attached = p.request != 0
+		a.answerProcess(p)
+	case p.phase == guestproto.PhaseCreated && p.request != 0:
+		p.phase = guestproto.PhaseRunning
+		a.reply(p.request)
+		p.request = 0
+	}
+}
+
+// answerProcess answers the create or exec that p was asked for by, if the
+// host that asked is still there.
+func (a *agent) answerProcess(p *process) {
+	if p.request == 0 {
+		return
+	}
+	start := len(a.tx)
+	m := guestproto.ProcessID{Process: p.id}
+	a.tx = m.Append(guestproto.Begin(a.tx, p.request, guestproto.VerbReply))
+	guestproto.End(a.tx, start)
+	p.request = 0
+}
+
+// setupFailed answers the request. A process whose number the host does not
+// have yet is gone with that; another ends like any.
+func (a *agent) setupFailed(p *process, err error) {
+	if p.request != 0 {
+		a.refuse(p.request, err)
+		p.request = 0
+	}
+	if p.phase != guestproto.PhaseSetup {
+		return
+	}
+	_ = pidfdSignal(p.pidfd, uint8(syscall.SIGKILL))
+	for {
+		if _, err := syscall.Wait4(p.pid, nil, 0, nil); err != syscall.EINTR {
+			break
+		}
+	}
+	a.release(p)
+}
+
+// takeTerminal takes the master from the setup stage.
+func (p *process) takeTerminal(oob []byte) {
+	messages, err := syscall.ParseSocketControlMessage(oob)
+	if err != nil || len(messages) != 1 {
+		return
+	}
+	fds, err := syscall.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return
+	}
+	_ = syscall.SetNonblock(fds[0], true)
+	p.out[0].fd = fds[0]
+	if p.stdin, err = syscall.Dup(fds[0]); err != nil {
+		p.stdin = -1
+		return
+	}
+	syscall.CloseOnExec(p.stdin)
+}

@@ -1,0 +1,336 @@
+package guest
+
+import (
+	"strconv"
+	"syscall"
+)
+
+// A policy blob, as package guard compiles it, and its limits.
+const (
+	policyMagic    = "HBPOLCY\x01"
+	policySize     = 224 // struct policy of guard/bpf/policy.h
+	policySlot     = 8   // where its slot stands
+	destSize       = 24
+	nameSize       = 60
+	maxFileRules   = 16 << 10
+	maxProgramDeny = 16 << 10
+	maxEgress      = 16 << 10
+
+	kindOverlay = 1
+	kindAgent   = 2
+	denies      = 1 << 31
+)
+
+type fileRule struct {
+	write, read uint32
+	path        string
+}
+
+type programRule struct {
+	rule uint32
+	path string
+}
+
+type policy struct {
+	generation uint64
+	digest     [32]byte
+	fixed      []byte
+	files      []fileRule
+	programs   []programRule
+	egress     []byte // entries of destSize+4
+}
+
+func parsePolicy(b []byte) (*policy, error) {
+	c := &cursor{b: b}
+	if string(c.take(uint32(len(policyMagic)))) != policyMagic {
+		return nil, fail("read", "guard policy", syscall.EPROTONOSUPPORT)
+	}
+	p := &policy{generation: c.u64()}
+	copy(p.digest[:], c.take(32))
+	p.fixed = c.take(policySize)
+	for range c.count(c.u32(), maxFileRules) {
+		if c.bad {
+			break
+		}
+		p.files = append(p.files, fileRule{c.u32(), c.u32(), c.text()})
+	}
+	for range c.count(c.u32(), maxProgramDeny) {
+		if c.bad {
+			break
+		}
+		p.programs = append(p.programs, programRule{c.u32(), c.text()})
+	}
+	p.egress = c.take(uint32(c.count(c.u32(), maxEgress)) * (destSize + 4))
+	if c.bad || len(c.b) != 0 {
+		return nil, fail("read", "guard policy", syscall.EBADMSG)
+	}
+	if inside := (&cursor{b: p.fixed}).u64(); inside != p.generation {
+		return nil, fail("read", "guard policy", syscall.EBADMSG)
+	}
+	return p, nil
+}
+
+// object is an inode by its numbers, to find one that two paths lead to. The
+// agent holds a descriptor of each, so a number is not given away meanwhile.
+type object struct{ dev, ino uint64 }
+
+// mark is what the kernel keeps beside an inode.
+type mark struct {
+	fd   int
+	kind uint64
+	slot [2]meaning
+}
+
+type meaning struct {
+	generation                       uint64
+	write, read, exec, anchor, names uint32
+}
+
+func (m *mark) bytes(b []byte) []byte {
+	b = append64(b, m.kind)
+	for _, s := range m.slot {
+		b = append64(b, s.generation)
+		for _, v := range [...]uint32{s.write, s.read, s.exec, s.anchor, s.names, 0} {
+			b = append32(b, v)
+		}
+	}
+	return b
+}
+
+// guardPolicy puts a policy in force: everything it needs is made beside the
+// one in force, then one pointer changes, and the kernel waits until nothing
+// reads the old one. The reply lists rules of which a path was not there.
+func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
+	g := theGuard
+	if g == nil {
+		return nil, syscall.ENOSYS
+	}
+	p, err := parsePolicy(blob)
+	if err != nil {
+		return nil, err
+	}
+	if p.generation != generation {
+		return nil, fail("match generation", strconv.FormatUint(p.generation, 10), syscall.EBADMSG)
+	}
+	if generation < g.generation || generation == g.generation && p.digest != g.digest {
+		return nil, fail("replace generation "+strconv.FormatUint(g.generation, 10)+" by", "an older or different one", syscall.ESTALE)
+	}
+	return g.apply(append([]byte(nil), blob...))
+}
+
+// apply makes blob the policy in force.
+func (g *guard) apply(blob []byte) (reply []byte, err error) {
+	p, err := parsePolicy(blob)
+	if err != nil {
+		return nil, err
+	}
+	n := next{g: g, p: p, slot: 1 - g.slot}
+	if err := n.prepare(); err != nil {
+		n.close()
+		return nil, err
+	}
+	defer n.close()
+	if err := n.swap(); err != nil {
+		return nil, err
+	}
+	g.slot, g.generation, g.digest, g.blob = n.slot, p.generation, p.digest, blob
+	g.forget()
+	reply = append16(append64(append(reply, 1), p.generation), uint16(len(n.absent)))
+	for _, a := range n.absent {
+		reply = append(append32(reply, a.rule&^denies), a.why)
+	}
+	return reply, nil
+}
+
+// absent is a rule of which a path could not be followed to its end.
+type absent struct {
+	rule uint32
+	why  byte // absentName: creating it is refused; absentLost: cannot be held
+}
+
+const (
+	absentName = 1
+	absentLost = 2
+)
+
+// next is a policy on its way.
+type next struct {
+	g      *guard
+	p      *policy
+	slot   uint32
+	names  map[string]uint32 // key of the names map -> rule
+	listed map[string]uint32 // key of the listed map -> rule
+	absent []absent
+	opened []int // descriptors of inner maps
+	inner  struct{ policy, egress, names, listed int }
+}
+
+func (n *next) close() {
+	for _, fd := range n.opened {
+		syscall.Close(fd)
+	}
+	n.opened = nil
+}
+
+func (n *next) prepare() error {
+	n.names, n.listed = map[string]uint32{}, map[string]uint32{}
+	for _, m := range n.g.marks {
+		m.slot[n.slot] = meaning{} // left by a policy that did not get through
+	}
+	for _, root := range n.g.roots {
+		for _, f := range n.p.files {
+			if err := n.protect(root, f); err != nil {
+				return fail("protect", strconv.Quote(f.path), err)
+			}
+		}
+		for _, d := range n.p.programs {
+			if err := n.list(root, d); err != nil {
+				return fail("deny program", strconv.Quote(d.path), err)
+			}
+		}
+	}
+	for _, m := range n.g.marks {
+		if m.slot[n.slot].generation != 0 || m.slot[1-n.slot].generation != 0 {
+			if err := n.g.write(m); err != nil {
+				return fail("mark", "protected object", err)
+			}
+		}
+	}
+	return n.fillMaps()
+}
+
+func (n *next) fillMaps() (err error) {
+	fixed := append([]byte(nil), n.p.fixed...)
+	put32(fixed[policySlot:], n.slot)
+	var zero [4]byte
+	if n.inner.policy, err = n.create("current", 1); err != nil {
+		return err
+	}
+	if err := updateMap(n.inner.policy, zero[:], fixed); err != nil {
+		return fail("fill", "guard policy", err)
+	}
+	if n.inner.egress, err = n.create("egress", len(n.p.egress)/(destSize+4)); err != nil {
+		return err
+	}
+	for e := n.p.egress; len(e) > 0; e = e[destSize+4:] {
+		if err := updateMap(n.inner.egress, e[:destSize], e[destSize:destSize+4]); err != nil {
+			return fail("allow", "destination", err)
+		}
+	}
+	if n.inner.names, err = n.fill("names", n.names); err != nil {
+		return err
+	}
+	n.inner.listed, err = n.fill("listed", n.listed)
+	return err
+}
+
+// create makes an inner map for the outer map of that name.
+func (n *next) create(name string, entries int) (int, error) {
+	shape := *n.g.maps[name].inner
+	shape.max = uint32(max(entries, 1))
+	fd, err := createMap(shape, name, 0, 0, [2]uint32{})
+	if err != nil {
+		return -1, fail("create guard map", name, err)
+	}
+	n.opened = append(n.opened, fd)
+	return fd, nil
+}
+
+func (n *next) fill(name string, entries map[string]uint32) (int, error) {
+	fd, err := n.create(name, len(entries))
+	if err != nil {
+		return -1, err
+	}
+	for key, rule := range entries {
+		var value [4]byte
+		put32(value[:], rule)
+		if err := updateMap(fd, []byte(key), value[:]); err != nil {
+			return -1, fail("fill guard map", name, err)
+		}
+	}
+	return fd, nil
+}
+
+// swap puts the inner maps in place, the policy last.
+func (n *next) swap() error {
+	for _, m := range [...]struct {
+		name  string
+		index uint32
+		fd    int
+	}{
+		{"egress", n.slot, n.inner.egress},
+		{"names", n.slot, n.inner.names},
+		{"listed", n.slot, n.inner.listed},
+		{"current", 0, n.inner.policy},
+	} {
+		var key, value [4]byte
+		put32(key[:], m.index)
+		put32(value[:], uint32(m.fd))
+		if err := updateMap(n.g.maps[m.name].fd, key[:], value[:]); err != nil {
+			return fail("swap guard map", m.name, err)
+		}
+	}
+	return nil
+}
+
+// forget drops what only the last policy marked.
+func (g *guard) forget() {
+	for o, m := range g.marks {
+		m.slot[1-g.slot] = meaning{}
+		if m.kind != 0 || m.slot[g.slot].generation != 0 {
+			_ = g.write(m)
+			continue
+		}
+		var key [4]byte
+		put32(key[:], uint32(m.fd))
+		_ = deleteMap(g.maps["marks"].fd, key[:])
+		syscall.Close(m.fd)
+		delete(g.marks, o)
+	}
+}
+
+func (g *guard) write(m *mark) error {
+	var key [4]byte
+	var buf [128]byte
+	put32(key[:], uint32(m.fd))
+	return updateMap(g.maps["marks"].fd, key[:], m.bytes(buf[:0]))
+}
+
+// take gives the mark of the object behind fd, and fd to the mark.
+func (g *guard) take(fd int) (*mark, error) {
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		syscall.Close(fd)
+		return nil, err
+	}
+	o := object{st.Dev, st.Ino}
+	if m := g.marks[o]; m != nil {
+		syscall.Close(fd)
+		return m, nil
+	}
+	m := &mark{fd: fd}
+	g.marks[o] = m
+	return m, nil
+}
+
+func (g *guard) setKind(fd int, kind uint64) error {
+	m, err := g.take(fd)
+	if err != nil {
+		return err
+	}
+	m.kind = kind
+	return g.write(m)
+}
+
+// markAgent lets a child of the agent run the agent's own program and stay
+// what it is.
+func (g *guard) markAgent() error {
+	fd, err := openPath(-100, "/proc/self/exe", 0)
+	if err == nil {
+		err = g.setKind(fd, kindAgent)
+	}
+	if err != nil {
+		return fail("mark", "the agent's program", err)
+	}
+	return nil
+}
