@@ -23,6 +23,7 @@ const (
 	PathLogs      = "/v1/logs"       // ?namespace=&workload=&instance=&follow=
 	PathRestart   = "/v1/restart"    // POST ?namespace=&workload= : replace every instance
 	PathLedger    = "/v1/ledger"     // ?from=&limit= : LedgerEntry list
+	PathJoin      = "/v1/join"       // POST Join, by root on this machine
 	PathLedgerTar = "/v1/ledger.tar" // the whole log and its public key, for offline verification
 )
 
@@ -157,6 +158,21 @@ type Exec struct {
 type LedgerEntry struct {
 	Index uint64          `json:"index"`
 	Entry json.RawMessage `json:"entry"`
+}
+
+// Join asks that this machine's agent be admitted as a node. On one machine
+// the kernel's word that root asks is the attestation.
+type Join struct {
+	Node    string `json:"node"`
+	Request []byte `json:"request"` // PKCS #10, DER
+}
+
+// Joined is a node's certificate.
+type Joined struct {
+	Chain       [][]byte  `json:"chain"` // DER, leaf first
+	Roots       string    `json:"roots"` // PEM
+	TrustDomain string    `json:"trustDomain"`
+	NotAfter    time.Time `json:"notAfter"`
 }
 
 // Error is the body of every refusal: what is wrong and what to do next.

@@ -2,6 +2,8 @@ package v1alpha1
 
 import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"hauberk.dev/api/spec"
 )
 
 // Instance is one sandbox of a workload, past or present. Hauberk writes it,
@@ -30,9 +32,10 @@ type Instance struct {
 	Status InstanceStatus `json:"status,omitempty"`
 }
 
-// InstanceSpec is what was ordered. Only guardGeneration changes after that.
+// InstanceSpec is what was ordered. Only guardGeneration changes after that,
+// and the ticket, which is signed again before it expires.
 //
-// +kubebuilder:validation:XValidation:rule="self.workload == oldSelf.workload && self.application == oldSelf.application && self.node == oldSelf.node && self.digest == oldSelf.digest && self.repository == oldSelf.repository && self.address == oldSelf.address && self.identity == oldSelf.identity && self.ticket == oldSelf.ticket",message="only guardGeneration of an instance changes; anything else is a new instance with its own ticket"
+// +kubebuilder:validation:XValidation:rule="self.workload == oldSelf.workload && self.application == oldSelf.application && self.node == oldSelf.node && self.digest == oldSelf.digest && self.repository == oldSelf.repository && self.address == oldSelf.address && self.identity == oldSelf.identity",message="only guardGeneration and the ticket of an instance change; anything else is a new instance"
 type InstanceSpec struct {
 	// Workload the instance belongs to, in the same namespace.
 	// +kubebuilder:validation:MinLength=1
@@ -61,6 +64,9 @@ type InstanceSpec struct {
 	// Ticket is the signed permission to launch: a DSSE envelope as JSON.
 	// +kubebuilder:validation:MaxLength=65536
 	Ticket string `json:"ticket"`
+	// Launch is the workload's specification as it was when the instance was
+	// ordered.
+	Launch spec.Workload `json:"launch"`
 	// GuardGeneration is the policy generation the instance should enforce.
 	// +kubebuilder:validation:Minimum=0
 	// +optional
