@@ -105,9 +105,14 @@ func (c *Client) Ledger(ctx context.Context, from uint64, limit int) (list []adm
 	return list, c.get(ctx, admin.PathLedger, q, &list)
 }
 
-// LedgerTar streams the whole log with its public key; the caller closes it.
-func (c *Client) LedgerTar(ctx context.Context) (io.ReadCloser, error) {
-	return c.stream(ctx, http.MethodGet, admin.PathLedgerTar, nil, "", nil)
+// LedgerTar streams the whole log, and says the public key it is signed with;
+// the caller closes the stream.
+func (c *Client) LedgerTar(ctx context.Context) (tar io.ReadCloser, key string, err error) {
+	resp, err := c.do(ctx, http.MethodGet, admin.PathLedgerTar, nil, "", nil)
+	if err != nil {
+		return nil, "", err
+	}
+	return resp.Body, resp.Header.Get("Hauberk-Verifier-Key"), nil
 }
 
 // Logs streams what a workload wrote; the caller closes it.
@@ -149,8 +154,16 @@ func (c *Client) ask(ctx context.Context, method, path string, q url.Values, kin
 	return nil
 }
 
-// stream sends a request and returns the body of an answer that is no refusal.
 func (c *Client) stream(ctx context.Context, method, path string, q url.Values, kind string, body io.Reader) (io.ReadCloser, error) {
+	resp, err := c.do(ctx, method, path, q, kind, body)
+	if err != nil {
+		return nil, err
+	}
+	return resp.Body, nil
+}
+
+// do sends a request and returns an answer that is no refusal.
+func (c *Client) do(ctx context.Context, method, path string, q url.Values, kind string, body io.Reader) (*http.Response, error) {
 	req, err := request(ctx, method, path, q, body)
 	if err != nil {
 		return nil, err
@@ -170,7 +183,7 @@ func (c *Client) stream(ctx context.Context, method, path string, q url.Values, 
 		defer resp.Body.Close()
 		return nil, refusal(resp)
 	}
-	return resp.Body, nil
+	return resp, nil
 }
 
 // request addresses a host that exists only by name: the dialer knows one way.

@@ -113,9 +113,12 @@ talk to.`,
   hauberk why transfer           what happened to a workload, in order
   hauberk incidents              what was contained
   hauberk down                   stop everything`,
+		Args:          known,
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
+	root.SuggestionsMinimumDistance = 2
 	root.SetIn(s.In)
 	root.SetOut(s.Out)
 	root.SetErr(s.Err)
@@ -134,6 +137,18 @@ talk to.`,
 	group(root, "release", s.build(), s.release())
 	root.AddCommand(s.version(), s.supervise())
 	return root
+}
+
+// known refuses words that are no command, and offers those that are near.
+func known(c *cobra.Command, words []string) error {
+	if len(words) == 0 {
+		return nil
+	}
+	err := fmt.Errorf("unknown command %q", words[0])
+	if near := c.SuggestionsFor(words[0]); len(near) > 0 {
+		err = fmt.Errorf("%w; did you mean %s?", err, strings.Join(near, " or "))
+	}
+	return usage(c, err)
 }
 
 func group(root *cobra.Command, id string, commands ...*cobra.Command) {

@@ -1,13 +1,13 @@
 package command
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -19,8 +19,8 @@ import (
 	"hauberk.dev/ledger"
 )
 
-// keyFile is the public key in an exported ledger.
-const keyFile = "verifier.key"
+// keySuffix names the public key beside an exported ledger.
+const keySuffix = ".key"
 
 func (s *session) ledger() *cobra.Command {
 	c := &cobra.Command{
@@ -38,10 +38,7 @@ func (s *session) ledgerShow() *cobra.Command {
 		Use: "show", Short: "Print entries in order",
 		Args: args(0, 0, ""),
 		RunE: func(c *cobra.Command, _ []string) error {
-			if limit < 1 || limit > 10_000 {
-				return usage(c, fmt.Errorf("--limit %d: must be 1 to 10000", limit))
-			}
-			list, err := s.client().Ledger(c.Context(), from, limit)
+			list, err := s.entries(c.Context(), from, limit)
 			if err != nil {
 				return err
 			}
@@ -49,8 +46,26 @@ func (s *session) ledgerShow() *cobra.Command {
 		},
 	}
 	c.Flags().Uint64Var(&from, "from", 0, "first entry")
-	c.Flags().IntVar(&limit, "limit", 100, "most entries to print")
+	c.Flags().IntVar(&limit, "limit", 0, "most entries to print; 0 is all")
 	return c
+}
+
+// entries reads page after page.
+func (s *session) entries(ctx context.Context, from uint64, limit int) ([]admin.LedgerEntry, error) {
+	all := []admin.LedgerEntry{}
+	for limit == 0 || len(all) < limit {
+		most := 1000
+		if limit > 0 {
+			most = min(most, limit-len(all))
+		}
+		page, err := s.client().Ledger(ctx, from, most)
+		if err != nil || len(page) == 0 {
+			return all, err
+		}
+		all = append(all, page...)
+		from = page[len(page)-1].Index + 1
+	}
+	return all, nil
 }
 
 func ledgerTable(w io.Writer, list []admin.LedgerEntry) error {
@@ -71,34 +86,41 @@ func ledgerTable(w io.Writer, list []admin.LedgerEntry) error {
 
 func (s *session) ledgerExport() *cobra.Command {
 	return &cobra.Command{
-		Use: "export FILE", Short: "Write the whole ledger and its public key to a tar",
-		Args: args(1, 1, "the FILE to write, or - for standard output"),
-		RunE: func(c *cobra.Command, args []string) (err error) {
-			r, err := s.client().LedgerTar(c.Context())
+		Use: "export FILE", Short: "Write the whole ledger to a tar, and its public key beside it",
+		Args: args(1, 1, "the FILE to write"),
+		RunE: func(c *cobra.Command, args []string) error {
+			tar, key, err := s.client().LedgerTar(c.Context())
 			if err != nil {
 				return err
 			}
-			defer r.Close()
-			if args[0] == "-" {
-				_, err := io.Copy(s.Out, r)
+			defer tar.Close()
+			if err := fresh(args[0], tar); err != nil {
 				return err
 			}
-			f, err := os.OpenFile(args[0], os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
-			if errors.Is(err, fs.ErrExist) {
-				return fmt.Errorf("%s is there already: name another file", args[0])
-			}
-			if err != nil {
+			if err := fresh(args[0]+keySuffix, strings.NewReader(key+"\n")); err != nil {
+				os.Remove(args[0])
 				return err
 			}
-			defer func() {
-				if err = errors.Join(err, f.Close()); err != nil {
-					os.Remove(args[0])
-				}
-			}()
-			_, err = io.Copy(f, r)
-			return err
+			s.progress().Say("wrote %s and %s; keep the key where nobody who can change the ledger can", args[0], args[0]+keySuffix)
+			return nil
 		},
 	}
+}
+
+// fresh writes a file that must not be there, or none.
+func fresh(name string, r io.Reader) (err error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s is there already: name another file", name)
+	}
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, r)
+	if err = errors.Join(err, f.Close()); err != nil {
+		os.Remove(name)
+	}
+	return err
 }
 
 func (s *session) ledgerVerify() *cobra.Command {
@@ -109,46 +131,50 @@ func (s *session) ledgerVerify() *cobra.Command {
 every entry against its hash, every tile against the one below, and the root
 against all of them. It asks nobody.
 
-Without --key it takes the public key that lies in the copy. That shows that the
-copy is whole, not whose it is: an auditor keeps the key apart and passes it.`,
-		Example: "  hauberk ledger export ledger.tar && hauberk ledger verify ledger.tar\n  hauberk ledger verify /var/lib/hauberk/control/ledger --key KEY",
+Without --key it takes the public key that export wrote beside the tar. That
+shows that the copy is whole; to know whose it is, an auditor passes the key
+they kept.`,
+		Example: "  hauberk ledger export ledger.tar && hauberk ledger verify ledger.tar\n  hauberk ledger verify /mnt/copy/ledger --key hauberk.local+1f2e3d4c+AbCd...",
 		Args:    args(1, 1, "the DIR or TAR to verify"),
 		RunE: func(c *cobra.Command, args []string) error {
+			own := key != ""
+			vkey, err := verifierKey(key, args[0])
+			if err != nil {
+				return err
+			}
 			dir, done, err := ledgerDir(args[0])
 			if err != nil {
 				return err
 			}
 			defer done()
-			vkey, own := key, true
-			if vkey == "" {
-				own = false
-				if vkey, err = keyOf(dir); err != nil {
-					return err
-				}
-			}
-			r, err := ledger.VerifyDir(dir, strings.TrimSpace(vkey))
+			r, err := ledger.VerifyDir(dir, vkey)
 			if err != nil {
 				return err
 			}
 			return s.print(r, func(w io.Writer) error { return reportTable(w, r, own) })
 		},
 	}
-	c.Flags().StringVar(&key, "key", "", "public key of the ledger, as hauberk ledger export wrote it once")
+	c.Flags().StringVar(&key, "key", "", "public key of the ledger, or a file that holds it")
 	return c
 }
 
-// keyOf is the public key that lies in a copy, or beside a live ledger.
-func keyOf(dir string) (string, error) {
-	for _, name := range []string{filepath.Join(dir, keyFile), filepath.Join(filepath.Dir(dir), keyFile)} {
-		raw, err := os.ReadFile(name)
-		if err == nil {
-			return string(raw), nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return "", err
-		}
+// verifierKey is the key that was given, as text or in a file, or the one
+// beside the copy.
+func verifierKey(given, copied string) (string, error) {
+	name := given
+	if given == "" {
+		name = strings.TrimSuffix(copied, "/") + keySuffix
 	}
-	return "", fmt.Errorf("no %s in %s: pass the ledger's public key with --key", keyFile, dir)
+	raw, err := os.ReadFile(name)
+	switch {
+	case err == nil:
+		return strings.TrimSpace(string(raw)), nil
+	case given != "":
+		return given, nil
+	case errors.Is(err, fs.ErrNotExist):
+		return "", fmt.Errorf("no %s: pass the ledger's public key with --key", name)
+	}
+	return "", err
 }
 
 func reportTable(w io.Writer, r ledger.Report, own bool) error {
@@ -157,7 +183,7 @@ func reportTable(w io.Writer, r ledger.Report, own bool) error {
 		fmt.Fprintf(w, "first entry %s, last %s\n", r.First.Format("2006-01-02 15:04:05"), r.Last.Format("2006-01-02 15:04:05"))
 	}
 	if !own {
-		fmt.Fprintln(w, "verified with the key in the copy; to know whose it is, pass the key you kept with --key")
+		fmt.Fprintln(w, "verified with the key beside the copy; to know whose it is, pass the key you kept with --key")
 	}
 	return nil
 }
@@ -185,15 +211,5 @@ func ledgerDir(name string) (dir string, done func(), err error) {
 		done()
 		return "", nil, fmt.Errorf("read %s: %w", name, err)
 	}
-	return under(tmp), done, nil
-}
-
-// under steps into a directory that holds nothing but one directory, as tars
-// often do.
-func under(dir string) string {
-	list, err := os.ReadDir(dir)
-	if err == nil && len(list) == 1 && list[0].IsDir() && list[0].Name() != "tile" {
-		return filepath.Join(dir, list[0].Name())
-	}
-	return dir
+	return tmp, done, nil
 }

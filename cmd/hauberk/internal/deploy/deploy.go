@@ -272,9 +272,18 @@ func revision(built build.Built) (string, error) {
 // Submit sends the layout in dir to the gate.
 func Submit(ctx context.Context, c *client.Client, namespace, application, image, dir string) (admin.Released, error) {
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(layout.Pack(w, os.DirFS(dir))) }()
-	defer r.Close() // a gate that refused early does not read on
-	return c.Release(ctx, namespace, application, image, r)
+	packed := make(chan error, 1)
+	go func() {
+		err := layout.Pack(w, os.DirFS(dir))
+		w.CloseWithError(err)
+		packed <- err
+	}()
+	answer, err := c.Release(ctx, namespace, application, image, r)
+	r.Close() // a gate that refused early does not read on
+	if broken := <-packed; broken != nil && !errors.Is(broken, io.ErrClosedPipe) {
+		return admin.Released{}, broken
+	}
+	return answer, err
 }
 
 // running waits until every workload of the example runs. What cannot come
