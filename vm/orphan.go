@@ -1,0 +1,85 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Orphan is a run directory found on disk.
+type Orphan struct {
+	ID  string
+	Dir string
+	// Journal is zero if there is none to read, and Err says why.
+	Journal Journal
+	Err     error
+	// Alive says that the machine's process runs.
+	Alive bool
+}
+
+// Orphans lists the run directories below parent, whoever made them. Those
+// that are alive and ready can be adopted; the others are to be ended.
+func Orphans(parent string) ([]Orphan, error) {
+	entries, err := os.ReadDir(parent)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list machines: %w", err)
+	}
+	var out []Orphan
+	for _, e := range entries {
+		if !e.IsDir() || !idPattern.MatchString(e.Name()) {
+			continue
+		}
+		o := Orphan{ID: e.Name(), Dir: filepath.Join(parent, e.Name())}
+		if o.Journal, o.Err = ReadJournal(o.Dir); o.Err == nil {
+			pid, _, err := o.Journal.find()
+			o.Alive, o.Err = pid != 0, err
+		}
+		out = append(out, o)
+	}
+	return out, nil
+}
+
+// End kills the orphan's process, if there is one, waits until it is gone, and
+// removes the directory.
+func (o Orphan) End(ctx context.Context) error {
+	if err := o.kill(ctx); err != nil {
+		return fmt.Errorf("end machine %s: %w", o.ID, err)
+	}
+	return os.RemoveAll(o.Dir)
+}
+
+func (o Orphan) kill(ctx context.Context) error {
+	if o.Journal.Mark == "" {
+		// Nothing starts before its journal stands.
+		return nil
+	}
+	pid, start, err := o.Journal.find()
+	if err != nil || pid == 0 {
+		return err
+	}
+	h, err := openHandle(pid, start, nil)
+	if errors.Is(err, ErrGone) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ended := make(chan error, 1)
+	go func() { _, err := h.wait(); ended <- err }()
+	defer h.close() // ends the wait
+	if err := h.kill(); err != nil {
+		return err
+	}
+	select {
+	case err := <-ended:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}

@@ -1,0 +1,3 @@
+package qemu
+
+func abandon(run string) int { return 1 }

@@ -1,0 +1,381 @@
+// Package qemu drives QEMU's microvm machine: it composes the command line,
+// starts QEMU in a jail with nothing but open files, and speaks its control
+// protocol.
+//
+// A QEMU that runs a guest is taken to be the guest's: it has no right, no
+// network, no path to a file of ours, and its words are bounded and never
+// trusted. Every image and every socket is opened here and passed; QEMU's own
+// seccomp filter forbids it to start or become anything.
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"hauberk.dev/vm"
+	"hauberk.dev/vm/jail"
+)
+
+const (
+	program    = "/usr/bin/qemu-system-x86_64"
+	driverName = "qemu"
+
+	defaultCacheMiB     = 32
+	defaultMaxTemplates = 4
+	templateDeadline    = 60 * time.Second
+	maxMonitorLog       = 1 << 20
+)
+
+// Config is how a driver is set up.
+type Config struct {
+	// Run is the directory of run directories, made if it is missing.
+	Run string
+	// UID and GID are those of QEMUs that make templates and probe.
+	UID, GID uint32
+	// Accelerator is what Probe found. Empty means TCG.
+	Accelerator Accelerator
+	// CacheMiB bounds the code that TCG keeps translated, per machine. 0 means
+	// 32: enough for a busy guest; an idle one uses a part.
+	CacheMiB int
+	// MaxTemplates bounds the templates kept, about 96 MB of memory each. 0
+	// means 4.
+	MaxTemplates int
+	// Ready waits until a booting guest is worth freezing. nil opens a session
+	// with the agent and closes it.
+	Ready func(context.Context, *vm.Machine) error
+}
+
+// Driver makes machines with QEMU. It is safe for concurrent use.
+type Driver struct {
+	config      Config
+	version     string
+	commandLine string
+	jail        *jail.Jail
+
+	making    sync.Mutex // held while a template is made
+	mu        sync.Mutex
+	templates []*vm.Template // the least recently used first
+}
+
+var _ vm.Driver = (*Driver)(nil)
+
+// Open checks that QEMU is there and builds the jail it will run in.
+func Open(ctx context.Context, c Config) (*Driver, error) {
+	if c.UID == 0 || c.GID == 0 {
+		return nil, errors.New("open QEMU driver: the user for templates must not be root")
+	}
+	if c.Accelerator == "" {
+		c.Accelerator = TCG
+	}
+	if c.CacheMiB == 0 {
+		c.CacheMiB = defaultCacheMiB
+	}
+	if c.MaxTemplates == 0 {
+		c.MaxTemplates = defaultMaxTemplates
+	}
+	if c.Ready == nil {
+		c.Ready = greet
+	}
+	version, err := Version(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	tsc, err := hostTSC()
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	if err := os.MkdirAll(c.Run, 0o700); err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	if c.Run, err = filepath.Abs(c.Run); err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	j, err := jail.Open(c.Accelerator.devices()...)
+	if err != nil {
+		return nil, fmt.Errorf("open QEMU driver: %w", err)
+	}
+	return &Driver{config: c, version: version, commandLine: commandLine(tsc), jail: j}, nil
+}
+
+// Close frees the jail and the templates. Machines run on.
+func (d *Driver) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	errs := []error{d.jail.Close()}
+	for _, t := range d.templates {
+		errs = append(errs, t.Close())
+	}
+	d.templates = nil
+	return errors.Join(errs...)
+}
+
+// CommandLine is what every guest of this driver boots with.
+func (d *Driver) CommandLine() string { return d.commandLine }
+
+// Version asks QEMU what it is: its first line, package revision included.
+func Version(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, callDeadline)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, program, "--version").Output()
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("find QEMU: %w: apt-get install qemu-system-x86", err)
+	}
+	line, _, _ := bytes.Cut(out, []byte("\n"))
+	if err != nil || !bytes.Contains(line, []byte("version")) {
+		return "", fmt.Errorf("ask %s for its version: %w, %q", program, err, clip(string(line)))
+	}
+	return string(line), nil
+}
+
+// greet opens a session with the agent and closes it.
+func greet(ctx context.Context, m *vm.Machine) error {
+	c, _, err := m.Channel(ctx, nil)
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}
+
+// Boot starts a machine from its kernel.
+func (d *Driver) Boot(ctx context.Context, spec vm.Spec) (*vm.Machine, error) {
+	if err := spec.Check(); err != nil {
+		return nil, fmt.Errorf("boot machine %q: %w", spec.ID, err)
+	}
+	memory, err := memfd("guest", int64(spec.Template.MemoryMiB)<<20)
+	if err != nil {
+		return nil, fmt.Errorf("boot machine %s: %w", spec.ID, err)
+	}
+	defer memory.Close()
+	m, _, err := d.boot(ctx, spec, roleBoot, memory)
+	if err != nil {
+		return nil, fmt.Errorf("boot machine %s: %w", spec.ID, err)
+	}
+	return m, nil
+}
+
+// boot starts a machine from its kernel on given memory.
+func (d *Driver) boot(ctx context.Context, spec vm.Spec, r role, memory *os.File) (*vm.Machine, *monitor, error) {
+	kernel, err := openBlob("kernel", spec.Template.Kernel)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer kernel.Close()
+	initrd, err := openBlob("initrd", spec.Template.Initrd)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer initrd.Close()
+	return d.launch(ctx, launch{
+		spec: spec, role: r, memory: memory, boot: []*os.File{kernel, initrd},
+		begin: func(ctx context.Context, mon *monitor) error { return mon.Resume(ctx) },
+	})
+}
+
+// launch is one start of a QEMU.
+type launch struct {
+	spec     vm.Spec
+	role     role
+	memory   *os.File
+	boot     []*os.File // kernel and initrd
+	template string     // key
+	// begin brings the guest to run.
+	begin func(context.Context, *monitor) error
+}
+
+// launch starts a QEMU and takes its machine. Nothing is left if it fails.
+func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monitor, err error) {
+	dir, err := vm.CreateRunDir(d.config.Run, l.spec.ID)
+	if err != nil {
+		return nil, nil, err
+	}
+	started := &started{dir: dir}
+	defer func() {
+		if err != nil {
+			err = started.undo(ctx, err)
+		}
+	}()
+	c := d.configuration(l)
+	journal, err := vm.NewJournal(l.spec.ID, driverName, c.mark, l.spec.UID)
+	if err != nil {
+		return nil, nil, err
+	}
+	journal.Template = l.template
+	if err := journal.Write(dir.Path); err != nil {
+		return nil, nil, err
+	}
+	if started.process, err = d.start(dir, c, l); err != nil {
+		return nil, nil, err
+	}
+	conn, err := dir.Dial(ctx, vm.MonitorSocket)
+	if err != nil {
+		return nil, nil, err
+	}
+	if started.monitor, err = openMonitor(ctx, conn); err != nil {
+		return nil, nil, err
+	}
+	if err := l.begin(ctx, started.monitor); err != nil {
+		return nil, nil, err
+	}
+	if err := journal.Ready(dir.Path, started.process.Pid); err != nil {
+		return nil, nil, err
+	}
+	m, err := vm.NewMachine(ctx, dir, started.process, started.monitor)
+	if err != nil {
+		return nil, nil, err
+	}
+	return m, started.monitor, nil
+}
+
+// started is what a start has made so far.
+type started struct {
+	dir     *vm.RunDir
+	process *os.Process
+	monitor *monitor
+}
+
+// undo ends what was started and adds to the error what QEMU said.
+func (s *started) undo(ctx context.Context, err error) error {
+	if s.process != nil {
+		_ = s.process.Kill() // at worst it has ended
+		if st, werr := s.process.Wait(); werr == nil && errors.Is(err, errHungUp) {
+			err = fmt.Errorf("%w: %s", err, st)
+		}
+	}
+	if s.monitor != nil {
+		_ = s.monitor.Close()
+	}
+	if said := s.dir.Tail(vm.MonitorLog); said != "" {
+		err = fmt.Errorf("%w: QEMU says %s", err, said)
+	}
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+		err = fmt.Errorf("%w: %w", cause, err)
+	}
+	return errors.Join(err, s.dir.Remove())
+}
+
+func (d *Driver) configuration(l launch) configuration {
+	c := d.shape(l.spec.Template)
+	c.role, c.disks, c.networks = l.role, l.spec.Disks, l.spec.Networks
+	c.mark = "hauberk-" + l.spec.ID + "-" + strings.ToLower(rand.Text()[:12])
+	return c
+}
+
+// shape is the part of a configuration that a template decides.
+func (d *Driver) shape(spec vm.TemplateSpec) configuration {
+	return configuration{
+		accelerator: d.config.Accelerator, commandLine: d.commandLine, cacheMiB: d.config.CacheMiB,
+		memoryMiB: spec.MemoryMiB, cpus: spec.CPUs,
+	}
+}
+
+// start opens what QEMU needs and starts it.
+func (d *Driver) start(dir *vm.RunDir, c configuration, l launch) (*os.Process, error) {
+	var files, ours []*os.File
+	defer func() {
+		for _, f := range ours {
+			f.Close()
+		}
+	}()
+	for _, name := range []string{vm.MonitorSocket, vm.AgentSocket, vm.ConsoleSocket} {
+		f, err := dir.Listen(name)
+		if err != nil {
+			return nil, err
+		}
+		files, ours = append(files, f), append(ours, f)
+	}
+	files = append(append(files, l.memory), l.boot...)
+	fileSize := int64(maxMonitorLog)
+	for _, disk := range c.disks {
+		f, size, err := reopen(disk)
+		if err != nil {
+			return nil, err
+		}
+		files, ours = append(files, f), append(ours, f)
+		if disk.Writable {
+			fileSize = max(fileSize, size)
+		}
+	}
+	for _, n := range c.networks {
+		files = append(files, n.Tap)
+	}
+	output, err := dir.Create(vm.MonitorLog)
+	if err != nil {
+		return nil, err
+	}
+	defer output.Close()
+	return d.jail.Start(jail.Command{
+		Path: program, Args: c.arguments(), Files: files, Output: output,
+		UID: l.spec.UID, GID: l.spec.GID, Groups: d.config.Accelerator.groups(),
+		Limits: jail.Limits{OpenFiles: 256, Processes: 256, FileSize: uint64(fileSize)},
+	})
+}
+
+// reopen opens a disk anew with no more than the rights it needs, so that
+// machines share no file position and a read-only disk is one.
+func reopen(d vm.Disk) (*os.File, int64, error) {
+	flags := os.O_RDONLY
+	if d.Writable {
+		flags = os.O_RDWR
+	}
+	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", d.File.Fd()), flags, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("open disk %q: %w", d.Serial, err)
+	}
+	fi, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, 0, fmt.Errorf("open disk %q: %w", d.Serial, err)
+	}
+	return f, fi.Size(), nil
+}
+
+// memfd makes a file in memory. Anyone who holds it may seal it.
+func memfd(name string, size int64) (*os.File, error) {
+	fd, err := unix.MemfdCreate("hauberk-"+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("make memory file: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memfd:"+name)
+	if err := f.Truncate(size); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("make memory file: %w", err)
+	}
+	return f, nil
+}
+
+// Adopt takes up a machine that outlived whoever started it.
+func (d *Driver) Adopt(ctx context.Context, path string) (*vm.Machine, error) {
+	dir, err := vm.OpenRunDir(path)
+	if err != nil {
+		return nil, fmt.Errorf("adopt machine: %w", err)
+	}
+	// Asked before anything is dialled: a dead machine's sockets answer nobody.
+	if err := vm.CheckAlive(path, driverName); err != nil {
+		return nil, errors.Join(fmt.Errorf("adopt machine in %s: %w", path, err), dir.Close())
+	}
+	var conn *net.UnixConn
+	if conn, err = dir.Dial(ctx, vm.MonitorSocket); err != nil {
+		return nil, errors.Join(fmt.Errorf("adopt machine: %w", err), dir.Close())
+	}
+	mon, err := openMonitor(ctx, conn)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("adopt machine in %s: %w", path, err), dir.Close())
+	}
+	m, err := vm.NewMachine(ctx, dir, nil, mon)
+	if err != nil {
+		return nil, fmt.Errorf("adopt machine: %w", err)
+	}
+	return m, nil
+}
