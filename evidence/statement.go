@@ -230,14 +230,16 @@ func (s Summary) check() error {
 		atMost("reviewers and owners", len(s.Release.Reviewers)+len(s.Release.Owners), maxList))
 }
 
-// predicate is what a statement can say. A predicate checks itself, so that
-// nothing malformed is signed and nothing malformed read.
-type predicate interface {
+// Predicate is what a statement can say.
+type Predicate interface {
 	Provenance | Review | Approval | Summary
-	check() error
 }
 
-func predicateType[P predicate]() string {
+// checkPredicate keeps anything malformed from being signed and from being
+// read. Every Predicate checks itself.
+func checkPredicate(p any) error { return p.(interface{ check() error }).check() }
+
+func predicateType[P Predicate]() string {
 	var p P
 	switch any(p).(type) {
 	case Provenance:
@@ -252,11 +254,11 @@ func predicateType[P predicate]() string {
 
 // SignStatement makes an envelope of an in-toto statement about the image
 // digest ("sha256:…"), which is called name.
-func SignStatement[P predicate](name, digest string, p P, s Signer) (Envelope, error) {
+func SignStatement[P Predicate](name, digest string, p P, s Signer) (Envelope, error) {
 	if !digestPattern.MatchString(digest) {
 		return Envelope{}, fmt.Errorf("sign statement: digest %.80q is not of the form %s", digest, digestPattern)
 	}
-	if err := p.check(); err != nil {
+	if err := checkPredicate(p); err != nil {
 		return Envelope{}, fmt.Errorf("sign %s: %w", predicateType[P](), err)
 	}
 	raw, err := json.Marshal(p)
@@ -275,7 +277,7 @@ func SignStatement[P predicate](name, digest string, p P, s Signer) (Envelope, e
 
 // VerifyStatement returns what a statement about digest says, once one of the
 // keys is found to have signed it.
-func VerifyStatement[P predicate](env Envelope, digest string, keys ...Key) (P, []KeyID, error) {
+func VerifyStatement[P Predicate](env Envelope, digest string, keys ...Key) (P, []KeyID, error) {
 	var p P
 	want := predicateType[P]()
 	if env.PayloadType != StatementType {
@@ -298,7 +300,7 @@ func VerifyStatement[P predicate](env Envelope, digest string, keys ...Key) (P, 
 	if err := strictjson.Decode(st.Predicate, maxStatement, &p); err != nil {
 		return p, nil, fmt.Errorf("parse %s: predicate %w", want, err)
 	}
-	if err := p.check(); err != nil {
+	if err := checkPredicate(p); err != nil {
 		return p, nil, fmt.Errorf("parse %s: %w", want, err)
 	}
 	return p, by, nil
