@@ -66,15 +66,20 @@ func setup() error {
 	machineID, payload := string(spec[2:2+int(spec[1])]), spec[2+int(spec[1]):]
 	syscall.Umask(0)
 	var program *guestproto.Program
+	var pids uint32
+	join, err := syscall.Openat(setupCgroup, "cgroup.procs", syscall.O_WRONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return fail("open", "cgroup.procs", err)
+	}
 	if spec[0] == kindCreate {
 		m, err := guestproto.ParseCreate(payload)
 		if err != nil {
 			return err
 		}
-		if err := enterNew(&m, machineID); err != nil {
+		if err := enterNew(&m, machineID, join); err != nil {
 			return err
 		}
-		program = &m.Program
+		program, pids = &m.Program, m.PidsMax
 	} else {
 		m, err := guestproto.ParseExec(payload)
 		if err != nil {
@@ -86,11 +91,43 @@ func setup() error {
 		program = &m.Program
 	}
 	syscall.Umask(0o022)
-	return become(program, spec[0] == kindCreate)
+	return become(program, spec[0] == kindCreate, func() error {
+		if spec[0] == kindExec {
+			return joinCgroup(join)
+		}
+		return limitProcesses(pids)
+	})
+}
+
+// joinCgroup moves this process into the cgroup whose cgroup.procs is open.
+func joinCgroup(procs int) error {
+	if _, err := syscall.Write(procs, []byte("0")); err != nil {
+		return fail("join", "cgroup", err)
+	}
+	return nil
+}
+
+// limitProcesses limits the container's, this runtime's threads not counted:
+// the exec is about to end them.
+func limitProcesses(most uint32) error {
+	if most == 0 {
+		return nil
+	}
+	fd, err := syscall.Openat(setupCgroup, "pids.max", syscall.O_WRONLY|syscall.O_CLOEXEC, 0)
+	if err == nil {
+		_, err = syscall.Write(fd, strconv.AppendUint(nil, uint64(most), 10))
+	}
+	if err != nil {
+		return fail("limit", "processes", err)
+	}
+	return nil
 }
 
 // enterNew makes the container that this process is the first of.
-func enterNew(m *guestproto.Create, machineID string) error {
+func enterNew(m *guestproto.Create, machineID string, cgroup int) error {
+	if err := joinCgroup(cgroup); err != nil {
+		return err
+	}
 	if err := syscall.Unshare(cloneNewCgroup); err != nil {
 		return fail("leave", "cgroup namespace", err)
 	}
@@ -143,8 +180,9 @@ func enterExisting() error {
 	return nil
 }
 
-// become sheds the agent's rights and execs the program.
-func become(p *guestproto.Program, waits bool) error {
+// become sheds the agent's rights and execs the program. last is done when
+// nothing but that is left to do.
+func become(p *guestproto.Program, waits bool, last func() error) error {
 	who, err := account(p)
 	if err != nil {
 		return err
@@ -171,6 +209,9 @@ func become(p *guestproto.Program, waits bool) error {
 	}
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: openFiles, Max: openFiles}); err != nil {
 		return fail("set limit of", "open files", err)
+	}
+	if err := last(); err != nil {
+		return err
 	}
 	if err := shed(who); err != nil {
 		return err
@@ -213,33 +254,33 @@ func shed(who identity) error {
 	if err := setCaps(caps); err != nil {
 		return fail("drop", "capabilities", err)
 	}
-	if err := setSeccomp(refuseRings()); err != nil {
+	if err := setSeccomp(syscallFilter()); err != nil {
 		return fail("set", "seccomp filter", err)
 	}
 	return nil
 }
 
-// refuseRings refuses, with EPERM, the few system calls that have no place in
-// a container and that no hook of a 6.1 kernel's LSM sees whole: io_uring,
-// kernel keys, userfaultfd, and whatever is not of the 64-bit ABI. What the
-// Guard can refuse and report itself is left to it.
-func refuseRings() []filterInsn {
+// syscallFilter refuses, with EPERM, the few system calls that have no place in
+// a container and that no hook of the kernel's LSM sees: kernel keys,
+// userfaultfd, and whatever is not of the 64-bit ABI. What the Guard can refuse,
+// and report, is left to it.
+func syscallFilter() []filterInsn {
 	const (
 		load, jumpEq, jumpGe, ret = 0x20, 0x15, 0x35, 0x06
 		offNumber, offArch        = 0, 4
 		archX8664, x32            = 0xc000003e, 0x40000000
-		allow, refuse, kill       = 0x7fff0000, 0x00050001, 0x80000000
+		allow, refuse             = 0x7fff0000, 0x00050001
 	)
-	numbers := []uint32{425, 426, 427, 248, 249, 250, 323}
+	numbers := []uint32{248, 249, 250, 323} // add_key, request_key, keyctl, userfaultfd
+	n := uint8(len(numbers))
 	f := []filterInsn{
 		{load, 0, 0, offArch},
-		{jumpEq, 1, 0, archX8664},
-		{ret, 0, 0, kill},
+		{jumpEq, 0, n + 3, archX8664},
 		{load, 0, 0, offNumber},
-		{jumpGe, uint8(len(numbers) + 1), 0, x32},
+		{jumpGe, n + 1, 0, x32},
 	}
-	for i, n := range numbers {
-		f = append(f, filterInsn{jumpEq, uint8(len(numbers) - i), 0, n})
+	for i, number := range numbers {
+		f = append(f, filterInsn{jumpEq, n - uint8(i), 0, number})
 	}
 	return append(f, filterInsn{ret, 0, 0, allow}, filterInsn{ret, 0, 0, refuse})
 }

@@ -15,16 +15,17 @@ import (
 //  1. PID 1 calls syscall.ForkExec("/init") (a vfork by clone or clone3, one
 //     exec) with HAUBERK_STAGE=setup in the environment: the setup stage. It is
 //     the agent's own inode, from the initramfs (rootfs, or a bind of it).
-//     For a container the clone carries NEWPID|NEWNS|NEWUTS|NEWIPC and
-//     INTO_CGROUP; for an exec into a container the child is cloned into the
-//     container's PID namespace (PID 1 points its pid_for_children there for
-//     the moment of the clone) and cgroup, and joins the other namespaces
-//     itself by setns on a pidfd.
+//     For a container the clone carries NEWPID|NEWNS|NEWUTS|NEWIPC; for an exec
+//     into a container the child is cloned into the container's PID namespace
+//     (PID 1 points its pid_for_children there for the moment of the clone),
+//     and joins the other namespaces itself by setns on a pidfd.
 //  2. The setup stage is trusted code on untrusted data. It mounts, pivots into
 //     the container's overlay root, writes /etc/hosts and the like, opens a
 //     terminal, drops capabilities, sets no_new_privs and its uid, waits for
 //     Start if it is a container's first process, and calls execve(2) once on
-//     the workload's program. It never forks.
+//     the workload's program. It never forks. It moves itself into the
+//     container's cgroup, at the start for a container and at the end for an
+//     exec: a limit on processes must not hit the threads of this runtime.
 //
 // So, in labels:
 //
@@ -53,7 +54,8 @@ const (
 const (
 	setupSocket    = 3 // words to and from PID 1
 	setupSpec      = 4 // a memfd: kind, length and bytes of the machine id, request's payload
-	setupContainer = 5 // of an exec: pidfd of the container's first process
+	setupCgroup    = 5 // directory of the container's cgroup
+	setupContainer = 6 // of an exec: pidfd of the container's first process
 )
 
 // Kinds of setup.
@@ -162,7 +164,8 @@ func (a *agent) start(request uint32, payload []byte) error {
 
 func cgroupOf(id uint32) string { return cgroupDir + "/c" + strconv.FormatUint(uint64(id), 10) }
 
-// makeCgroup makes the cgroup of a container, with its limits.
+// makeCgroup makes the cgroup of a container. The setup stage limits its
+// processes.
 func (p *process) makeCgroup(m *guestproto.Create) (err error) {
 	dir := cgroupOf(p.id)
 	if err := syscall.Mkdir(dir, 0o755); err != nil {
@@ -170,11 +173,6 @@ func (p *process) makeCgroup(m *guestproto.Create) (err error) {
 	}
 	if p.cgroup, err = syscall.Open(dir, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
 		return fail("open cgroup", dir, err)
-	}
-	if m.PidsMax > 0 {
-		if err := writeFile(dir+"/pids.max", strconv.FormatUint(uint64(m.PidsMax), 10)); err != nil {
-			return err
-		}
 	}
 	if m.MemoryMax > 0 {
 		if err := writeFile(dir+"/memory.max", strconv.FormatUint(m.MemoryMax, 10)); err != nil {
@@ -189,12 +187,12 @@ func (p *process) makeCgroup(m *guestproto.Create) (err error) {
 
 // spawn starts the setup stage of p.
 func (a *agent) spawn(p *process, s spawning) error {
-	var child [6]int // the child's standard three, its socket, the spec, the container
+	var child [5]int // the child's standard three, its socket, the spec
 	for i := range child {
 		child[i] = -1
 	}
 	defer func() {
-		for i := range child[:5] {
+		for i := range child {
 			closeFD(&child[i])
 		}
 	}()
@@ -210,14 +208,15 @@ func (a *agent) spawn(p *process, s spawning) error {
 	if child[setupSpec], err = a.writeSpec(s); err != nil {
 		return err
 	}
-	files := make([]uintptr, 0, len(child))
-	for _, fd := range child[:5] {
+	files := make([]uintptr, 0, len(child)+2)
+	for _, fd := range child {
 		files = append(files, uintptr(fd))
 	}
+	files = append(files, uintptr(s.cgroup))
 	if s.container != nil {
 		files = append(files, uintptr(s.container.pidfd))
 	}
-	attr := &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: s.cgroup, PidFD: &p.pidfd, Setsid: true}
+	attr := &syscall.SysProcAttr{PidFD: &p.pidfd, Setsid: true}
 	if s.kind == kindCreate {
 		attr.Cloneflags = syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC
 	} else if err := setns(s.container.pidfd, syscall.CLONE_NEWPID); err != nil {
@@ -240,7 +239,7 @@ func (a *agent) spawn(p *process, s spawning) error {
 
 // openStdio makes the pipes of a process. One with a terminal gets nothing for
 // now; its setup stage opens the terminal and sends the master.
-func (p *process) openStdio(child *[6]int, tty bool) error {
+func (p *process) openStdio(child *[5]int, tty bool) error {
 	if tty {
 		for i := range 3 {
 			fd, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)

@@ -1,4 +1,4 @@
-package guest
+package guard
 
 import "syscall"
 
@@ -20,15 +20,14 @@ func openPath(dir int, path string, flags int) (int, error) {
 	return fd, err
 }
 
-// walk follows a container's path from the container's root as the kernel
-// would for a process in it, and shows every object on the way to step: which
-// directory it was found in, its own descriptor and name. step keeps or closes
-// fd; dir belongs to walk. It ends at the last object, or where a name is not
-// there: then absent is called with the directory and the name instead.
+// walker follows a container's path from the container's root as the kernel
+// would for a process in it. It shows every object on the way to step, which
+// keeps or closes fd, and the last name to name, with the directory it is or
+// would be in; dir stays walker's.
 type walker struct {
-	root   int
-	step   func(fd int, last bool) error
-	absent func(dir int, name string) error
+	root int
+	step func(fd int, last bool) error
+	name func(dir int, name string, there bool) error
 }
 
 func (w *walker) walk(path string) error {
@@ -63,7 +62,7 @@ func (w *walker) walk(path string) error {
 		}
 		fd, err := openPath(dir, name, syscall.O_NOFOLLOW)
 		if err == syscall.ENOENT {
-			return w.absent(dir, name)
+			return w.name(dir, name, false)
 		}
 		if err != nil {
 			return err
@@ -91,6 +90,10 @@ func (w *walker) walk(path string) error {
 			continue
 		}
 		if last {
+			if err := w.name(dir, name, true); err != nil {
+				syscall.Close(fd)
+				return err
+			}
 			return w.step(fd, true)
 		}
 		if !isDir {
@@ -194,6 +197,7 @@ func (n *next) meaning(fd int) (*meaning, error) {
 }
 
 // protect marks what a path leads to, and keeps what leads there in place.
+// The last name has the rule too: whatever comes to bear it is protected.
 func (n *next) protect(root int, f fileRule) error {
 	rule := stronger(f.write, f.read)
 	w := walker{root: root}
@@ -208,86 +212,94 @@ func (n *next) protect(root int, f fileRule) error {
 		}
 		return nil
 	}
-	w.absent = func(dir int, name string) error {
+	w.name = func(dir int, name string, there bool) error {
+		why := byte(absentName)
 		if len(name) >= nameSize {
-			n.absent = append(n.absent, absent{rule, absentLost})
-			return nil
-		}
-		fd, err := openPath(dir, ".", 0)
-		if err != nil {
+			why = absentLost
+		} else if err := n.protectName(dir, name, f); err != nil {
 			return err
 		}
-		m, err := n.meaning(fd)
-		if err != nil {
-			return err
+		if !there {
+			n.absent = append(n.absent, absent{rule, why})
 		}
-		if m.names == 0 {
-			m.names = uint32(len(n.names)) + 1
-		}
-		key := nameKey(m.names, name)
-		n.names[key] = stronger(n.names[key], rule)
-		n.absent = append(n.absent, absent{rule, absentName})
 		return nil
 	}
-	err := w.walk(f.path)
-	if err == syscall.ENOTDIR || err == syscall.ELOOP || err == syscall.ENAMETOOLONG {
+	return n.lost(rule, w.walk(f.path))
+}
+
+func (n *next) protectName(dir int, name string, f fileRule) error {
+	fd, err := openPath(dir, ".", 0)
+	if err != nil {
+		return err
+	}
+	m, err := n.meaning(fd)
+	if err != nil {
+		return err
+	}
+	if m.names == 0 {
+		n.sets++
+		m.names = n.sets
+	}
+	var key [4 + nameSize]byte
+	put32(key[:], m.names)
+	copy(key[4:], name)
+	rules := n.names[string(key[:])]
+	n.names[string(key[:])] = [2]uint32{stronger(rules[0], f.write), stronger(rules[1], f.read)}
+	return nil
+}
+
+// lost notes a rule whose path leads nowhere; other errors stay errors.
+func (n *next) lost(rule uint32, err error) error {
+	switch err {
+	case syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG:
 		n.absent = append(n.absent, absent{rule, absentLost})
 		return nil
 	}
 	return err
 }
 
-func nameKey(set uint32, name string) string {
-	var buf [4 + nameSize]byte
-	put32(buf[:], set)
-	copy(buf[4:], name)
-	return string(buf[:])
-}
-
 // list denies the program a path leads to: the object seen through the
-// overlay, and the one of the image below it, which hard links share.
-func (n *next) list(root int, d programRule) error {
-	w := walker{root: root, absent: func(int, string) error {
-		n.absent = append(n.absent, absent{d.rule, absentLost})
-		return nil
-	}}
+// overlay, and the one in the image below it, which hard links share.
+func (n *next) list(root guardedRoot, d programRule) error {
+	var found bool
+	w := walker{root: root.overlay, name: func(int, string, bool) error { return nil }}
 	w.step = func(fd int, last bool) error {
 		if !last {
-			syscall.Close(fd)
-			return nil
+			return syscall.Close(fd)
 		}
-		for _, image := range n.g.below(fd) {
-			n.listed[image] = stronger(n.listed[image], d.rule)
-		}
+		found = true
 		m, err := n.meaning(fd)
-		if err != nil {
-			return err
+		if err == nil {
+			m.exec = stronger(m.exec, d.rule)
 		}
-		m.exec = stronger(m.exec, d.rule)
+		return err
+	}
+	if err := n.lost(d.rule, w.walk(d.path)); err != nil {
+		return err
+	}
+	w.root, w.step = root.image, func(fd int, last bool) error {
+		defer syscall.Close(fd)
+		if last {
+			found = true
+			return n.listImage(root.device, fd, d.rule)
+		}
 		return nil
 	}
-	err := w.walk(d.path)
-	if err == syscall.ENOTDIR || err == syscall.ELOOP || err == syscall.ENAMETOOLONG {
+	err := n.lost(d.rule, w.walk(d.path))
+	if err == nil && !found {
 		n.absent = append(n.absent, absent{d.rule, absentLost})
-		return nil
 	}
 	return err
 }
 
-// below gives the keys of the listed map for the image's inode under an
-// overlay's. Without an index the overlay shows the number of the inode below,
-// which erofs never reuses.
-func (g *guard) below(fd int) (keys []string) {
+// listImage denies an inode of the image. In erofs stat shows the number the
+// kernel uses, and it is never given to another.
+func (n *next) listImage(device uint32, fd int, rule uint32) error {
 	var st syscall.Stat_t
-	if syscall.Fstat(fd, &st) != nil {
-		return nil
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return err
 	}
-	for dev := range g.images {
-		var buf [16]byte
-		put32(buf[:], dev)
-		put32(buf[8:], uint32(st.Ino))
-		put32(buf[12:], uint32(st.Ino>>32))
-		keys = append(keys, string(buf[:]))
-	}
-	return keys
+	key := string(append64(append32(append32(nil, device), 0), st.Ino))
+	n.listed[key] = stronger(n.listed[key], rule)
+	return nil
 }

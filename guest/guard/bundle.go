@@ -1,4 +1,4 @@
-package guest
+package guard
 
 import (
 	"strconv"
@@ -144,8 +144,7 @@ func (c *cursor) program(maps uint32) bundleProgram {
 // checkKernel refuses a bundle that was linked for another kernel: its
 // offsets would read the wrong memory.
 func (b *bundle) checkKernel() error {
-	var buf [4096]byte
-	notes, err := readFile("/sys/kernel/notes", buf[:])
+	notes, err := readNotes()
 	if err != nil {
 		return err
 	}
@@ -153,6 +152,21 @@ func (b *bundle) checkKernel() error {
 		return fail("load guard linked for kernel "+strconv.Quote(b.kernel)+" into", strconv.Quote(id), syscall.ENOEXEC)
 	}
 	return nil
+}
+
+func readNotes() ([]byte, error) {
+	const path = "/sys/kernel/notes"
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fail("open", path, err)
+	}
+	defer syscall.Close(fd)
+	buf := make([]byte, 4096)
+	n, err := syscall.Read(fd, buf)
+	if err != nil {
+		return nil, fail("read", path, err)
+	}
+	return buf[:n], nil
 }
 
 // buildID finds the GNU build id among ELF notes and gives it in hexadecimal.

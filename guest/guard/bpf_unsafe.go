@@ -1,4 +1,4 @@
-package guest
+package guard
 
 import (
 	"runtime"
@@ -11,15 +11,14 @@ import (
 const (
 	sysBPF = 321
 
-	bpfMapCreate     = 0
-	bpfMapUpdate     = 2
-	bpfMapDelete     = 3
-	bpfProgLoad      = 5
-	bpfObjectInfo    = 15
-	bpfBTFLoad       = 18
-	bpfLinkCreate    = 28
-	bpfMapLookup     = 1
-	sizeOfCreateAttr = 72
+	bpfMapCreate  = 0
+	bpfMapUpdate  = 2
+	bpfMapDelete  = 3
+	bpfProgLoad   = 5
+	bpfObjectInfo = 15
+	bpfBTFLoad    = 18
+	bpfLinkCreate = 28
+	bpfMapLookup  = 1
 )
 
 type mapCreateAttr struct {

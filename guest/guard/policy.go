@@ -1,4 +1,4 @@
-package guest
+package guard
 
 import (
 	"strconv"
@@ -19,6 +19,8 @@ const (
 	kindOverlay = 1
 	kindAgent   = 2
 	denies      = 1 << 31
+
+	atCwd = -100
 )
 
 type fileRule struct {
@@ -70,16 +72,16 @@ func parsePolicy(b []byte) (*policy, error) {
 	return p, nil
 }
 
-// object is an inode by its numbers, to find one that two paths lead to. The
-// agent holds a descriptor of each, so a number is not given away meanwhile.
-type object struct{ dev, ino uint64 }
-
-// mark is what the kernel keeps beside an inode.
+// mark is what the kernel keeps beside an inode. The agent holds a descriptor
+// of each, for the mark goes when the inode leaves memory.
 type mark struct {
 	fd   int
-	kind uint64
+	id   uint32
+	kind uint32
 	slot [2]meaning
 }
+
+const markSize = 72 // struct mark of guard/bpf/policy.h
 
 type meaning struct {
 	generation                       uint64
@@ -87,7 +89,7 @@ type meaning struct {
 }
 
 func (m *mark) bytes(b []byte) []byte {
-	b = append64(b, m.kind)
+	b = append32(append32(b, m.kind), m.id)
 	for _, s := range m.slot {
 		b = append64(b, s.generation)
 		for _, v := range [...]uint32{s.write, s.read, s.exec, s.anchor, s.names, 0} {
@@ -97,14 +99,10 @@ func (m *mark) bytes(b []byte) []byte {
 	return b
 }
 
-// guardPolicy puts a policy in force: everything it needs is made beside the
+// Policy puts a policy in force: everything it needs is made beside the
 // one in force, then one pointer changes, and the kernel waits until nothing
 // reads the old one. The reply lists rules of which a path was not there.
-func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
-	g := theGuard
-	if g == nil {
-		return nil, syscall.ENOSYS
-	}
+func (g *Guard) Policy(generation uint64, blob []byte) (reply []byte, err error) {
 	p, err := parsePolicy(blob)
 	if err != nil {
 		return nil, err
@@ -119,7 +117,7 @@ func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
 }
 
 // apply makes blob the policy in force.
-func (g *guard) apply(blob []byte) (reply []byte, err error) {
+func (g *Guard) apply(blob []byte) (reply []byte, err error) {
 	p, err := parsePolicy(blob)
 	if err != nil {
 		return nil, err
@@ -155,12 +153,13 @@ const (
 
 // next is a policy on its way.
 type next struct {
-	g      *guard
+	g      *Guard
 	p      *policy
 	slot   uint32
-	names  map[string]uint32 // key of the names map -> rule
-	listed map[string]uint32 // key of the listed map -> rule
+	names  map[string][2]uint32 // key of the names map -> rules against writing, reading
+	listed map[string]uint32    // key of the listed map -> rule
 	absent []absent
+	sets   uint32
 	opened []int // descriptors of inner maps
 	inner  struct{ policy, egress, names, listed int }
 }
@@ -173,13 +172,13 @@ func (n *next) close() {
 }
 
 func (n *next) prepare() error {
-	n.names, n.listed = map[string]uint32{}, map[string]uint32{}
+	n.names, n.listed = map[string][2]uint32{}, map[string]uint32{}
 	for _, m := range n.g.marks {
 		m.slot[n.slot] = meaning{} // left by a policy that did not get through
 	}
 	for _, root := range n.g.roots {
 		for _, f := range n.p.files {
-			if err := n.protect(root, f); err != nil {
+			if err := n.protect(root.overlay, f); err != nil {
 				return fail("protect", strconv.Quote(f.path), err)
 			}
 		}
@@ -217,11 +216,24 @@ func (n *next) fillMaps() (err error) {
 			return fail("allow", "destination", err)
 		}
 	}
-	if n.inner.names, err = n.fill("names", n.names); err != nil {
+	if n.inner.names, err = n.create("names", len(n.names)); err != nil {
 		return err
 	}
-	n.inner.listed, err = n.fill("listed", n.listed)
-	return err
+	for key, rules := range n.names {
+		value := append32(append32(nil, rules[0]), rules[1])
+		if err := updateMap(n.inner.names, []byte(key), value); err != nil {
+			return fail("protect", "name", err)
+		}
+	}
+	if n.inner.listed, err = n.create("listed", len(n.listed)); err != nil {
+		return err
+	}
+	for key, rule := range n.listed {
+		if err := updateMap(n.inner.listed, []byte(key), append32(nil, rule)); err != nil {
+			return fail("deny", "program", err)
+		}
+	}
+	return nil
 }
 
 // create makes an inner map for the outer map of that name.
@@ -233,21 +245,6 @@ func (n *next) create(name string, entries int) (int, error) {
 		return -1, fail("create guard map", name, err)
 	}
 	n.opened = append(n.opened, fd)
-	return fd, nil
-}
-
-func (n *next) fill(name string, entries map[string]uint32) (int, error) {
-	fd, err := n.create(name, len(entries))
-	if err != nil {
-		return -1, err
-	}
-	for key, rule := range entries {
-		var value [4]byte
-		put32(value[:], rule)
-		if err := updateMap(fd, []byte(key), value[:]); err != nil {
-			return -1, fail("fill guard map", name, err)
-		}
-	}
 	return fd, nil
 }
 
@@ -274,8 +271,8 @@ func (n *next) swap() error {
 }
 
 // forget drops what only the last policy marked.
-func (g *guard) forget() {
-	for o, m := range g.marks {
+func (g *Guard) forget() {
+	for id, m := range g.marks {
 		m.slot[1-g.slot] = meaning{}
 		if m.kind != 0 || m.slot[g.slot].generation != 0 {
 			_ = g.write(m)
@@ -285,35 +282,47 @@ func (g *guard) forget() {
 		put32(key[:], uint32(m.fd))
 		_ = deleteMap(g.maps["marks"].fd, key[:])
 		syscall.Close(m.fd)
-		delete(g.marks, o)
+		delete(g.marks, id)
 	}
 }
 
-func (g *guard) write(m *mark) error {
+func (g *Guard) write(m *mark) error {
 	var key [4]byte
 	var buf [128]byte
 	put32(key[:], uint32(m.fd))
 	return updateMap(g.maps["marks"].fd, key[:], m.bytes(buf[:0]))
 }
 
-// take gives the mark of the object behind fd, and fd to the mark.
-func (g *guard) take(fd int) (*mark, error) {
-	var st syscall.Stat_t
-	if err := syscall.Fstat(fd, &st); err != nil {
+// take gives the mark of the object behind fd, and fd to the mark. The object
+// itself says which it is: numbers would not do, for the overlay shows one
+// number for several of its inodes.
+func (g *Guard) take(fd int) (*mark, error) {
+	var key [4]byte
+	var value [markSize]byte
+	put32(key[:], uint32(fd))
+	switch err := lookupMap(g.maps["marks"].fd, key[:], value[:]); err {
+	case nil:
+		c := &cursor{b: value[4:8]}
+		if m := g.marks[c.u32()]; m != nil {
+			syscall.Close(fd)
+			return m, nil
+		}
+	case syscall.ENOENT:
+	default:
 		syscall.Close(fd)
 		return nil, err
 	}
-	o := object{st.Dev, st.Ino}
-	if m := g.marks[o]; m != nil {
+	g.lastMark++
+	m := &mark{fd: fd, id: g.lastMark}
+	if err := g.write(m); err != nil {
 		syscall.Close(fd)
-		return m, nil
+		return nil, err
 	}
-	m := &mark{fd: fd}
-	g.marks[o] = m
+	g.marks[m.id] = m
 	return m, nil
 }
 
-func (g *guard) setKind(fd int, kind uint64) error {
+func (g *Guard) setKind(fd int, kind uint32) error {
 	m, err := g.take(fd)
 	if err != nil {
 		return err
@@ -324,8 +333,8 @@ func (g *guard) setKind(fd int, kind uint64) error {
 
 // markAgent lets a child of the agent run the agent's own program and stay
 // what it is.
-func (g *guard) markAgent() error {
-	fd, err := openPath(-100, "/proc/self/exe", 0)
+func (g *Guard) markAgent() error {
+	fd, err := openPath(atCwd, "/proc/self/exe", 0)
 	if err == nil {
 		err = g.setKind(fd, kindAgent)
 	}
