@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -205,11 +206,22 @@ func (d *document) apply(ctx context.Context) (string, error) {
 		return "", err
 	case created:
 		return "created", nil
-	case before.GetResourceVersion() == after.GetResourceVersion():
+	case sameContent(before, after):
 		return "unchanged", nil
 	default:
 		return "configured", nil
 	}
+}
+
+// sameContent compares what people see of an object; who manages which field
+// may change without a change of the object.
+func sameContent(a, b *unstructured.Unstructured) bool {
+	a, b = a.DeepCopy(), b.DeepCopy()
+	for _, o := range []*unstructured.Unstructured{a, b} {
+		o.SetManagedFields(nil)
+		o.SetResourceVersion("")
+	}
+	return equality.Semantic.DeepEqual(a, b)
 }
 
 // Remove deletes the objects of a manifest, the last first. It does not wait

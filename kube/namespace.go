@@ -12,6 +12,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metainternal "k8s.io/apimachinery/pkg/apis/meta/internalversion"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/registry/generic/registry"
@@ -34,6 +36,14 @@ func prepareNamespace(obj, old runtime.Object) {
 	}
 	ns.Spec.Finalizers = []corev1.FinalizerName{corev1.FinalizerKubernetes}
 	ns.Status = corev1.NamespaceStatus{Phase: corev1.NamespaceActive}
+}
+
+func namespaceAttributes(obj runtime.Object) (labels.Set, fields.Set, error) {
+	l, f, err := storage.DefaultClusterScopedAttr(obj)
+	if ns, ok := obj.(*corev1.Namespace); ok && err == nil {
+		f["status.phase"] = string(ns.Status.Phase)
+	}
+	return l, f, err
 }
 
 // addNamespaces adds the storage of namespaces and of the parts of one.

@@ -47,7 +47,7 @@ func resources() []resource {
 		return resource{object: obj, list: list, group: admissionv1.GroupName, plural: plural, singular: singular, cluster: true, prepare: prepareGeneration, check: check}
 	}
 	return []resource{
-		{object: &corev1.Namespace{}, list: &corev1.NamespaceList{}, plural: "namespaces", singular: "namespace", short: []string{"ns"}, cluster: true, name: validation.ValidateNamespaceName, prepare: prepareNamespace, table: namespaceTable},
+		{object: &corev1.Namespace{}, list: &corev1.NamespaceList{}, plural: "namespaces", singular: "namespace", short: []string{"ns"}, cluster: true, name: validation.ValidateNamespaceName, prepare: prepareNamespace, table: namespaceTable, attributes: namespaceAttributes},
 		{object: &corev1.ConfigMap{}, list: &corev1.ConfigMapList{}, plural: "configmaps", singular: "configmap", short: []string{"cm"}, check: checkConfigMap, table: configMapTable},
 		{object: &corev1.Secret{}, list: &corev1.SecretList{}, plural: "secrets", singular: "secret", prepare: prepareSecret, check: checkSecret, table: secretTable, attributes: secretAttributes},
 		{object: &corev1.ServiceAccount{}, list: &corev1.ServiceAccountList{}, plural: "serviceaccounts", singular: "serviceaccount", short: []string{"sa"}, name: validation.ValidateServiceAccountName},

@@ -339,7 +339,7 @@ func (s *Store) Record(ctx context.Context, about Object, warning bool, reason, 
 	}
 	now := time.Now()
 	err = s.live.Create(ctx, &corev1.Event{
-		ObjectMeta: metav1.ObjectMeta{Namespace: about.GetNamespace(), GenerateName: about.GetName() + "."},
+		ObjectMeta: metav1.ObjectMeta{Namespace: about.GetNamespace(), Name: fmt.Sprintf("%.200s.%x", about.GetName(), now.UnixNano())},
 		InvolvedObject: corev1.ObjectReference{
 			APIVersion: gvk.GroupVersion().String(), Kind: gvk.Kind, Namespace: about.GetNamespace(), Name: about.GetName(),
 			UID: about.GetUID(), ResourceVersion: about.GetResourceVersion(),

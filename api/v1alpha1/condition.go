@@ -30,6 +30,8 @@ type Standing struct {
 // Stander is any resource of this package.
 //
 // +kubebuilder:object:generate=false
+//
+// +kubebuilder:object:generate=false
 type Stander interface {
 	metav1.Object
 	// Stands returns the standing of the resource, to read or to change.

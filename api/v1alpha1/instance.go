@@ -35,7 +35,7 @@ type Instance struct {
 // InstanceSpec is what was ordered. Only guardGeneration changes after that,
 // and the ticket, which is signed again before it expires.
 //
-// +kubebuilder:validation:XValidation:rule="self.workload == oldSelf.workload && self.application == oldSelf.application && self.node == oldSelf.node && self.digest == oldSelf.digest && self.repository == oldSelf.repository && self.address == oldSelf.address && self.identity == oldSelf.identity",message="only guardGeneration and the ticket of an instance change; anything else is a new instance"
+// +kubebuilder:validation:XValidation:rule="self.workload == oldSelf.workload && self.application == oldSelf.application && self.node == oldSelf.node && self.digest == oldSelf.digest && self.repository == oldSelf.repository && self.address == oldSelf.address && self.identity == oldSelf.identity && self.launch == oldSelf.launch",message="only guardGeneration and the ticket of an instance change; anything else is a new instance"
 type InstanceSpec struct {
 	// Workload the instance belongs to, in the same namespace.
 	// +kubebuilder:validation:MinLength=1

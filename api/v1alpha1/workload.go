@@ -59,6 +59,9 @@ type WorkloadStatus struct {
 	// GuardGeneration is the newest policy generation meant for the instances.
 	// +optional
 	GuardGeneration int64 `json:"guardGeneration,omitempty"`
+	// GuardDigest names the content of those policies.
+	// +optional
+	GuardDigest string `json:"guardDigest,omitempty"`
 }
 
 // WorkloadList is a list of workloads.
