@@ -202,24 +202,12 @@ func (d *Deployer) Build(ctx context.Context, x *Example, img build.Image) (buil
 	}
 	built, err := build.Build(ctx, build.Spec{
 		Dir: x.Dir, Image: img, Output: filepath.Join(d.Layouts, fileName(img.Name)),
-		Source: src, Modified: modified, Builder: x.builder(img.Application), Signer: signer,
+		Source: src, Modified: modified, Builder: x.Recipe.Builder, Signer: signer,
 	})
 	return built, end(err)
 }
 
 func fileName(image string) string { return strings.NewReplacer("/", "_", ":", "_").Replace(image) }
-
-// builder is the SLSA builder id that the policies of an application accept.
-func (x *Example) builder(application string) string {
-	for _, d := range x.docs {
-		if d.Kind == "ReleasePolicy" && len(d.Spec.Builders) > 0 {
-			if slices.Contains(d.Spec.Applications, application) || slices.Contains(d.Spec.Applications, "*") {
-				return d.Spec.Builders[0]
-			}
-		}
-	}
-	return ""
-}
 
 // sign puts the review and the approval beside the provenance.
 func (d *Deployer) sign(x *Example, img build.Image, built build.Built) error {

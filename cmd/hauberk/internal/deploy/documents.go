@@ -23,10 +23,8 @@ type document struct {
 		Namespace string `yaml:"namespace"`
 	} `yaml:"metadata"`
 	Spec struct {
-		Accounts     []account `yaml:"accounts"`
-		Applications []string  `yaml:"applications"`
-		Builders     []string  `yaml:"builders"`
-		Ports        []struct {
+		Accounts []account `yaml:"accounts"`
+		Ports    []struct {
 			Port     int    `yaml:"port"`
 			Protocol string `yaml:"protocol"`
 			Publish  int    `yaml:"publish"`

@@ -1,0 +1,91 @@
+// Command tally runs go test -json, shows what happens as it happens, and
+// counts it.
+//
+// Several runs are recorded into one file; the sum over them fails if anything
+// failed, if nothing ran, or if a test that must run was skipped or is gone.
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+)
+
+func main() {
+	if err := run(os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		if !errors.Is(err, errFailed) { // told, above the line that counts
+			fmt.Fprintln(os.Stderr, "tally:", err)
+		}
+		os.Exit(1)
+	}
+}
+
+// errFailed means that the tests failed and that this has been told.
+var errFailed = errors.New("tests failed")
+
+func run(args []string, stdout, stderr io.Writer) error {
+	f := flag.NewFlagSet("tally", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	record := f.String("record", "", "file that events are appended to")
+	sum := f.Bool("sum", false, "count the record instead of running a command")
+	must := f.String("must", "", "with -sum: file of tests that must have passed, one \"package test\" a line")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	switch {
+	case *record == "":
+		return errors.New("name a -record")
+	case *sum:
+		return total(*record, *must, stdout)
+	case f.NArg() == 0:
+		return errors.New("name a command: tally -record FILE -- go test -json ./...")
+	}
+	file, err := os.OpenFile(*record, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	return watch(exec.Command(f.Arg(0), f.Args()[1:]...), file, stdout, stderr)
+}
+
+// watch runs a command and tells of each package as it ends.
+func watch(cmd *exec.Cmd, record, stdout, stderr io.Writer) error {
+	cmd.Stderr = stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	c := newCount()
+	c.told = stdout
+	readErr := c.read(io.TeeReader(out, record))
+	if readErr != nil { // let the command end, whatever it goes on to say
+		_, _ = io.Copy(io.Discard, out)
+	}
+	return errors.Join(cmd.Wait(), readErr)
+}
+
+// total reads a record and prints the line that counts.
+func total(record, must string, stdout io.Writer) error {
+	f, err := os.Open(record)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	c := newCount()
+	if err := c.read(f); err != nil {
+		return err
+	}
+	var required []test
+	if must != "" {
+		if required, err = readMust(must); err != nil {
+			return err
+		}
+	}
+	return c.report(stdout, required)
+}
