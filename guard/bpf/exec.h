@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//
+// What may run: programs, executable mappings, executable memory.
+#ifndef EXEC_H
+#define EXEC_H
+
+#include "event.h"
+
+enum origin {
+	FROM_IMAGE,
+	FROM_CHANGE,    /* added or changed since the image: the upper layer */
+	FROM_ELSEWHERE, /* another file system: tmpfs, memfd, a volume, proc */
+	FROM_UNLINKED,
+};
+
+/* Why executable memory was refused. */
+enum memory {
+	MEMORY_ANONYMOUS = 1,
+	MEMORY_WRITABLE, /* writable and executable at once */
+	MEMORY_WRITTEN,  /* a mapped file's page was written before */
+	MEMORY_PROC,     /* writing memory through /proc/PID/mem */
+	MEMORY_PERSONA,  /* personality that makes every page executable */
+};
+
+static __always_inline bool is_image(__u32 dev)
+{
+	return bpf_map_lookup_elem(&images, &dev) != NULL;
+}
+
+/* Where the inode comes from, and its identity below the overlay. */
+static __always_inline enum origin origin_of(struct inode *inode, struct object *o)
+{
+	struct super_block *sb = inode->i_sb;
+	struct ovl_inode *ovl;
+	struct inode *lower;
+	struct mark *root;
+
+	if (!inode->i_nlink)
+		return FROM_UNLINKED;
+	if (sb->s_magic == EROFS_MAGIC) {
+		o->dev = sb->s_dev;
+		o->ino = inode->i_ino;
+		return is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
+	}
+	root = bpf_inode_storage_get(&marks, sb->s_root->d_inode, 0, 0);
+	if (!root || root->kind != KIND_OVERLAY)
+		return FROM_ELSEWHERE;
+	ovl = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
+	if (BPF_CORE_READ(ovl, __upperdentry))
+		return FROM_CHANGE;
+	lower = BPF_CORE_READ(ovl, lowerpath.dentry, d_inode);
+	if (!lower)
+		return FROM_ELSEWHERE;
+	o->dev = BPF_CORE_READ(lower, i_sb, s_dev);
+	o->ino = BPF_CORE_READ(lower, i_ino);
+	return is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
+}
+
+static __always_inline __u32 listed_ref(const struct policy *p, struct inode *inode, const struct object *o)
+{
+	__u32 slot = p->slot & 1, *ref;
+	struct mark *m;
+	void *inner;
+
+	m = bpf_inode_storage_get(&marks, inode, 0, 0);
+	if (m && m->slot[slot].generation == p->generation && m->slot[slot].exec)
+		return m->slot[slot].exec;
+	inner = bpf_map_lookup_elem(&listed, &slot);
+	ref = inner && o->ino ? bpf_map_lookup_elem(inner, o) : NULL;
+	return ref ? *ref : 0;
+}
+
+/* Whether the code in a file may run. */
+static __always_inline int check_code(const struct policy *p, struct file *file, struct about *a)
+{
+	struct inode *inode = file->f_inode;
+	struct object o = {};
+	enum origin from = origin_of(inode, &o);
+	int err = 0;
+
+	if (p->listed) {
+		__u32 op = a->op;
+
+		a->op = OP_LISTED;
+		err = decide(p, listed_ref(p, inode, &o), a);
+		a->op = op;
+	}
+	if (!err && from != FROM_IMAGE) {
+		a->why = from;
+		err = decide(p, p->rule[ON_ORIGIN], a);
+	}
+	return err;
+}
+
+static __always_inline bool is_agent_program(struct inode *inode)
+{
+	struct mark *m = bpf_inode_storage_get(&marks, inode, 0, 0);
+
+	return m && m->kind == KIND_AGENT;
+}
+
+/* Whether standard input, output or error will be a network socket. */
+static __always_inline bool on_socket(void)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
+	unsigned long *cloexec = BPF_CORE_READ(fdt, close_on_exec), closing = 0;
+	struct file **fds = BPF_CORE_READ(fdt, fd), *file;
+
+	bpf_probe_read_kernel(&closing, sizeof(closing), cloexec);
+	for (int i = 0; i < 3; i++) {
+		struct socket *sock;
+		unsigned short family;
+
+		file = NULL;
+		if (closing & (1ul << i) || bpf_probe_read_kernel(&file, sizeof(file), fds + i) || !file)
+			continue;
+		if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
+			continue;
+		sock = BPF_CORE_READ(file, private_data);
+		family = BPF_CORE_READ(sock, sk, __sk_common.skc_family);
+		if (family == AF_INET || family == AF_INET6)
+			return true;
+	}
+	return false;
+}
+
+/* Asked for a script and again for its interpreter. */
+SEC("lsm/bprm_check_security")
+int BPF_PROG(on_exec, struct linux_binprm *bprm, int prev)
+{
+	struct about a = {.op = OP_EXEC, .path = &bprm->file->f_path, .dentry = bprm->file->f_path.dentry};
+	const struct policy *p = policy_now();
+	__u32 label = label_now();
+	int err = 0;
+
+	if (prev || label < LABEL_SETUP)
+		return prev;
+	if (label == LABEL_SETUP && is_agent_program(bprm->file->f_inode))
+		return 0;
+	if (label == LABEL_UNKNOWN) {
+		a.op = OP_HELPER;
+		return decide(p, DENY | RULE_HELPER, &a);
+	}
+	if (!p)
+		return decide(p, DENY | RULE_NO_POLICY, &a);
+	if (p->rule[ON_SHELL] && on_socket()) {
+		a.op = OP_SHELL;
+		err = decide(p, p->rule[ON_SHELL], &a);
+		a.op = OP_EXEC;
+	}
+	return err ? err : check_code(p, bprm->file, &a);
+}
+
+static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm)
+{
+	struct counters *c = counters_now();
+	unsigned long size = bprm->exec - bprm->p;
+	struct started *s;
+	__u64 sequence;
+
+	if (!c)
+		return;
+	sequence = __sync_fetch_and_add(&c->audit_sequence, 1) + 1;
+	s = bpf_ringbuf_reserve(&audit, sizeof(*s), 0);
+	if (!s) {
+		__sync_fetch_and_add(&c->audit_lost, 1);
+		return;
+	}
+	fill(&s->e, p, OP_STARTED, sequence, c->audit_lost);
+	s->e.argc = bprm->argc;
+	if (bpf_d_path(&bprm->file->f_path, s->e.text, TEXT_SIZE) > 0)
+		s->e.text_kind = TEXT_PATH;
+	else
+		write_names(&s->e, bprm->file->f_path.dentry);
+	/* Behind the arguments stands the environment; the reader stops at argc. */
+	if (size > ARGS_SIZE)
+		size = ARGS_SIZE;
+	if (bpf_probe_read_user(s->args, size, (void *)bprm->p))
+		s->e.argc = 0;
+	s->e.detail = size;
+	bpf_ringbuf_submit(s, 0);
+}
+
+SEC("lsm/bprm_committed_creds")
+int BPF_PROG(on_started, struct linux_binprm *bprm)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	__u32 label = label_of(task);
+	struct task_label *l;
+
+	if (label < LABEL_SETUP)
+		return 0;
+	if (label == LABEL_SETUP) {
+		if (is_agent_program(bprm->file->f_inode))
+			return 0;
+		l = bpf_task_storage_get(&labels, task, 0, 0);
+		if (l)
+			l->label = LABEL_WORKLOAD;
+	}
+	tell_started(policy_now(), bprm);
+	return 0;
+}
+
+SEC("lsm/task_alloc")
+int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
+{
+	__u32 label = label_now();
+	struct task_label *l;
+
+	if (prev)
+		return prev;
+	if (label == LABEL_AGENT) {
+		if (flags & CLONE_THREAD)
+			return 0;
+		label = LABEL_SETUP;
+	}
+	/* What the kernel starts gets no label: if it ever leaves the kernel, it
+	   is unknown. */
+	if (label == LABEL_KERNEL || label == LABEL_UNKNOWN)
+		return 0;
+	l = bpf_task_storage_get(&labels, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!l)
+		return -ENOMEM;
+	l->label = label;
+	return 0;
+}
+
+static __always_inline int memory(const struct policy *p, __u32 why)
+{
+	struct about a = {.op = OP_MEMORY, .why = why};
+
+	return decide(p, ref_of(p, ON_MEMORY), &a);
+}
+
+SEC("lsm/mmap_file")
+int BPF_PROG(on_mmap, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int prev)
+{
+	const struct policy *p;
+
+	if (prev || !(prot & PROT_EXEC) || !is_workload())
+		return prev;
+	p = policy_now();
+	if (!p || !file)
+		return memory(p, MEMORY_ANONYMOUS);
+	if (prot & PROT_WRITE) {
+		int err = memory(p, MEMORY_WRITABLE);
+
+		if (err)
+			return err;
+	}
+	struct about a = {.op = OP_MAP, .path = &file->f_path, .dentry = file->f_path.dentry};
+
+	return check_code(p, file, &a);
+}
+
+/* On 6.1 a mapping of an overlay file holds the file below it: the image's
+   own, or one of the upper layer. */
+SEC("lsm/file_mprotect")
+int BPF_PROG(on_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot, int prev)
+{
+	const struct policy *p;
+	struct file *file;
+
+	if (prev || !(prot & PROT_EXEC) || !is_workload())
+		return prev;
+	p = policy_now();
+	file = vma->vm_file;
+	if (!p || !file)
+		return memory(p, MEMORY_ANONYMOUS);
+	if (prot & PROT_WRITE || vma->anon_vma) {
+		int err = memory(p, prot & PROT_WRITE ? MEMORY_WRITABLE : MEMORY_WRITTEN);
+
+		if (err)
+			return err;
+	}
+	struct about a = {.op = OP_MAP, .dentry = file->f_path.dentry};
+
+	return check_code(p, file, &a);
+}
+
+/* READ_IMPLIES_EXEC makes heap pages executable through brk, which no hook
+   sees. There is no hook for personality(2) either, so the task dies before
+   it returns from it. */
+static __always_inline int persona(unsigned long value)
+{
+	const struct policy *p;
+	struct about a = {.op = OP_MEMORY, .why = MEMORY_PERSONA};
+	__u32 ref;
+
+	if ((__u32)value == 0xffffffff || !(value & READ_IMPLIES_EXEC) || !is_workload())
+		return 0;
+	p = policy_now();
+	ref = ref_of(p, ON_MEMORY);
+	if (!ref)
+		return 0;
+	if (ref & DENY)
+		bpf_send_signal(9);
+	tell(p, ref, ref & DENY ? VERDICT_KILLED : VERDICT_REPORTED, &a);
+	return 0;
+}
+
+SEC("fentry/__x64_sys_personality")
+int BPF_PROG(on_persona, struct pt_regs *regs)
+{
+	return persona(regs->di);
+}
+
+SEC("fentry/__ia32_sys_personality")
+int BPF_PROG(on_persona32, struct pt_regs *regs)
+{
+	return persona(regs->bx);
+}
+
+#endif

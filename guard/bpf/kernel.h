@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//
+// The few kernel structures the Guard reads. Every field is relocated (CO-RE)
+// against the BTF of the kernel and the overlay module of one guest, so only
+// names matter here, neither order nor offsets.
+#ifndef KERNEL_H
+#define KERNEL_H
+
+#include <linux/bpf.h>
+#include <stdbool.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+struct qstr {
+	const unsigned char *name;
+};
+
+struct dentry;
+
+struct super_block {
+	__u32 s_dev;
+	unsigned long s_magic;
+	struct dentry *s_root;
+};
+
+struct inode {
+	unsigned short i_mode;
+	struct super_block *i_sb;
+	unsigned long i_ino;
+	unsigned int i_nlink;
+	__u32 i_rdev;
+};
+
+struct dentry {
+	struct dentry *d_parent;
+	struct qstr d_name;
+	struct inode *d_inode;
+};
+
+struct path {
+	struct dentry *dentry;
+};
+
+struct file {
+	struct path f_path;
+	struct inode *f_inode;
+	unsigned int f_mode;
+	void *private_data;
+};
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+	unsigned long *close_on_exec;
+};
+
+struct files_struct {
+	struct fdtable *fdt;
+};
+
+struct task_struct {
+	unsigned int flags;
+	int tgid;
+	struct task_struct *real_parent;
+	struct files_struct *files;
+};
+
+struct linux_binprm {
+	struct file *file;
+	unsigned long p;
+	unsigned long exec;
+	int argc;
+};
+
+struct vm_area_struct {
+	unsigned long vm_flags;
+	void *anon_vma;
+	struct file *vm_file;
+};
+
+struct sock_common {
+	unsigned short skc_family;
+};
+
+struct sock {
+	struct sock_common __sk_common;
+};
+
+struct socket {
+	struct sock *sk;
+};
+
+struct msghdr {
+	void *msg_name;
+	int msg_namelen;
+};
+
+struct pt_regs {
+	unsigned long di;
+	unsigned long bx;
+	unsigned long orig_ax;
+};
+
+/* Of the overlay module. */
+struct ovl_path {
+	struct dentry *dentry;
+};
+
+struct ovl_inode {
+	struct inode vfs_inode;
+	struct dentry *__upperdentry;
+	struct ovl_path lowerpath;
+};
+
+#pragma clang attribute pop
+
+struct sockaddr;
+struct cred;
+struct user_namespace;
+struct vfsmount;
+struct super_block;
+struct iattr;
+struct kernel_siginfo;
+struct rlimit;
+struct bpf_map;
+struct bpf_prog;
+union bpf_attr;
+
+/* Constants of the kernel's own interfaces. */
+#define EPERM 1
+#define ENOMEM 12
+
+#define PF_KTHREAD 0x00200000
+#define CLONE_THREAD 0x00010000
+
+#define S_IFMT 0170000
+#define S_IFSOCK 0140000
+#define S_IFBLK 0060000
+#define S_IFCHR 0020000
+
+#define FMODE_READ 0x1
+#define FMODE_WRITE 0x2
+#define FMODE_NOACCOUNT 0x20000000
+
+#define PROT_READ 0x1
+#define PROT_WRITE 0x2
+#define PROT_EXEC 0x4
+#define MAP_TYPE 0x0f
+#define MAP_PRIVATE 0x02
+#define VM_WRITE 0x2
+#define READ_IMPLIES_EXEC 0x0400000
+
+#define AF_UNSPEC 0
+#define AF_UNIX 1
+#define AF_INET 2
+#define AF_NETLINK 16
+#define AF_INET6 10
+#define SOCK_STREAM 1
+#define SOCK_DGRAM 2
+#define IPPROTO_IP 0
+#define IPPROTO_ICMP 1
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define IPPROTO_ICMPV6 58
+#define NETLINK_ROUTE 0
+
+#define PTRACE_MODE_ATTACH 0x2
+
+#define CAP_SYS_MODULE 16
+#define CAP_SYS_RAWIO 17
+#define CAP_SYS_BOOT 22
+
+#define FS_IOC_SETFLAGS 0x40086602
+#define FS_IOC_FSSETXATTR 0x401c5820
+
+#define EROFS_MAGIC 0xe0f5e1e2
+#define PROC_SUPER_MAGIC 0x9fa0
+#define SYSFS_MAGIC 0x62656572
+#define SECURITYFS_MAGIC 0x73636673
+#define DEBUGFS_MAGIC 0x64626720
+#define TRACEFS_MAGIC 0x74726163
+#define BPF_FS_MAGIC 0xcafe4a11
+#define EFIVARFS_MAGIC 0xde5e81e4
+#define CONFIGFS_MAGIC 0x62656570
+#define BINFMTFS_MAGIC 0x42494e4d
+#define CGROUP_SUPER_MAGIC 0x27e0eb
+#define CGROUP2_SUPER_MAGIC 0x63677270
+
+#endif

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//
+// What the guest agent writes and the programs read: the labels of tasks, the
+// marks on inodes and the policy of one generation. package guard compiles the
+// same layouts; its tests compare the two.
+#ifndef POLICY_H
+#define POLICY_H
+
+#include "kernel.h"
+
+/* A reference to a rule: its number, and whether it denies or only reports.
+   0 is no rule. */
+#define DENY 0x80000000u
+
+/* Rules that no policy can switch off. */
+enum builtin {
+	RULE_NO_POLICY = 1,
+	RULE_BPF = 2,
+	RULE_MODULE = 3,
+	RULE_AGENT = 4,
+	RULE_DEVICE = 5,
+	RULE_SETTING = 6,
+	RULE_HELPER = 7,
+	RULE_DEPTH = 8,
+};
+
+/* Indexes of policy.rule. */
+enum rule_index {
+	ON_ORIGIN,
+	ON_MEMORY,
+	ON_SHELL,
+	ON_BPF,
+	ON_MODULE,
+	ON_PTRACE,
+	ON_MOUNT,
+	ON_RAWSOCKET,
+	ON_MKNOD,
+	ON_IOURING,
+	ON_USERNS,
+	RULE_INDEXES = 16,
+};
+
+#define EGRESS_LISTS 32
+
+struct policy {
+	__u64 generation;
+	__u32 slot;         /* which of the two slots of the other maps is its own */
+	__u32 files;        /* nonzero: there are file rules */
+	__u32 reads;        /* nonzero: some deny reading */
+	__u32 listed;       /* nonzero: some programs are denied by name */
+	__u32 egress_deny;  /* lists that must all allow a destination */
+	__u32 egress_audit; /* lists whose refusal is only reported */
+	__u32 rule[RULE_INDEXES];
+	__u32 egress[EGRESS_LISTS]; /* the rule of each list */
+};
+
+/* What a file means to one generation. Only valid if the generation matches. */
+struct meaning {
+	__u64 generation;
+	__u32 write;  /* rule against changing it or what is below it */
+	__u32 read;
+	__u32 exec;
+	__u32 anchor; /* rule against moving it: a protected path leads through it */
+	__u32 names;  /* set of names in it that have rules of their own */
+	__u32 pad;
+};
+
+enum kind {
+	KIND_NONE,
+	KIND_OVERLAY, /* root of the container's file system */
+	KIND_AGENT,   /* the agent's own program */
+};
+
+struct mark {
+	__u32 kind;
+	__u32 id; /* by which the agent knows it again */
+	struct meaning slot[2];
+};
+
+enum label {
+	LABEL_AGENT = 1,
+	LABEL_KERNEL,
+	LABEL_SETUP,    /* forked by the agent, still runs the agent's code */
+	LABEL_WORKLOAD,
+	LABEL_UNKNOWN,  /* treated as a workload that may not even exec */
+};
+
+struct task_label {
+	__u32 label;
+};
+
+struct destination {
+	__u32 prefix;
+	__u16 family; /* 4 or 6 */
+	__u16 port;   /* network order; 0: any */
+	__u8 addr[16];
+};
+
+struct object {
+	__u32 dev;
+	__u32 pad;
+	__u64 ino;
+};
+
+#define NAME_SIZE 60
+struct name {
+	__u32 set;
+	char text[NAME_SIZE];
+};
+
+/* Rules against what a name in a directory stands for, now or later. */
+struct named {
+	__u32 write;
+	__u32 read;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct task_label);
+} labels SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_INODE_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct mark);
+} marks SEC(".maps");
+
+/* Replacing the one inner map is the moment a generation takes effect: the
+   kernel swaps a pointer and waits until no program reads the old one. */
+struct policy_map {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct policy));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__array(values, struct policy_map);
+} current SEC(".maps");
+
+struct egress_map {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct destination));
+	__uint(value_size, sizeof(__u32));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct egress_map);
+} egress SEC(".maps");
+
+struct name_map {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct name));
+	__uint(value_size, sizeof(struct named));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct name_map);
+} names SEC(".maps");
+
+struct object_map {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct object));
+	__uint(value_size, sizeof(__u32));
+};
+
+/* Programs of the image that may not run, by the inode below the overlay, so
+   that a hard link in the image is no way around. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct object_map);
+} listed SEC(".maps");
+
+/* Devices of the erofs file systems that hold released images. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16);
+	__type(key, __u32);
+	__type(value, __u32);
+} images SEC(".maps");
+
+static __always_inline const struct policy *policy_now(void)
+{
+	__u32 zero = 0;
+	void *inner = bpf_map_lookup_elem(&current, &zero);
+
+	return inner ? bpf_map_lookup_elem(inner, &zero) : NULL;
+}
+
+static __always_inline __u32 label_of(struct task_struct *task)
+{
+	struct task_label *l;
+
+	if (task->tgid == 1)
+		return LABEL_AGENT;
+	if (task->flags & PF_KTHREAD)
+		return LABEL_KERNEL;
+	l = bpf_task_storage_get(&labels, task, 0, 0);
+	return l ? l->label : LABEL_UNKNOWN;
+}
+
+static __always_inline __u32 label_now(void)
+{
+	return label_of(bpf_get_current_task_btf());
+}
+
+/* Whether the current task is held to the policy. */
+static __always_inline bool is_workload(void)
+{
+	return label_now() >= LABEL_WORKLOAD;
+}
+
+#endif

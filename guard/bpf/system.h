@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+//
+// Operations on the system, and what protects the agent and the Guard itself
+// whatever the policy says.
+#ifndef SYSTEM_H
+#define SYSTEM_H
+
+#include "event.h"
+
+/* A policy that does not deny bpf still allows no more than looking. */
+static __always_inline bool only_looks(int cmd)
+{
+	switch (cmd) {
+	case BPF_PROG_GET_NEXT_ID:
+	case BPF_MAP_GET_NEXT_ID:
+	case BPF_BTF_GET_NEXT_ID:
+	case BPF_LINK_GET_NEXT_ID:
+	case BPF_OBJ_GET_INFO_BY_FD:
+	case BPF_PROG_QUERY:
+		return true;
+	}
+	return false;
+}
+
+SEC("lsm/bpf")
+int BPF_PROG(on_bpf, int cmd, union bpf_attr *attr, unsigned int size, int prev)
+{
+	struct about a = {.op = OP_BPF, .detail = cmd};
+	const struct policy *p;
+
+	if (prev || !is_workload())
+		return prev;
+	p = policy_now();
+	return decide(p, only_looks(cmd) ? ref_of(p, ON_BPF) : ref_always(p, ON_BPF, RULE_BPF), &a);
+}
+
+static __always_inline int touch_bpf(__u64 what)
+{
+	struct about a = {.op = OP_BPF, .detail = what};
+	const struct policy *p;
+
+	if (!is_workload())
+		return 0;
+	p = policy_now();
+	return decide(p, ref_always(p, ON_BPF, RULE_BPF), &a);
+}
+
+SEC("lsm/bpf_map")
+int BPF_PROG(on_bpf_map, struct bpf_map *map, unsigned int mode, int prev)
+{
+	return prev ? prev : touch_bpf(1000);
+}
+
+SEC("lsm/bpf_prog")
+int BPF_PROG(on_bpf_prog, struct bpf_prog *prog, int prev)
+{
+	return prev ? prev : touch_bpf(1001);
+}
+
+static __always_inline int module(__u64 what)
+{
+	struct about a = {.op = OP_MODULE, .detail = what};
+	const struct policy *p;
+
+	if (!is_workload())
+		return 0;
+	p = policy_now();
+	return decide(p, ref_always(p, ON_MODULE, RULE_MODULE), &a);
+}
+
+/* Reading a module, a kernel to boot or the like into the kernel. */
+SEC("lsm/kernel_read_file")
+int BPF_PROG(on_kernel_read, struct file *file, __u32 id, bool contents, int prev)
+{
+	return prev ? prev : module(id);
+}
+
+SEC("lsm/kernel_load_data")
+int BPF_PROG(on_kernel_load, __u32 id, bool contents, int prev)
+{
+	return prev ? prev : module(id);
+}
+
+/* The kernel's own idea, not the workload's: refused without a word. */
+SEC("lsm/kernel_module_request")
+int BPF_PROG(on_module_request, char *name, int prev)
+{
+	return prev ? prev : is_workload() ? -EPERM : 0;
+}
+
+/* Unloading a module, port access and reboot have no hook of their own. */
+SEC("lsm/capable")
+int BPF_PROG(on_capable, const struct cred *cred, struct user_namespace *ns, int cap, unsigned int opts, int prev)
+{
+	struct about a = {.op = OP_SETTING, .detail = cap};
+	const struct policy *p;
+	struct pt_regs *regs;
+
+	if (prev || (cap != CAP_SYS_MODULE && cap != CAP_SYS_RAWIO && cap != CAP_SYS_BOOT) || !is_workload())
+		return prev;
+	p = policy_now();
+	if (cap != CAP_SYS_MODULE)
+		return decide(p, DENY | RULE_SETTING, &a);
+	/* The kernel also asks this when it thinks of loading a module by itself,
+	   which is nobody's attack. */
+	regs = (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
+	switch (regs->orig_ax) {
+	case 175: /* init_module */
+	case 176: /* delete_module */
+	case 313: /* finit_module */
+		a.op = OP_MODULE;
+		return decide(p, ref_always(p, ON_MODULE, RULE_MODULE), &a);
+	}
+	return -EPERM;
+}
+
+/* The agent, the kernel and what the agent is about to start are out of a
+   workload's reach. */
+static __always_inline int touch(struct task_struct *target, __u64 detail)
+{
+	struct about a = {.op = OP_AGENT, .detail = detail};
+	__u32 label;
+
+	if (!is_workload())
+		return 0;
+	label = label_of(target);
+	if (label == LABEL_WORKLOAD)
+		return 0;
+	return decide(policy_now(), DENY | RULE_AGENT, &a);
+}
+
+SEC("lsm/task_kill")
+int BPF_PROG(on_kill, struct task_struct *target, struct kernel_siginfo *info, int sig, const struct cred *cred, int prev)
+{
+	return prev ? prev : touch(target, sig);
+}
+
+SEC("lsm/task_setrlimit")
+int BPF_PROG(on_setrlimit, struct task_struct *target, unsigned int resource, struct rlimit *limit, int prev)
+{
+	return prev ? prev : touch(target, 1000);
+}
+
+SEC("lsm/task_setscheduler")
+int BPF_PROG(on_setscheduler, struct task_struct *target, int prev)
+{
+	return prev ? prev : touch(target, 1001);
+}
+
+SEC("lsm/task_setnice")
+int BPF_PROG(on_setnice, struct task_struct *target, int nice, int prev)
+{
+	return prev ? prev : touch(target, 1002);
+}
+
+SEC("lsm/ptrace_access_check")
+int BPF_PROG(on_ptrace, struct task_struct *target, unsigned int mode, int prev)
+{
+	struct about a = {.op = OP_PTRACE, .detail = target->tgid};
+	const struct policy *p;
+	__u32 ref;
+	int err;
+
+	if (prev || !is_workload())
+		return prev;
+	err = touch(target, 1003);
+	if (err || !(mode & PTRACE_MODE_ATTACH))
+		return err;
+	p = policy_now();
+	ref = ref_of(p, ON_PTRACE);
+	/* Who may write another's memory can make it run anything. */
+	if (p && !(ref & DENY) && p->rule[ON_MEMORY])
+		ref = p->rule[ON_MEMORY];
+	return decide(p, ref, &a);
+}
+
+SEC("lsm/ptrace_traceme")
+int BPF_PROG(on_traceme, struct task_struct *parent, int prev)
+{
+	struct about a = {.op = OP_PTRACE};
+	const struct policy *p;
+	__u32 ref;
+
+	if (prev || !is_workload())
+		return prev;
+	p = policy_now();
+	ref = ref_of(p, ON_PTRACE);
+	if (p && !(ref & DENY) && p->rule[ON_MEMORY])
+		ref = p->rule[ON_MEMORY];
+	return decide(p, ref, &a);
+}
+
+static __always_inline int operation(__u32 index, __u32 op, struct dentry *d)
+{
+	struct about a = {.op = op, .dentry = d};
+	const struct policy *p;
+
+	if (!is_workload())
+		return 0;
+	p = policy_now();
+	return decide(p, ref_of(p, index), &a);
+}
+
+/* A mount over a protected path, or over a directory on the way to it, would
+   hide it. */
+static __always_inline int mount_on(struct dentry *d)
+{
+	int err = operation(ON_MOUNT, OP_MOUNT, d);
+
+	return err ? err : change(d, true);
+}
+
+SEC("lsm/sb_mount")
+int BPF_PROG(on_mount, const char *dev, struct path *path, const char *type, unsigned long flags, void *data, int prev)
+{
+	return prev ? prev : mount_on(path->dentry);
+}
+
+SEC("lsm/move_mount")
+int BPF_PROG(on_move_mount, struct path *from, struct path *to, int prev)
+{
+	return prev ? prev : mount_on(to->dentry);
+}
+
+/* A mount made by fsmount can be used without ever being put anywhere. */
+SEC("lsm/sb_kern_mount")
+int BPF_PROG(on_new_mount, struct super_block *sb, int prev)
+{
+	return prev ? prev : operation(ON_MOUNT, OP_MOUNT, sb->s_root);
+}
+
+SEC("lsm/sb_umount")
+int BPF_PROG(on_umount, struct vfsmount *mount, int flags, int prev)
+{
+	return prev ? prev : operation(ON_MOUNT, OP_MOUNT, NULL);
+}
+
+SEC("lsm/sb_remount")
+int BPF_PROG(on_remount, struct super_block *sb, void *options, int prev)
+{
+	return prev ? prev : operation(ON_MOUNT, OP_MOUNT, sb->s_root);
+}
+
+SEC("lsm/sb_pivotroot")
+int BPF_PROG(on_pivot, struct path *old, struct path *new, int prev)
+{
+	return prev ? prev : operation(ON_MOUNT, OP_MOUNT, new->dentry);
+}
+
+SEC("lsm/userns_create")
+int BPF_PROG(on_userns, const struct cred *cred, int prev)
+{
+	return prev ? prev : operation(ON_USERNS, OP_USERNS, NULL);
+}
+
+/* A ring is an anonymous inode; refusing the inode refuses io_uring_setup. */
+SEC("lsm/inode_init_security_anon")
+int BPF_PROG(on_anon_inode, struct inode *inode, struct qstr *name, struct inode *context, int prev)
+{
+	char text[12] = {};
+
+	if (prev || !is_workload())
+		return prev;
+	bpf_probe_read_kernel_str(text, sizeof(text), name->name);
+	if (text[1] != 'i' || text[2] != 'o' || text[3] != '_' || text[4] != 'u')
+		return 0;
+	return operation(ON_IOURING, OP_IOURING, NULL);
+}
+
+#endif

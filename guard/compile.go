@@ -1,0 +1,316 @@
+package guard
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+
+	"hauberk.dev/api/node"
+	"hauberk.dev/api/spec"
+)
+
+// CompileFacts is what a policy's meaning depends on besides its text.
+type CompileFacts struct {
+	// Gateway answers DNS; it is always allowed on port 53. The zero address
+	// allows none.
+	Gateway netip.Addr
+}
+
+// Compiled is what the guest's agent puts in force, and what its events mean.
+type Compiled struct {
+	Generation uint64
+	Digest     string // of the blob, SHA-256 in lower-case hexadecimal
+	Blob       []byte
+	Rules      []Rule
+	// Unsupported lists, in words, what was asked and cannot be held. It is
+	// never simply dropped: what is listed here is refused more, not less.
+	Unsupported []string
+}
+
+// Rule finds a rule by its number.
+func (c *Compiled) Rule(id uint32) (Rule, bool) {
+	i := slices.IndexFunc(c.Rules, func(r Rule) bool { return r.ID == id })
+	if i < 0 {
+		return Rule{}, false
+	}
+	return c.Rules[i], true
+}
+
+const (
+	policyMagic = "HBPOLCY\x01"
+	// maxBlob leaves room for the frame around it.
+	maxBlob        = 240 << 10
+	maxEgressLists = 32
+	maxPath        = 4095
+	maxName        = 255
+)
+
+// Compile turns the policies of an instance into one. They intersect: what any
+// of them denies is denied, and a destination must be on every list. Without a
+// policy the baseline holds. An error names every fault by policy, field,
+// value and what to write instead.
+func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
+	policies := g.Policies
+	if len(policies) == 0 {
+		policies = []node.NamedGuardPolicy{{Name: baselineName, Spec: Baseline()}}
+	}
+	c := compiler{guard: g, rules: builtInRules(), destinations: map[destination]uint32{}}
+	if g.Generation == 0 {
+		c.faults = append(c.faults, errors.New("guard generation 0: generations start at 1"))
+	}
+	for _, p := range policies {
+		c.policy(p)
+	}
+	if len(c.faults) > 0 {
+		return Compiled{}, fmt.Errorf("compile guard policy: %w", errors.Join(c.faults...))
+	}
+	c.always(facts)
+	blob := c.blob()
+	if len(blob) > maxBlob {
+		return Compiled{}, fmt.Errorf("compile guard policy: it takes %d bytes, at most %d are carried: name directories rather than files, ranges rather than addresses", len(blob), maxBlob)
+	}
+	digest := sha256.Sum256(blob)
+	copy(blob[len(policyMagic)+8:], digest[:])
+	return Compiled{g.Generation, hex.EncodeToString(digest[:]), blob, c.rules, c.unsupported}, nil
+}
+
+// compiler gathers what all policies say.
+type compiler struct {
+	guard       node.Guard
+	name        string // of the policy being read
+	enforce     bool
+	rules       []Rule
+	faults      []error
+	unsupported []string
+
+	fixed        [ruleIndexes]reference
+	files        []pathRule
+	programs     []pathRule
+	lists        []reference // one per policy with a list of destinations
+	destinations map[destination]uint32
+}
+
+// pathRule is a rule about a path.
+type pathRule struct {
+	path        string
+	write, read reference // of a program: write is the rule
+}
+
+// fault notes an error in a field of the policy being read.
+func (c *compiler) fault(field, value, want string) {
+	c.faults = append(c.faults, fmt.Errorf("policy %q: %s %q: %s", c.name, field, value, want))
+}
+
+// rule makes a rule of the policy being read.
+func (c *compiler) rule(text string, severity spec.Severity) reference {
+	if severity == "" {
+		severity = spec.SeverityWarning
+	}
+	id := uint32(len(c.rules) - len(builtInRules()) + firstRule)
+	c.rules = append(c.rules, Rule{id, c.name, text, severity})
+	if c.enforce {
+		return reference(id) | denies
+	}
+	return reference(id)
+}
+
+// stronger chooses between two rules about one thing: one that denies, then
+// the more severe, then the first.
+func (c *compiler) stronger(a, b reference) reference {
+	if a == 0 || b != 0 && c.compare(b, a) < 0 {
+		return b
+	}
+	return a
+}
+
+// compare orders rules, the stronger first.
+func (c *compiler) compare(a, b reference) int {
+	if a&denies != b&denies {
+		return cmp.Compare(b&denies, a&denies)
+	}
+	return cmp.Compare(c.severityOf(b), c.severityOf(a))
+}
+
+func (c *compiler) severityOf(r reference) int {
+	id := int(r &^ denies)
+	if id < firstRule {
+		return -1
+	}
+	return strength(c.rules[id-firstRule+len(builtInRules())].Severity)
+}
+
+func (c *compiler) severity(field string, s spec.Severity) {
+	switch s {
+	case "", spec.SeverityInfo, spec.SeverityWarning, spec.SeverityCritical:
+	default:
+		c.fault(field, string(s), "want info, warning or critical")
+	}
+}
+
+func (c *compiler) oneOf(field, value, first, second string) bool {
+	if value != "" && value != first && value != second {
+		c.fault(field, value, "want "+first+" or "+second)
+	}
+	return value == "" || value == first
+}
+
+func (c *compiler) policy(p node.NamedGuardPolicy) {
+	c.name = p.Name
+	if p.Name == "" || len(p.Name) > maxName {
+		c.fault("name", p.Name, "want 1 to 255 characters")
+	}
+	c.enforce = c.oneOf("mode", p.Spec.Mode, "enforce", "audit")
+	if p.Spec.Exec != nil {
+		c.exec(p.Spec.Exec)
+	}
+	for i, f := range p.Spec.Files {
+		c.file(i, f)
+	}
+	if p.Spec.Net != nil && p.Spec.Net.Egress != nil {
+		c.egress(p.Spec.Net)
+	}
+	if p.Spec.Sys != nil {
+		c.sys(p.Spec.Sys)
+	}
+}
+
+func (c *compiler) set(index int, text string, severity spec.Severity) {
+	c.fixed[index] = c.stronger(c.fixed[index], c.rule(text, severity))
+}
+
+func (c *compiler) exec(e *spec.GuardExec) {
+	c.severity("exec.severity", e.Severity)
+	if c.oneOf("exec.origin", e.Origin, "image", "any") {
+		c.set(onOrigin, "only programs and libraries of the image, unchanged, may run", e.Severity)
+	}
+	if c.oneOf("exec.anonymousMemory", e.AnonymousMemory, "deny", "allow") {
+		c.set(onMemory, "memory that was written may not be executed", e.Severity)
+	}
+	if c.oneOf("exec.shellOnSocket", e.ShellOnSocket, "deny", "allow") {
+		c.set(onShell, "no program may start with a network socket as its input or output", e.Severity)
+	}
+	for i, p := range e.Deny {
+		if c.path(fmt.Sprintf("exec.deny[%d]", i), p) {
+			c.programs = append(c.programs, pathRule{path: p, write: c.rule(p+" may not run", e.Severity)})
+		}
+	}
+}
+
+// path checks that a path says what it means and can be held.
+func (c *compiler) path(field, p string) bool {
+	switch {
+	case !strings.HasPrefix(p, "/"):
+		c.fault(field, p, "want an absolute path")
+	case len(p) > maxPath:
+		c.fault(field, p[:64]+"...", "want at most 4095 characters")
+	case strings.ContainsRune(p, 0):
+		c.fault(field, p, "want no NUL")
+	case strings.ContainsAny(p, "*?["):
+		c.fault(field, p, "patterns are not understood: name the directory, which covers what is below it")
+	case path.Clean(p) != p:
+		c.fault(field, p, fmt.Sprintf("write it as %q", path.Clean(p)))
+	default:
+		return true
+	}
+	return false
+}
+
+func (c *compiler) file(i int, f spec.GuardFile) {
+	field := fmt.Sprintf("files[%d]", i)
+	c.severity(field+".severity", f.Severity)
+	if f.Deny != "w" && f.Deny != "rw" {
+		c.fault(field+".deny", f.Deny, "want w or rw")
+		return
+	}
+	if !c.path(field+".path", f.Path) {
+		return
+	}
+	r := pathRule{path: f.Path}
+	if f.Deny == "rw" {
+		r.write = c.rule(f.Path+" may be neither read nor changed", f.Severity)
+		r.read = r.write
+	} else {
+		r.write = c.rule(f.Path+" may not be changed", f.Severity)
+	}
+	c.files = append(c.files, r)
+}
+
+func (c *compiler) sys(s *spec.GuardSys) {
+	c.severity("sys.severity", s.Severity)
+	for i, name := range s.Deny {
+		op, ok := operations[name]
+		if !ok {
+			c.fault(fmt.Sprintf("sys.deny[%d]", i), string(name), "want one of bpf, module, ptrace, mount, rawsocket, mknod, iouring, userns")
+			continue
+		}
+		c.set(op.index, op.text, s.Severity)
+	}
+}
+
+// blob lays everything out as package guest/guard reads it.
+func (c *compiler) blob() []byte {
+	le := binary.LittleEndian
+	b := append([]byte(policyMagic), make([]byte, 0, 1024)...)
+	b = le.AppendUint64(b, c.guard.Generation)
+	b = append(b, make([]byte, sha256.Size)...)
+	b = c.fixedPart(b)
+	for _, l := range [...][]pathRule{c.files, c.programs} {
+		// Where two rules are about one object the guest keeps the first of
+		// equal strength.
+		slices.SortStableFunc(l, func(a, b pathRule) int { return c.compare(a.write, b.write) })
+	}
+	b = le.AppendUint32(b, uint32(len(c.files)))
+	for _, f := range c.files {
+		b = appendText(le.AppendUint32(le.AppendUint32(b, uint32(f.write)), uint32(f.read)), f.path)
+	}
+	b = le.AppendUint32(b, uint32(len(c.programs)))
+	for _, p := range c.programs {
+		b = appendText(le.AppendUint32(b, uint32(p.write)), p.path)
+	}
+	return c.appendDestinations(b)
+}
+
+// fixedPart is struct policy of bpf/policy.h.
+func (c *compiler) fixedPart(b []byte) []byte {
+	le := binary.LittleEndian
+	deny, audit := uint32(0), uint32(0)
+	var lists [maxEgressLists]reference
+	for i, r := range c.lists {
+		lists[i] = r
+		if r&denies != 0 {
+			deny |= 1 << i
+		} else {
+			audit |= 1 << i
+		}
+	}
+	reads := slices.ContainsFunc(c.files, func(f pathRule) bool { return f.read != 0 })
+	b = le.AppendUint64(b, c.guard.Generation)
+	for _, v := range [...]uint32{0, uint32(len(c.files)), flag(reads), uint32(len(c.programs)), deny, audit} {
+		b = le.AppendUint32(b, v)
+	}
+	for _, r := range c.fixed {
+		b = le.AppendUint32(b, uint32(r))
+	}
+	for _, r := range lists {
+		b = le.AppendUint32(b, uint32(r))
+	}
+	return b
+}
+
+func flag(b bool) uint32 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func appendText(b []byte, s string) []byte {
+	return append(binary.LittleEndian.AppendUint16(b, uint16(len(s))), s...)
+}

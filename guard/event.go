@@ -1,0 +1,285 @@
+package guard
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Op is what a task tried or did.
+type Op uint8
+
+// The operations, as in bpf/event.h.
+const (
+	OpExec Op = iota + 1
+	OpMap
+	OpMemory
+	OpListed
+	OpShell
+	OpWrite
+	OpRead
+	OpEgress
+	OpRawSocket
+	OpBPF
+	OpModule
+	OpPtrace
+	OpMount
+	OpMknod
+	OpIOUring
+	OpUserNS
+	OpAgent
+	OpDevice
+	OpSetting
+	OpHelper
+	OpStarted   Op = 64
+	OpConnected Op = 65
+)
+
+// Verdict is what came of it.
+type Verdict uint8
+
+// The verdicts.
+const (
+	Allowed  Verdict = iota // for the record only
+	Reported                // the rule is in audit mode
+	Denied
+	Killed // where nothing but the task's end could stop it
+)
+
+func (v Verdict) String() string {
+	switch v {
+	case Allowed:
+		return "allowed"
+	case Reported:
+		return "reported"
+	case Denied:
+		return "denied"
+	case Killed:
+		return "killed"
+	}
+	return fmt.Sprintf("verdict %d", uint8(v))
+}
+
+// Event is one record of the Guard. Texts come from the workload and are not
+// to be trusted; they never take part in a verdict.
+type Event struct {
+	Op         Op            `json:"op"`
+	Verdict    Verdict       `json:"verdict"`
+	Why        uint8         `json:"why,omitempty"`
+	Rule       uint32        `json:"rule,omitempty"`
+	Generation uint64        `json:"generation"`
+	Sequence   uint64        `json:"sequence"` // a gap is a loss; the record of what was allowed counts by itself
+	Lost       uint64        `json:"lost"`     // so far, of this kind
+	SinceBoot  time.Duration `json:"sinceBoot"`
+	PID        uint32        `json:"pid"`
+	PPID       uint32        `json:"ppid"`
+	UID        uint32        `json:"uid"`
+	Command    string        `json:"command"` // the task's own name for itself
+	Path       string        `json:"path,omitempty"`
+	// Truncated: the path is longer, and begins with "...".
+	Truncated bool           `json:"truncated,omitempty"`
+	Target    netip.AddrPort `json:"target,omitzero"`
+	Args      []string       `json:"args,omitempty"`
+	Detail    uint64         `json:"detail,omitempty"`
+}
+
+const (
+	eventVersion = 1
+	eventSize    = 336
+	startedSize  = eventSize + argsSize
+	textSize     = 256
+	argsSize     = 256
+
+	textPath   = 1
+	textNames  = 2
+	textTarget = 3
+)
+
+var errRecord = errors.New("not a record of the guard")
+
+// DecodeEvents reads one record. Whatever the bytes are, it ends, and holds no
+// more than they do.
+func DecodeEvents(record []byte) (Event, error) {
+	if len(record) < eventSize || record[0] != eventVersion {
+		return Event{}, fmt.Errorf("decode event of %d bytes: %w", len(record), errRecord)
+	}
+	le := binary.LittleEndian
+	e := Event{
+		Op: Op(record[1]), Verdict: Verdict(record[2]), Why: record[5],
+		Rule: le.Uint32(record[8:]), PID: le.Uint32(record[12:]), PPID: le.Uint32(record[16:]), UID: le.Uint32(record[20:]),
+		Sequence: le.Uint64(record[24:]), SinceBoot: time.Duration(le.Uint64(record[32:])), Generation: le.Uint64(record[40:]),
+		Lost: le.Uint64(record[48:]), Detail: le.Uint64(record[56:]), Command: cString(record[64:80]),
+	}
+	want := eventSize
+	if e.Op == OpStarted {
+		want = startedSize
+	}
+	// The ring rounds nothing up, so a record has exactly its size.
+	if len(record) != want || e.Verdict > Killed {
+		return Event{}, fmt.Errorf("decode event %d of %d bytes: %w", e.Op, len(record), errRecord)
+	}
+	if err := e.text(record[4], record[80:80+textSize]); err != nil {
+		return Event{}, err
+	}
+	if e.Op == OpStarted {
+		e.Args = arguments(record[eventSize:], e.Detail, le.Uint16(record[6:]))
+		e.Detail = 0
+	}
+	return e, nil
+}
+
+func (e *Event) text(kind byte, text []byte) error {
+	switch kind {
+	case 0:
+	case textPath:
+		e.Path = cString(text)
+	case textNames:
+		e.Path, e.Truncated = joinNames(text)
+	case textTarget:
+		var addr [16]byte
+		copy(addr[:], text[8:24])
+		e.Target = netip.AddrPortFrom(netip.AddrFrom16(addr).Unmap(), binary.BigEndian.Uint16(text[6:]))
+	default:
+		return fmt.Errorf("decode event with text of kind %d: %w", kind, errRecord)
+	}
+	return nil
+}
+
+// cString is what stands before the first NUL.
+func cString(b []byte) string {
+	if i := bytes.IndexByte(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return strings.ToValidUTF8(string(b), "\uFFFD")
+}
+
+// joinNames turns names, innermost first, into a path. The kernel writes at
+// most 12 and stops when little room is left.
+func joinNames(text []byte) (path string, truncated bool) {
+	const most, room = 12, textSize - 64
+	var names []string
+	used := 0
+	for used < len(text) && text[used] != 0 {
+		name := cString(text[used:])
+		n := bytes.IndexByte(text[used:], 0)
+		if n < 0 {
+			n = len(text) - used - 1
+		}
+		names = append(names, name)
+		used += n + 1
+	}
+	slices.Reverse(names)
+	path = "/" + strings.Join(names, "/")
+	if len(names) >= most || used >= room {
+		return "..." + path, true
+	}
+	return path, false
+}
+
+// arguments takes count strings off b, of which size bytes are the task's.
+// What follows them is its environment and is not told.
+func arguments(b []byte, size uint64, count uint16) (args []string) {
+	b = b[:min(size, uint64(len(b)))]
+	for range count {
+		if len(b) == 0 {
+			break
+		}
+		args = append(args, cString(b))
+		end := bytes.IndexByte(b, 0)
+		if end < 0 {
+			break
+		}
+		b = b[end+1:]
+	}
+	return args
+}
+
+// Why an exec or mapping was refused, and why memory was.
+var (
+	originWhy = map[uint8]string{
+		1: ", which was added or changed since the image was released",
+		2: ", which lies on a file system of its own, not in the image",
+		3: ", which has no name any more",
+	}
+	memoryWhy = map[uint8]string{
+		1: "make memory executable that came from no file",
+		2: "have memory writable and executable at once",
+		3: "execute memory of a file after writing to it",
+		4: "write its code through /proc/PID/mem",
+		5: "make all its memory executable",
+	}
+)
+
+// String says in plain words what happened.
+func (e Event) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s: %q (pid %d, uid %d) %s", e.Verdict, e.Command, e.PID, e.UID, e.what())
+	if e.Rule != 0 {
+		fmt.Fprintf(&b, " [rule %d, generation %d]", e.Rule, e.Generation)
+	}
+	return b.String()
+}
+
+func (e Event) what() string {
+	switch e.Op {
+	case OpStarted:
+		return fmt.Sprintf("started %q with arguments %q", e.Path, e.Args)
+	case OpConnected:
+		return fmt.Sprintf("connected to %s", e.Target)
+	}
+	return "tried to " + e.attempt()
+}
+
+func (e Event) attempt() string {
+	switch e.Op {
+	case OpExec:
+		return fmt.Sprintf("run %q%s", e.Path, originWhy[e.Why])
+	case OpMap:
+		return fmt.Sprintf("execute code of %q%s", e.Path, originWhy[e.Why])
+	case OpMemory:
+		if why, ok := memoryWhy[e.Why]; ok {
+			return why
+		}
+		return "execute memory"
+	case OpListed:
+		return fmt.Sprintf("run %q, which may not run", e.Path)
+	case OpShell:
+		return fmt.Sprintf("run %q with a network socket as input or output", e.Path)
+	case OpWrite:
+		return fmt.Sprintf("change %q", e.Path)
+	case OpRead:
+		return fmt.Sprintf("read %q", e.Path)
+	case OpEgress:
+		return fmt.Sprintf("reach %s", e.Target)
+	case OpRawSocket:
+		return fmt.Sprintf("make a socket of family %d, type %d", e.Detail>>32, uint32(e.Detail))
+	case OpMknod:
+		return fmt.Sprintf("make device file %q", e.Path)
+	case OpDevice:
+		return fmt.Sprintf("open device %d:%d at %q", e.Detail>>20, e.Detail&0xfffff, e.Path)
+	case OpMount:
+		return fmt.Sprintf("mount or unmount at %q", e.Path)
+	case OpSetting:
+		return fmt.Sprintf("change the kernel's setting %q", e.Path)
+	case OpHelper:
+		return fmt.Sprintf("run %q on the kernel's behalf", e.Path)
+	}
+	if text, ok := simply[e.Op]; ok {
+		return text
+	}
+	return fmt.Sprintf("do operation %d", e.Op)
+}
+
+var simply = map[Op]string{
+	OpBPF:     "use eBPF",
+	OpModule:  "load or unload a kernel module",
+	OpPtrace:  "trace a process or write its memory",
+	OpIOUring: "use io_uring",
+	OpUserNS:  "make a user namespace",
+	OpAgent:   "signal, trace or limit the agent or the kernel",
+}

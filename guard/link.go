@@ -1,0 +1,276 @@
+package guard
+
+import (
+	"bytes"
+	"debug/elf"
+	_ "embed"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
+)
+
+//go:generate clang -O2 -g -Wall -Werror -target bpf -D__TARGET_ARCH_x86 -fdebug-prefix-map=.= -I/usr/include/x86_64-linux-gnu -c bpf/guard.bpf.c -o bpf/guard.o
+//go:generate llvm-strip -g bpf/guard.o
+
+//go:embed bpf/guard.o
+var object []byte
+
+// The head of a bundle. The number rises with every change that an older
+// guest would misread.
+//
+//	1  2026-11: first.
+const (
+	bundleMagic   = "HBGUARD\x01"
+	maxBundleText = 255
+)
+
+// Link fits the programs to one guest kernel and gives the bundle that the
+// guest's agent loads: no BTF of the kernel is needed any more where it runs.
+// Each source of type information is either bare (.BTF) or an ELF file that
+// holds it, such as the kernel itself or overlay.ko. buildID is the GNU build
+// id of that kernel in hexadecimal; the agent refuses to load the bundle into
+// any other.
+func Link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte, err error) {
+	if buildID == "" || len(buildID) > maxBundleText {
+		return nil, fmt.Errorf("link guard: build id %q: want the kernel's, in hexadecimal", buildID)
+	}
+	guestBTF, err = bare(guestBTF)
+	if err != nil {
+		return nil, fmt.Errorf("link guard: read the guest's kernel: %w", err)
+	}
+	kernel, err := btf.LoadSpecFromReader(guestBTF)
+	if err != nil {
+		return nil, fmt.Errorf("link guard: read BTF of the guest's kernel: %w", err)
+	}
+	if overlayModuleBTF, err = bare(overlayModuleBTF); err != nil {
+		return nil, fmt.Errorf("link guard: read the overlay module: %w", err)
+	}
+	overlay, err := btf.LoadSplitSpecFromReader(overlayModuleBTF, kernel)
+	if err != nil {
+		return nil, fmt.Errorf("link guard: read BTF of the overlay module: %w", err)
+	}
+	if err := checkOverlay(overlay); err != nil {
+		return nil, fmt.Errorf("link guard: %w", err)
+	}
+	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
+	if err != nil {
+		return nil, fmt.Errorf("link guard: read object: %w", err)
+	}
+	l := linker{kernel: kernel, overlay: overlay, spec: spec}
+	return l.bundle(buildID)
+}
+
+// bare gives the type information of an ELF file, or r if it is none.
+func bare(r io.ReaderAt) (io.ReaderAt, error) {
+	var magic [len(elf.ELFMAG)]byte
+	if _, err := r.ReadAt(magic[:], 0); err != nil {
+		return nil, err
+	}
+	if string(magic[:]) != elf.ELFMAG {
+		return r, nil
+	}
+	f, err := elf.NewFile(r)
+	if err != nil {
+		return nil, err
+	}
+	s := f.Section(".BTF")
+	if s == nil {
+		return nil, errors.New("it has no type information (section .BTF)")
+	}
+	return s, nil
+}
+
+// checkOverlay makes sure that the overlay's inode can be told from its upper
+// layer, without which no file could be said to come from the image.
+func checkOverlay(overlay *btf.Spec) error {
+	var inode *btf.Struct
+	if err := overlay.TypeByName("ovl_inode", &inode); err != nil {
+		return fmt.Errorf("find overlay's inode: %w", err)
+	}
+	for _, want := range []string{"vfs_inode", "__upperdentry", "lowerpath"} {
+		if !slices.ContainsFunc(inode.Members, func(m btf.Member) bool { return m.Name == want }) {
+			return fmt.Errorf("overlay's inode has no %s: the origin of a file cannot be told on this kernel", want)
+		}
+	}
+	return nil
+}
+
+type linker struct {
+	kernel, overlay *btf.Spec
+	spec            *ebpf.CollectionSpec
+	maps            []string // by index
+	out             []byte
+}
+
+func (l *linker) bundle(buildID string) ([]byte, error) {
+	l.maps = slices.Sorted(maps.Keys(l.spec.Maps))
+	l.out = append(l.out, bundleMagic...)
+	l.text(buildID)
+	types, ids, err := l.storageTypes()
+	if err != nil {
+		return nil, err
+	}
+	l.u32(uint32(len(types)))
+	l.out = append(l.out, types...)
+	l.u16(uint16(len(l.maps)))
+	for _, name := range l.maps {
+		l.oneMap(name, ids[name])
+	}
+	programs := slices.Sorted(maps.Keys(l.spec.Programs))
+	l.u16(uint16(len(programs)))
+	for _, name := range programs {
+		if err := l.program(l.spec.Programs[name]); err != nil {
+			return nil, fmt.Errorf("link guard: program %s: %w", name, err)
+		}
+	}
+	return l.out, nil
+}
+
+// storageTypes is the BTF that storage maps want of their key and value.
+func (l *linker) storageTypes() (blob []byte, ids map[string][2]btf.TypeID, err error) {
+	b, err := btf.NewBuilder(nil, nil)
+	if err != nil {
+		return nil, nil, fmt.Errorf("link guard: %w", err)
+	}
+	key, err := b.Add(&btf.Int{Name: "int", Size: 4, Encoding: btf.Signed})
+	if err != nil {
+		return nil, nil, fmt.Errorf("link guard: %w", err)
+	}
+	ids = map[string][2]btf.TypeID{}
+	for _, name := range l.maps {
+		m := l.spec.Maps[name]
+		if m.Type != ebpf.InodeStorage && m.Type != ebpf.TaskStorage {
+			continue
+		}
+		value, err := b.Add(&btf.Struct{Name: name + "_value", Size: m.ValueSize})
+		if err != nil {
+			return nil, nil, fmt.Errorf("link guard: %w", err)
+		}
+		ids[name] = [2]btf.TypeID{key, value}
+	}
+	if blob, err = b.Marshal(nil, &btf.MarshalOptions{Order: binary.LittleEndian}); err != nil {
+		return nil, nil, fmt.Errorf("link guard: encode types: %w", err)
+	}
+	return blob, ids, nil
+}
+
+func (l *linker) oneMap(name string, ids [2]btf.TypeID) {
+	m := l.spec.Maps[name]
+	l.text(name)
+	l.shape(m)
+	l.u32(uint32(ids[0]))
+	l.u32(uint32(ids[1]))
+	if m.InnerMap == nil {
+		l.u16(0)
+		return
+	}
+	l.u16(1)
+	l.shape(m.InnerMap)
+}
+
+func (l *linker) shape(m *ebpf.MapSpec) {
+	for _, v := range []uint32{uint32(m.Type), m.KeySize, m.ValueSize, m.MaxEntries, m.Flags} {
+		l.u32(v)
+	}
+}
+
+func (l *linker) program(p *ebpf.ProgramSpec) error {
+	target := p.AttachTo
+	if p.Type == ebpf.LSM {
+		target = "bpf_lsm_" + target
+	}
+	var f *btf.Func
+	if err := l.kernel.TypeByName(target, &f); err != nil {
+		return fmt.Errorf("attach to %s: this kernel has no such function: %w", target, err)
+	}
+	id, err := l.kernel.TypeID(f)
+	if err != nil {
+		return fmt.Errorf("attach to %s: %w", target, err)
+	}
+	if err := l.relocate(p.Instructions); err != nil {
+		return err
+	}
+	slots, err := l.mapLoads(p.Instructions)
+	if err != nil {
+		return err
+	}
+	var code bytes.Buffer
+	if err := p.Instructions.Marshal(&code, binary.LittleEndian); err != nil {
+		return fmt.Errorf("encode: %w", err)
+	}
+	l.text(p.Name)
+	l.text(p.License)
+	for _, v := range []uint32{uint32(p.Type), uint32(p.AttachType), p.Flags, uint32(id), uint32(code.Len() / asm.InstructionSize), uint32(len(slots) / 2)} {
+		l.u32(v)
+	}
+	l.out = append(l.out, code.Bytes()...)
+	for _, v := range slots {
+		l.u32(v)
+	}
+	return nil
+}
+
+// relocate puts this kernel's offsets into the instructions. A field that this
+// kernel lacks is an error here: nothing that cannot be decided is loaded.
+func (l *linker) relocate(code asm.Instructions) error {
+	var relos []*btf.CORERelocation
+	var at []*asm.Instruction
+	for i := range code {
+		if r := btf.CORERelocationMetadata(&code[i]); r != nil {
+			relos, at = append(relos, r), append(at, &code[i])
+		}
+	}
+	if len(relos) == 0 {
+		return nil
+	}
+	// No type of our own reaches the kernel, so any number will do for one.
+	local := func(btf.Type) (btf.TypeID, error) { return 0, nil }
+	fixups, err := btf.CORERelocate(relos, []*btf.Spec{l.kernel, l.overlay}, binary.LittleEndian, local)
+	if err != nil {
+		return fmt.Errorf("relocate: %w", err)
+	}
+	for i := range fixups {
+		if err := fixups[i].Apply(at[i]); err != nil {
+			return fmt.Errorf("relocate: %w", err)
+		}
+		if f := asm.BuiltinFunc(badRelocation); at[i].IsBuiltinCall() && at[i].Constant == int64(f) {
+			return fmt.Errorf("relocate %s: this kernel has no such field", relos[i])
+		}
+	}
+	return nil
+}
+
+// badRelocation is the call that stands where a relocation found nothing.
+const badRelocation = 0xbad2310
+
+// mapLoads lists pairs of slot and map for every load of a map, and clears the
+// place where the guest puts the descriptor.
+func (l *linker) mapLoads(code asm.Instructions) (slots []uint32, err error) {
+	slot := uint32(0)
+	for i := range code {
+		ins := &code[i]
+		if ins.IsLoadFromMap() {
+			index, ok := slices.BinarySearch(l.maps, ins.Reference())
+			if !ok {
+				return nil, fmt.Errorf("load of unknown map %q", ins.Reference())
+			}
+			slots = append(slots, slot, uint32(index))
+			ins.Constant = 0
+		} else if ins.IsFunctionReference() {
+			return nil, errors.New("has a function that is not inlined")
+		}
+		slot += uint32(ins.Width())
+	}
+	return slots, nil
+}
+
+func (l *linker) u16(v uint16)  { l.out = binary.LittleEndian.AppendUint16(l.out, v) }
+func (l *linker) u32(v uint32)  { l.out = binary.LittleEndian.AppendUint32(l.out, v) }
+func (l *linker) text(s string) { l.u16(uint16(len(s))); l.out = append(l.out, s...) }

@@ -1,0 +1,86 @@
+package guard
+
+import (
+	"fmt"
+
+	"hauberk.dev/api/spec"
+)
+
+// Rule is one thing a policy forbids. Its number stands in every event.
+type Rule struct {
+	ID       uint32        `json:"id"`
+	Policy   string        `json:"policy"` // "built in" if no policy can switch it off
+	Text     string        `json:"text"`
+	Severity spec.Severity `json:"severity"`
+}
+
+func (r Rule) String() string { return fmt.Sprintf("%s (%s)", r.Text, r.Policy) }
+
+// builtIn is the policy of the rules that always hold.
+const builtIn = "built in"
+
+// builtInRules keep the Guard itself, the agent and the kernel out of a
+// workload's reach, and refuse what cannot be decided. Numbers as in
+// bpf/policy.h.
+func builtInRules() []Rule {
+	return []Rule{
+		{1, builtIn, "nothing may be done before a policy is in force", spec.SeverityWarning},
+		{2, builtIn, "eBPF programs and maps are out of reach", spec.SeverityCritical},
+		{3, builtIn, "the kernel's modules are out of reach", spec.SeverityCritical},
+		{4, builtIn, "the agent and the kernel may not be signalled, traced or limited", spec.SeverityCritical},
+		{5, builtIn, "no device but null, zero, full, random, urandom, tty and terminals may be opened", spec.SeverityWarning},
+		{6, builtIn, "the kernel's settings may not be changed", spec.SeverityWarning},
+		{7, builtIn, "the kernel may not start programs for anyone", spec.SeverityCritical},
+		{8, builtIn, "a file deeper than 96 directories cannot be checked against the rules for files", spec.SeverityWarning},
+	}
+}
+
+// firstRule is the number of the first rule a policy brings.
+const firstRule = 16
+
+// Reference to a rule: its number, and whether it denies or only reports.
+type reference uint32
+
+const denies reference = 1 << 31
+
+// Indexes of struct policy's rules, as in bpf/policy.h.
+const (
+	onOrigin = iota
+	onMemory
+	onShell
+	onBPF
+	onModule
+	onPtrace
+	onMount
+	onRawSocket
+	onMknod
+	onIOUring
+	onUserNS
+	ruleIndexes = 16
+)
+
+// operations says what each name of a policy's sys.deny stands for.
+var operations = map[spec.GuardOperation]struct {
+	index int
+	text  string
+}{
+	"bpf":       {onBPF, "eBPF may not be used"},
+	"module":    {onModule, "kernel modules may not be loaded or unloaded"},
+	"ptrace":    {onPtrace, "no process may be traced or have its memory written"},
+	"mount":     {onMount, "nothing may be mounted or unmounted"},
+	"rawsocket": {onRawSocket, "only TCP, UDP, Unix and routing sockets may be made"},
+	"mknod":     {onMknod, "no device file may be made"},
+	"iouring":   {onIOUring, "io_uring may not be used"},
+	"userns":    {onUserNS, "no user namespace may be made"},
+}
+
+// strength orders severities, weakest first.
+func strength(s spec.Severity) int {
+	switch s {
+	case spec.SeverityCritical:
+		return 2
+	case spec.SeverityInfo:
+		return 0
+	}
+	return 1
+}

@@ -1,0 +1,4 @@
+// Command attack is one attack.
+package main
+
+func main() {}

@@ -1,0 +1,310 @@
+// Command init is PID 1 of the guard's test machine: it attaches the Guard as
+// the real agent does, then follows a list of steps that lies in the image,
+// with none of the agent's confinement around what it runs, so that only the
+// Guard stands in an attack's way.
+package main
+
+import (
+	"encoding/hex"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"hauberk.dev/guest/guard"
+)
+
+const (
+	image = "/run/roots/0/image"
+	upper = "/run/roots/0/upper"
+	root  = "/run/roots/0/root"
+)
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Println("FATAL", err)
+	}
+	fmt.Println("END")
+	syscall.Sync()
+	_ = syscall.Reboot(syscall.LINUX_REBOOT_CMD_RESTART)
+}
+
+func run() error {
+	for _, m := range [][3]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}} {
+		if err := syscall.Mount(m[0], m[1], m[0], 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m[1], err)
+		}
+	}
+	if err := loadModules(); err != nil {
+		return err
+	}
+	var g *guard.Guard
+	if bundle, err := os.ReadFile("/guard.bundle"); err == nil {
+		start := time.Now()
+		if g, err = guard.Attach(bundle); err != nil {
+			return err
+		}
+		fmt.Println("ATTACHED", time.Since(start).Milliseconds())
+	}
+	overlay, lower, err := mountRoot()
+	if err != nil {
+		return err
+	}
+	if g != nil {
+		if err := g.Root(root, overlay, lower); err != nil {
+			return err
+		}
+	}
+	if err := fillRoot(); err != nil {
+		return err
+	}
+	steps, err := os.ReadFile(image + "/.steps")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(steps)) {
+		if err := step(g, strings.Fields(line)); err != nil {
+			return fmt.Errorf("step %q: %w", strings.TrimSpace(line), err)
+		}
+	}
+	return nil
+}
+
+func loadModules() error {
+	order, err := os.ReadFile("/modules/order")
+	if err != nil {
+		return err
+	}
+	for name := range strings.FieldsSeq(string(order)) {
+		f, err := os.Open("/modules/" + name)
+		if err != nil {
+			return err
+		}
+		var none [1]byte
+		_, _, errno := syscall.Syscall(313, f.Fd(), uintptr(unsafe.Pointer(&none)), 0)
+		f.Close()
+		if errno != 0 {
+			return fmt.Errorf("load %s: %w", name, errno)
+		}
+	}
+	return nil
+}
+
+func mountRoot() (overlay, lower uint32, err error) {
+	for _, d := range []string{image, upper, root} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return 0, 0, err
+		}
+	}
+	for range 2000 {
+		if _, err = os.Stat("/dev/vda"); err == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if err := syscall.Mount("/dev/vda", image, "erofs", syscall.MS_RDONLY, ""); err != nil {
+		return 0, 0, fmt.Errorf("mount image: %w", err)
+	}
+	if err := syscall.Mount("tmpfs", upper, "tmpfs", 0, ""); err != nil {
+		return 0, 0, fmt.Errorf("mount upper: %w", err)
+	}
+	for _, d := range []string{"/data", "/work"} {
+		if err := os.Mkdir(upper+d, 0o755); err != nil {
+			return 0, 0, err
+		}
+	}
+	data := "lowerdir=" + image + ",upperdir=" + upper + "/data,workdir=" + upper + "/work"
+	if err := syscall.Mount("overlay", root, "overlay", 0, data); err != nil {
+		return 0, 0, fmt.Errorf("mount overlay: %w", err)
+	}
+	if overlay, err = device(root); err != nil {
+		return 0, 0, err
+	}
+	lower, err = device(image)
+	return overlay, lower, err
+}
+
+func device(path string) (uint32, error) {
+	var st syscall.Stat_t
+	err := syscall.Stat(path, &st)
+	return uint32(st.Dev>>8&0xfff)<<20 | uint32(st.Dev&0xff), err
+}
+
+// fillRoot gives the container what an attack may need to find.
+func fillRoot() error {
+	for _, m := range [][3]string{{"proc", "proc"}, {"sysfs", "sys"}, {"tmpfs", "dev"}, {"tmpfs", "shm"}} {
+		if err := syscall.Mount(m[0], root+"/"+m[1], m[0], 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", m[1], err)
+		}
+	}
+	for name, dev := range map[string]int{"null": 1<<8 | 3, "zero": 1<<8 | 5, "urandom": 1<<8 | 9, "tty": 5 << 8, "port": 4<<8 | 64} {
+		if err := syscall.Mknod(root+"/dev/"+name, syscall.S_IFCHR|0o666, dev); err != nil {
+			return err
+		}
+	}
+	if err := syscall.Mknod(root+"/dev/disk", syscall.S_IFBLK|0o666, 254<<8); err != nil {
+		return err
+	}
+	for i, a := range []string{"127.0.0.1", "192.0.2.1", "198.51.100.7"} {
+		if err := address(i, a); err != nil {
+			return fmt.Errorf("address %s: %w", a, err)
+		}
+	}
+	return nil
+}
+
+// address gives the loopback interface one more address.
+func address(i int, addr string) error {
+	s, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_DGRAM, 0)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(s)
+	var req [40]byte
+	name := "lo"
+	if i > 0 {
+		name = fmt.Sprint("lo:", i)
+	}
+	copy(req[:], name)
+	req[16] = syscall.AF_INET
+	copy(req[20:], net.ParseIP(addr).To4())
+	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(s), syscall.SIOCSIFADDR, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		return errno
+	}
+	clear(req[16:])
+	copy(req[:], "lo\x00")
+	req[16] = syscall.IFF_UP | syscall.IFF_RUNNING
+	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(s), syscall.SIOCSIFFLAGS, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+func step(g *guard.Guard, words []string) error {
+	switch words[0] {
+	case "policy":
+		return policy(g, words[1], 1)
+	case "run":
+		fmt.Println("RAN", words[1], attack(words[1:]))
+		if g != nil {
+			events(g)
+		}
+	case "events":
+		events(g)
+	case "status":
+		fmt.Println("STATUS", hex.EncodeToString(g.Status(nil)))
+	case "swap": // swap policies for as long as the attack runs
+		return swap(g, words[1:])
+	case "hold": // run, and leave the events where they are
+		fmt.Println("RAN", words[1], attack(words[1:]))
+	case "remove":
+		return os.Remove(root + words[1])
+	}
+	return nil
+}
+
+func policy(g *guard.Guard, name string, generation uint64) error {
+	blob, err := os.ReadFile(filepath.Join(image, name))
+	if err != nil {
+		return err
+	}
+	for i := range 8 {
+		generation = generation&^(0xff<<(8*i)) | uint64(blob[8+i])<<(8*i)
+	}
+	start := time.Now()
+	reply, err := g.Policy(generation, blob)
+	if err != nil {
+		return err
+	}
+	fmt.Println("POLICY", name, hex.EncodeToString(reply), time.Since(start).Microseconds())
+	return nil
+}
+
+// attack runs a program in the container and says how it ended.
+func attack(words []string) string {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err.Error()
+	}
+	defer r.Close()
+	null, err := os.Open("/dev/null")
+	if err != nil {
+		return err.Error()
+	}
+	defer null.Close()
+	pid, err := syscall.ForkExec("/attack", append([]string{"/attack"}, words...), &syscall.ProcAttr{
+		Dir: "/", Env: []string{"PATH=/bin"}, Files: []uintptr{null.Fd(), w.Fd(), w.Fd()},
+		Sys: &syscall.SysProcAttr{Chroot: root, Setsid: true},
+	})
+	w.Close()
+	if err != nil {
+		return "notstarted " + err.Error()
+	}
+	said := make(chan string, 1)
+	go func() {
+		buf := make([]byte, 4096)
+		n, _ := r.Read(buf)
+		said <- strings.ReplaceAll(strings.TrimSpace(string(buf[:n])), "\n", "; ")
+	}()
+	var status syscall.WaitStatus
+	for {
+		if got, err := syscall.Wait4(pid, &status, 0, nil); err != syscall.EINTR && got == pid {
+			break
+		}
+	}
+	text := ""
+	select {
+	case text = <-said:
+	case <-time.After(5 * time.Second):
+		text = "said nothing"
+	}
+	if status.Signaled() {
+		return fmt.Sprintf("signal %d %s", status.Signal(), text)
+	}
+	return fmt.Sprintf("exit %d %s", status.ExitStatus(), text)
+}
+
+func events(g *guard.Guard) {
+	g.Drain(func(record []byte) bool {
+		fmt.Println("EVENT", hex.EncodeToString(record))
+		return true
+	})
+}
+
+// swap puts two policies in force by turns while an attack runs.
+func swap(g *guard.Guard, words []string) error {
+	var wg sync.WaitGroup
+	done, result := make(chan struct{}), ""
+	wg.Go(func() {
+		result = attack(words[1:])
+		close(done)
+	})
+	blob, err := os.ReadFile(filepath.Join(image, words[0]))
+	if err != nil {
+		return err
+	}
+	swaps, generation := 0, uint64(1000)
+	for {
+		select {
+		case <-done:
+			wg.Wait()
+			fmt.Println("RAN", words[1], result, "swaps", swaps)
+			return nil
+		default:
+		}
+		generation++
+		for i := range 8 { // both places of the generation in a blob
+			blob[8+i], blob[48+i] = byte(generation>>(8*i)), byte(generation>>(8*i))
+		}
+		if _, err := g.Policy(generation, blob); err != nil {
+			return err
+		}
+		g.Drain(func([]byte) bool { return true })
+		swaps++
+	}
+}
