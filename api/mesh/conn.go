@@ -204,6 +204,7 @@ func received(oob []byte) (files []*os.File) {
 			continue
 		}
 		for _, fd := range fds {
+			unix.SetNonblock(fd, true) // sockets are to be waited for by the poller
 			files = append(files, os.NewFile(uintptr(fd), "received"))
 		}
 	}

@@ -313,14 +313,19 @@ func (s *Stream) Read(p []byte) (int, error) {
 	return n, s.consumed(n)
 }
 
-// Write sends p.
+type framed [Headroom + maxFrame]byte
+
+var frames = sync.Pool{New: func() any { return new(framed) }}
+
+// Write sends p. It copies; WriteFramed does not.
 func (s *Stream) Write(p []byte) (int, error) {
-	b := make([]byte, Headroom, Headroom+min(len(p), maxFrame))
+	b := frames.Get().(*framed)
+	defer frames.Put(b)
 	sent := 0
 	for sent < len(p) {
-		piece := p[sent:min(len(p), sent+maxFrame)]
-		n, err := s.WriteFramed(append(b[:Headroom], piece...))
-		sent += n
+		n := copy(b[Headroom:], p[sent:])
+		k, err := s.WriteFramed(b[:Headroom+n])
+		sent += k
 		if err != nil {
 			return sent, err
 		}

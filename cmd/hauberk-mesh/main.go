@@ -1,0 +1,92 @@
+// Command hauberk-mesh is the proxy of a node. It faces the network, so it runs
+// as a user of its own with no capability: every socket it uses comes from
+// hauberk-node over the link.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"hauberk.dev/mesh"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "hauberk-mesh:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, stderr io.Writer) error {
+	flags := flag.NewFlagSet("hauberk-mesh", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	path := flags.String("link", "/run/hauberk/mesh.sock", "socket to listen on for hauberk-node")
+	limit := flags.Int("connections", 0, "connections open at once, per sandbox and direction; 0 means 1024")
+	root := flags.Bool("allow-root", false, "run as root, for tests only")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() > 0 || *limit < 0 {
+		return fmt.Errorf("unexpected argument %q or negative --connections; see --help", flags.Args())
+	}
+	if os.Geteuid() == 0 && !*root {
+		return errors.New("refuse to run as root: what faces the network must not be; start it as user hauberk-mesh")
+	}
+	if err := closeOff(); err != nil {
+		return err
+	}
+	ln, err := listen(*path)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	log.Info("listening for the node", "link", *path, "pid", os.Getpid())
+	return mesh.New(mesh.Options{Log: log, Connections: *limit}).Run(ctx, ln)
+}
+
+// closeOff keeps keys in this process: no core dump, no look into its memory by
+// other processes of its user, no way to privileges by exec.
+func closeOff() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("make memory private: %w", err)
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("give up new privileges: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("turn core dumps off: %w", err)
+	}
+	return nil
+}
+
+// listen opens the link's socket. A socket nobody listens on any more is
+// replaced.
+func listen(path string) (*net.UnixListener, error) {
+	if c, err := net.Dial("unixpacket", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("listen on %s: another hauberk-mesh is there", path)
+	} else if errors.Is(err, unix.ECONNREFUSED) {
+		os.Remove(path)
+	}
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		ln.Close()
+		return nil, err
+	}
+	return ln, nil
+}

@@ -1,0 +1,243 @@
+// Package mesh is the data plane of a node: it makes a plan true.
+//
+// It takes every TCP connection of the sandboxes on its node, from outside
+// the guests. A connection to a service goes, under mutual TLS with the
+// sandbox's own identity, to the proxy of the node that runs an endpoint; one
+// to a listed destination outside goes there; any other is refused. Where
+// connections arrive, the access rules of the service are applied to the
+// identity the caller has proved: per request where the port speaks HTTP, else
+// per connection. A peer without an identity gets nothing.
+//
+// The package opens no socket in a sandbox, signs nothing and stores nothing:
+// sockets and certificates come from the node over the link (api/mesh), keys
+// are made here and never leave the process.
+package mesh
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	api "hauberk.dev/api/mesh"
+	"hauberk.dev/mesh/link"
+)
+
+// Bounds and patience.
+const (
+	defaultConnections = 1024 // open at once, per sandbox and direction
+	maxHandshakes      = 256  // at once, over all
+	handshakeTimeout   = 5 * time.Second
+	connectTimeout     = 5 * time.Second
+	identityWait       = 10 * time.Second // for a sandbox's first certificate
+	poolIdle           = 5 * time.Minute
+	flowIdle           = 2 * time.Hour
+	janitorPeriod      = time.Minute
+	maxPlan            = 64 << 20 // bytes
+)
+
+// Options of a Proxy. The zero value is usable.
+type Options struct {
+	Log *slog.Logger
+	// Connections open at once per sandbox and direction; 0 means 1024.
+	Connections int
+}
+
+// Proxy is the data plane of one node.
+type Proxy struct {
+	log     *slog.Logger
+	limit   int
+	started time.Time
+
+	directory atomic.Pointer[directory]
+	registry  registry
+	pool      pool
+	events    *events
+	node      atomic.Pointer[link.Session] // nil while no node is connected
+
+	mu        sync.Mutex
+	ctx       context.Context // of Run
+	sandboxes map[string]*sandbox
+	byAddress map[netip.Addr]*sandbox
+	gateway   net.Listener
+	published []net.Listener
+	turn      atomic.Uint32
+	running   sync.WaitGroup
+	shakes    chan struct{}
+}
+
+// New makes a proxy that does nothing yet.
+func New(o Options) *Proxy {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Connections == 0 {
+		o.Connections = defaultConnections
+	}
+	p := &Proxy{
+		log: o.Log, limit: o.Connections, started: time.Now(), events: newEvents(),
+		sandboxes: map[string]*sandbox{}, byAddress: map[netip.Addr]*sandbox{},
+		shakes: make(chan struct{}, maxHandshakes),
+	}
+	p.directory.Store(&directory{})
+	return p
+}
+
+// Run serves the node that connects to ln, and the traffic, until ctx ends.
+// One node at a time: the newest connection replaces the one before. While no
+// node is connected, traffic goes on with what there is.
+func (p *Proxy) Run(ctx context.Context, ln *net.UnixListener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	p.mu.Lock()
+	p.ctx = ctx
+	p.mu.Unlock()
+	p.running.Go(func() { p.janitor(ctx) })
+	p.running.Go(func() { p.sendEvents(ctx) })
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+
+	endLast, waitLast := context.CancelFunc(func() {}), func() {}
+	var err error
+	for {
+		var socket *net.UnixConn
+		if socket, err = ln.AcceptUnix(); err != nil {
+			break
+		}
+		endLast()
+		waitLast()
+		session, end := context.WithCancel(ctx)
+		done := make(chan struct{})
+		endLast, waitLast = end, func() { <-done }
+		go func() {
+			defer close(done)
+			defer end()
+			p.serveNode(session, socket)
+		}()
+	}
+	endLast()
+	waitLast()
+	p.shut()
+	if ctx.Err() != nil && errors.Is(err, net.ErrClosed) {
+		err = nil
+	}
+	cancel()
+	p.running.Wait()
+	return err
+}
+
+// shut closes everything.
+func (p *Proxy) shut() {
+	p.mu.Lock()
+	boxes := p.sandboxes
+	p.sandboxes, p.byAddress = map[string]*sandbox{}, map[netip.Addr]*sandbox{}
+	p.setGatewayLocked(nil)
+	p.setPublishedLocked(nil)
+	p.mu.Unlock()
+	for _, sb := range boxes {
+		sb.close()
+	}
+	p.registry.closeAll()
+}
+
+// serveNode serves one connection from the node.
+func (p *Proxy) serveNode(ctx context.Context, socket *net.UnixConn) {
+	conn := api.NewConn(socket, maxPlan)
+	uid, err := conn.PeerUID()
+	if err != nil || uid != 0 && uid != os.Geteuid() {
+		p.log.Warn("refuse link", "uid", uid, "err", err)
+		conn.Close()
+		return
+	}
+	c := &control{p: p, kept: map[string]bool{}}
+	c.session = link.NewSession(conn, c.handle, 0)
+	err = c.session.Run(ctx)
+	p.node.CompareAndSwap(c.session, nil)
+	p.log.Info("link ended", "err", err)
+}
+
+var errNoNode = errors.New("no node is connected")
+
+// ask sends a request to the node.
+func (p *Proxy) ask(ctx context.Context, m *api.Message) (*api.Message, []*os.File, error) {
+	s := p.node.Load()
+	if s == nil {
+		return nil, nil, errNoNode
+	}
+	return s.Call(ctx, m)
+}
+
+// janitor closes what has been idle for too long.
+func (p *Proxy) janitor(ctx context.Context) {
+	tick := time.NewTicker(janitorPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			p.pool.sweep(now)
+			p.registry.sweep(now)
+		}
+	}
+}
+
+func (p *Proxy) sandbox(instance string) *sandbox {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.sandboxes[instance]
+}
+
+func (p *Proxy) sandboxAt(a netip.Addr) *sandbox {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.byAddress[a]
+}
+
+// localEndpoint picks a sandbox of a service on this node, in turn.
+func (p *Proxy) localEndpoint(namespace, service string) *sandbox {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var all []*sandbox
+	for _, sb := range p.sandboxes {
+		f := sb.facts.Load()
+		if f.Namespace == namespace && f.Service == service && !p.registry.revoked(party{instance: f.Instance, identity: f.Identity}) {
+			all = append(all, sb)
+		}
+	}
+	if len(all) == 0 {
+		return nil
+	}
+	return all[int(p.turn.Add(1))%len(all)]
+}
+
+// accept runs an accept loop until the listener is closed.
+func (p *Proxy) accept(ln net.Listener, serve func(net.Conn)) {
+	for {
+		c, err := ln.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// Out of descriptors, most likely: let some be closed.
+			p.log.Warn("accept", "address", ln.Addr(), "err", err)
+			time.Sleep(20 * time.Millisecond)
+			continue
+		}
+		go serve(c)
+	}
+}
+
+func listener(f *os.File) (net.Listener, error) {
+	ln, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("take listener: %w", err)
+	}
+	return ln, nil
+}

@@ -1,0 +1,219 @@
+package mesh
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	api "hauberk.dev/api/mesh"
+	"hauberk.dev/plan"
+)
+
+var errRevoked = errors.New("revoked")
+
+// party is both sides of a connection, as far as they are known.
+type party struct {
+	instance, identity, serial             string // local
+	peerInstance, peerIdentity, peerSerial string
+}
+
+type entryKind int
+
+const (
+	kindFlow entryKind = iota // a connection of a workload
+	kindLink                  // an HBONE connection under flows
+)
+
+// entry is a live connection in the registry.
+type entry struct {
+	party
+	kind      entryKind
+	direction string // "in", "out", "egress"
+	address   string
+	since     time.Time
+	// allowed tells after a change of plan whether the connection may stay.
+	allowed func(*directory) bool
+	// close ends the connection at once; it is called at most once by the
+	// registry and must not call back into it.
+	close func()
+
+	cut            atomic.Bool
+	sent, received atomic.Uint64 // by, and to, the local sandbox
+
+	moved uint64 // bytes at the last sweep
+	quiet time.Time
+}
+
+// registry knows every live connection and who must have none. A connection
+// that is not in it does not carry a byte.
+type registry struct {
+	mu         sync.Mutex
+	entries    map[*entry]struct{}
+	epoch      uint64
+	instances  map[string]bool
+	identities map[string]bool
+	serials    map[string]bool
+}
+
+// add takes a connection in, unless a party of it is revoked. Check and entry
+// are one step: a cut that comes later finds the entry.
+func (r *registry) add(e *entry) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.checkLocked(e.party); err != nil {
+		return err
+	}
+	if r.entries == nil {
+		r.entries = map[*entry]struct{}{}
+	}
+	e.since = time.Now()
+	e.quiet = e.since
+	r.entries[e] = struct{}{}
+	return nil
+}
+
+func (r *registry) remove(e *entry) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.entries, e)
+}
+
+func (r *registry) revoked(p party) bool { return r.check(p) != nil }
+
+func (r *registry) check(p party) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.checkLocked(p)
+}
+
+func (r *registry) checkLocked(p party) error {
+	for _, c := range []struct {
+		what string
+		set  map[string]bool
+		one  string
+	}{
+		{"instance", r.instances, p.instance}, {"instance", r.instances, p.peerInstance},
+		{"identity", r.identities, p.identity}, {"identity", r.identities, p.peerIdentity},
+		{"certificate", r.serials, p.serial}, {"certificate", r.serials, p.peerSerial},
+	} {
+		if c.one != "" && c.set[c.one] {
+			return fmt.Errorf("%s %s is %w since epoch %d", c.what, c.one, errRevoked, r.epoch)
+		}
+	}
+	return nil
+}
+
+// cut puts an epoch in force and ends what matches. When it returns, nothing
+// that matches is connected.
+func (r *registry) cutEpoch(e plan.Epoch) api.Receipt {
+	begin := time.Now()
+	r.mu.Lock()
+	if e.Number >= r.epoch {
+		r.epoch = e.Number
+		r.instances, r.identities, r.serials = set(e.Instances), set(e.Identities), set(e.Serials)
+	}
+	var hit []*entry
+	for entry := range r.entries {
+		if r.checkLocked(entry.party) != nil {
+			hit = append(hit, entry)
+			delete(r.entries, entry)
+		}
+	}
+	number := r.epoch
+	r.mu.Unlock()
+	receipt := api.Receipt{Epoch: number, Instances: map[string]int{}}
+	for _, e := range hit {
+		if e.kind == kindFlow {
+			receipt.Connections++
+			receipt.Instances[e.instance]++
+		}
+	}
+	end(hit)
+	receipt.Micros = time.Since(begin).Microseconds()
+	return receipt
+}
+
+// cutIf ends the flows for which f says so and returns how many.
+func (r *registry) cutIf(f func(*entry) bool) (n int) {
+	r.mu.Lock()
+	var hit []*entry
+	for e := range r.entries {
+		if f(e) {
+			hit = append(hit, e)
+			delete(r.entries, e)
+		}
+	}
+	r.mu.Unlock()
+	end(hit)
+	return len(hit)
+}
+
+func (r *registry) closeAll() { r.cutIf(func(*entry) bool { return true }) }
+
+// sweep ends flows over which nothing has moved for long.
+func (r *registry) sweep(now time.Time) {
+	r.cutIf(func(e *entry) bool {
+		if e.kind != kindFlow {
+			return false
+		}
+		if moved := e.sent.Load() + e.received.Load(); moved != e.moved {
+			e.moved, e.quiet = moved, now
+		}
+		return now.Sub(e.quiet) > flowIdle
+	})
+}
+
+// end stops all entries from carrying bytes, then closes them, several at a
+// time as closing is a system call each.
+func end(hit []*entry) {
+	for _, e := range hit {
+		e.cut.Store(true)
+	}
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(len(hit), 2*runtime.GOMAXPROCS(0)) {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(hit)); i = next.Add(1) - 1 {
+				hit[i].close()
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func set(all []string) map[string]bool {
+	m := make(map[string]bool, len(all))
+	for _, s := range all {
+		m[s] = true
+	}
+	return m
+}
+
+// flows lists what is open.
+func (r *registry) flows() (list []api.Flow, total int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for e := range r.entries {
+		if e.kind != kindFlow {
+			continue
+		}
+		if total++; len(list) < api.MaxFlows {
+			list = append(list, api.Flow{Instance: e.instance, Direction: e.direction, Peer: e.peerIdentity, Serial: e.peerSerial,
+				Address: e.address, Since: e.since, Sent: e.sent.Load(), Received: e.received.Load()})
+		}
+	}
+	return list, total
+}
+
+// destination is where a workload wants to go outside the mesh.
+type destination struct{ netip.AddrPort }
+
+// sensitive destinations are the node's own, or nobody's business.
+func (d destination) sensitive() bool {
+	a := d.Addr()
+	return a.IsLoopback() || a.IsUnspecified() || a.IsMulticast() || a.IsLinkLocalUnicast() || ownAddress(a)
+}
