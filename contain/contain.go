@@ -24,10 +24,10 @@ import (
 
 // Kinds of record the book writes and replays.
 const (
-	KindIncident = "incident"
-	KindReceipt  = "receipt"
-	KindRevoke   = "revoke"
-	KindClose    = "incident-closed"
+	KindIncident = "contain.incident"
+	KindReceipt  = "contain.receipt"
+	KindRevoke   = "contain.revoke"
+	KindClose    = "contain.close"
 )
 
 // Recorder writes a record and returns once it is durable. No record, no act.
@@ -43,6 +43,8 @@ type Record struct {
 	Workload    string
 	Instance    string
 	Incident    string
+	Node        string
+	Digest      string // of an image
 	Text        string
 	Body        json.RawMessage
 }

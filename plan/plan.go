@@ -8,6 +8,13 @@ package plan
 
 import "net/netip"
 
+// Addresses of guests and of services. They mean something only inside the
+// namespaces of sandboxes, which lead nowhere but into the mesh.
+var (
+	Guests   = netip.MustParsePrefix("10.88.0.0/16")
+	Services = netip.MustParsePrefix("10.99.0.0/16")
+)
+
 // Mesh is what one node's proxy should do.
 type Mesh struct {
 	// Generation rises with every change; a receiver refuses to go back.

@@ -1,0 +1,55 @@
+// Command hauberk-node is the privileged agent of a machine: it boots
+// sandboxes, opens their sockets for the mesh, tells their Guards what to
+// enforce, and contains them.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"hauberk.dev/node"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "hauberk-node:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string, stderr io.Writer) error {
+	var c node.Config
+	f := flag.NewFlagSet("hauberk-node", flag.ContinueOnError)
+	f.SetOutput(stderr)
+	f.StringVar(&c.State, "state", "/var/lib/hauberk/node", "folder of the journal, images and kernel artefacts")
+	f.StringVar(&c.Run, "run", "/run/hauberk/node", "folder of sockets and namespaces")
+	f.StringVar(&c.Name, "name", "local", "name of this node")
+	f.StringVar(&c.Join, "join", "/run/hauberk/control/admin.sock", "socket on which the control plane admits this node")
+	f.StringVar(&c.Control, "control", "127.0.0.1:7444", "address of the control plane's node door")
+	f.StringVar(&c.Door, "door", "127.0.0.1:7445", "address of this node's own door")
+	f.StringVar(&c.Gateway, "gateway", "127.0.0.1:15008", "address of this node's mesh gateway (HBONE)")
+	f.StringVar(&c.MeshLink, "mesh-link", "/run/hauberk/mesh/link.sock", "socket of hauberk-mesh")
+	f.StringVar(&c.GuestAgent, "guest-agent", "", "the hauberk-guest program (default: beside this one)")
+	f.StringVar(&c.Kernel, "kernel", "", "guest kernel image (default: the newest installed cloud kernel)")
+	f.BoolVar(&c.KeepSandboxes, "keep-sandboxes", false, "leave sandboxes running when told to stop; the next start adopts them")
+	f.BoolVar(&c.WithoutGuard, "without-guard", false, "boot sandboxes without the Guard, to prove that checks notice; every status says so")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("read arguments: %q: none are taken; see hauberk-node -h", f.Args())
+	}
+	c.Log = stderr
+	n, err := node.Open(ctx, c)
+	if err != nil {
+		return err
+	}
+	return n.Run(ctx)
+}

@@ -1,0 +1,90 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	wire "hauberk.dev/api/node"
+	"hauberk.dev/api/spec"
+	"hauberk.dev/internal/netns"
+	"hauberk.dev/plan"
+)
+
+// bypassEvery is how often the drop counters of each namespace are read. What
+// they count was refused already; this is only how soon it is known.
+const bypassEvery = 100 * time.Millisecond
+
+// bypassLoop reports traffic that tried to pass the interception. A frame with
+// a foreign source address, or a packet aimed straight at another sandbox,
+// whose address no name resolves to, is an attack and contains the sender. Any
+// other datagram or protocol may be a mistake and is reported.
+func (n *Node) bypassLoop(ctx context.Context) error {
+	seen := map[string]netns.Drops{}
+	tick := time.NewTicker(bypassEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		present := map[string]netns.Drops{}
+		for id, ns := range n.mesh.namespaces() {
+			now, err := ns.Dropped()
+			if err != nil {
+				continue // the sandbox is being taken down
+			}
+			if a, ok := n.find(id); ok {
+				for _, r := range bypassed(seen[id], now) {
+					n.violation(a, r)
+				}
+			}
+			present[id] = now
+		}
+		seen = present
+	}
+}
+
+// bypassed compares two readings and says what is new.
+func bypassed(before, now netns.Drops) []wire.Report {
+	var out []wire.Report
+	if now.Spoofed > before.Spoofed {
+		out = append(out, wire.Report{Severity: spec.SeverityCritical, Cause: "bypass", Rule: "source address", Denied: true,
+			Detail: fmt.Sprintf("%d frames with an address that is not the sandbox's", now.Spoofed-before.Spoofed)})
+	}
+	old := map[string]uint64{}
+	name := func(d netns.Drop) string { return fmt.Sprintf("%s:%d/%s", d.Destination, d.Port, protocol(d.Protocol)) }
+	for _, d := range before.Bypass {
+		old[name(d)] = d.Packets
+	}
+	for _, d := range now.Bypass {
+		n := d.Packets - min(d.Packets, old[name(d)])
+		if n == 0 {
+			continue
+		}
+		r := wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: "around the proxy", Denied: true,
+			Detail: fmt.Sprintf("%d packets to %s", n, name(d))}
+		if plan.Guests.Contains(d.Destination) {
+			r.Severity, r.Cause = spec.SeverityCritical, "bypass"
+		}
+		out = append(out, r)
+	}
+	if now.Rest > before.Rest {
+		out = append(out, wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: "around the proxy", Denied: true,
+			Detail: fmt.Sprintf("%d packets that are neither IPv4 nor ARP, or to too many destinations to list", now.Rest-before.Rest)})
+	}
+	return out
+}
+
+func protocol(n uint8) string {
+	switch n {
+	case 1:
+		return "icmp"
+	case 6:
+		return "tcp"
+	case 17:
+		return "udp"
+	}
+	return fmt.Sprintf("protocol %d", n)
+}

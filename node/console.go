@@ -1,0 +1,134 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+)
+
+// logLimit bounds a workload's log file; one older file is kept beside it.
+const logLimit = 4 << 20
+
+// console keeps what a workload writes, in a file, and lets people follow it.
+type console struct {
+	path string
+
+	mu      sync.Mutex
+	file    *os.File
+	size    int64
+	changed chan struct{} // closed and replaced at every write
+	ended   bool
+}
+
+func openConsole(path string) (*console, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open console: %w", err)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("open console: %w", err)
+	}
+	return &console{path: path, file: f, size: info.Size(), changed: make(chan struct{})}, nil
+}
+
+// Write never fails: a full disk costs log lines, not the workload.
+func (c *console) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
+		return len(p), nil
+	}
+	if c.size+int64(len(p)) > logLimit {
+		c.turnLocked()
+	}
+	n, _ := c.file.Write(p) // see above
+	c.size += int64(n)
+	close(c.changed)
+	c.changed = make(chan struct{})
+	return len(p), nil
+}
+
+// turnLocked begins a new file. If it cannot, the old one is cut instead.
+func (c *console) turnLocked() {
+	if os.Rename(c.path, c.path+".1") == nil {
+		if f, err := os.OpenFile(c.path, os.O_CREATE|os.O_TRUNC|os.O_APPEND|os.O_WRONLY, 0o600); err == nil {
+			c.file.Close()
+			c.file, c.size = f, 0
+			return
+		}
+	}
+	if c.file.Truncate(0) == nil {
+		c.size = 0
+	}
+}
+
+// close ends the console and everybody who follows it.
+func (c *console) close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ended {
+		return nil
+	}
+	c.ended = true
+	close(c.changed)
+	return c.file.Close()
+}
+
+// copyTo writes the log to w; with follow, until ctx ends or the console does.
+// A follower that is slower than the log is turned misses what was turned.
+func (c *console) copyTo(ctx context.Context, w io.Writer, follow bool) error {
+	f, err := os.Open(c.path)
+	if err != nil {
+		return fmt.Errorf("read console: %w", err)
+	}
+	defer func() { f.Close() }()
+	for {
+		c.mu.Lock()
+		changed, ended := c.changed, c.ended
+		c.mu.Unlock()
+		if _, err := io.Copy(w, f); err != nil {
+			return fmt.Errorf("read console: %w", err)
+		}
+		if !follow || ended {
+			return nil
+		}
+		if f, err = reopened(f, c.path); err != nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// reopened returns the file now at path if f is not it any more.
+func reopened(f *os.File, path string) (*os.File, error) {
+	now, err := os.Open(path)
+	if err != nil {
+		return f, fmt.Errorf("read console: %w", err)
+	}
+	a, errA := f.Stat()
+	b, errB := now.Stat()
+	if err := errors.Join(errA, errB); err != nil {
+		now.Close()
+		return f, fmt.Errorf("read console: %w", err)
+	}
+	at, err := f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		now.Close()
+		return f, fmt.Errorf("read console: %w", err)
+	}
+	if os.SameFile(a, b) && at <= b.Size() {
+		now.Close()
+		return f, nil
+	}
+	f.Close()
+	return now, nil
+}

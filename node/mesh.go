@@ -1,0 +1,370 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	api "hauberk.dev/api/mesh"
+	wire "hauberk.dev/api/node"
+	"hauberk.dev/api/spec"
+	"hauberk.dev/internal/netns"
+	"hauberk.dev/mesh/link"
+	"hauberk.dev/plan"
+)
+
+// meshTime bounds one request to the mesh.
+const meshTime = 5 * time.Second
+
+var errNoMesh = errors.New("hauberk-mesh is not connected; is it running?")
+
+// meshPart keeps the mesh told. It remembers everything said, so that a mesh
+// that restarts hears it again, and holds every listener, so that nothing
+// waiting in one is lost meanwhile.
+type meshPart struct {
+	n *Node
+
+	mu        sync.Mutex
+	link      *link.Link
+	sandboxes map[string]*meshSandbox
+	plan      *plan.Mesh
+	gateway   *os.File
+	published map[uint16]link.Published // by port of the node
+	dirty     chan struct{}             // capacity 1: the plan is to be sent
+}
+
+type meshSandbox struct {
+	plan     plan.Sandbox
+	ns       *netns.Namespace
+	tcp      *os.File
+	udp, dns *os.File
+}
+
+func newMeshPart(n *Node) *meshPart {
+	return &meshPart{n: n, sandboxes: map[string]*meshSandbox{}, published: map[uint16]link.Published{}, dirty: make(chan struct{}, 1)}
+}
+
+// run keeps a link to the mesh until ctx ends.
+func (m *meshPart) run(ctx context.Context) error {
+	if err := m.openGateway(); err != nil {
+		return err
+	}
+	defer m.close()
+	pause := 20 * time.Millisecond
+	for ctx.Err() == nil {
+		if err := m.session(ctx); err != nil && ctx.Err() == nil {
+			m.n.note(fmt.Errorf("mesh link: %w", err))
+		} else {
+			pause = 20 * time.Millisecond
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, time.Second)
+	}
+	return nil
+}
+
+// session connects, says everything, and then every change, until the link
+// ends.
+func (m *meshPart) session(ctx context.Context) error {
+	l, err := link.Dial(ctx, m.n.conf.MeshLink, link.Handlers{Sign: m.sign, Sockets: m.sockets, Event: m.event})
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := m.say(ctx, l); err != nil {
+		return err
+	}
+	m.n.slog.Info("mesh connected", "pid", l.Process())
+	defer func() {
+		m.mu.Lock()
+		m.link = nil
+		m.mu.Unlock()
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-l.Done():
+			return errors.New("ended; dialling again")
+		case <-m.dirty:
+			if err := m.sayPlan(ctx, l); err != nil {
+				m.n.note(fmt.Errorf("send plan to the mesh: %w", err))
+			}
+		}
+	}
+}
+
+// say sends all there is. The link counts as connected before the sandboxes
+// are sent, so that one added meanwhile is not missed.
+func (m *meshPart) say(ctx context.Context, l *link.Link) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*meshTime)
+	defer cancel()
+	if err := l.SetGateway(ctx, m.gateway); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.link = l
+	all := slices.Collect(maps.Values(m.sandboxes))
+	m.mu.Unlock()
+	if _, err := l.Cut(ctx, m.n.currentEpoch()); err != nil {
+		return err
+	}
+	for _, s := range all {
+		if err := l.AddSandbox(ctx, s.plan, s.tcp, s.udp, s.dns); err != nil {
+			return err
+		}
+	}
+	return m.sayPlan(ctx, l)
+}
+
+// sayPlan sends the published ports and the plan. A port that cannot be opened
+// keeps back neither the plan nor the other ports.
+func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
+	ctx, cancel := context.WithTimeout(ctx, meshTime)
+	defer cancel()
+	m.mu.Lock()
+	p := m.plan
+	if p == nil {
+		m.mu.Unlock()
+		return nil
+	}
+	published, failed := m.publishLocked(p)
+	m.mu.Unlock()
+	m.n.note(failed)
+	if err := l.SetPublish(ctx, published); err != nil {
+		return err
+	}
+	return l.SetPlan(ctx, *p)
+}
+
+// publishLocked opens the listeners the plan asks for and closes the others.
+func (m *meshPart) publishLocked(p *plan.Mesh) ([]link.Published, error) {
+	var errs []error
+	wanted := map[uint16]bool{}
+	for _, s := range p.Services {
+		for _, port := range s.Ports {
+			if port.Publish == 0 {
+				continue
+			}
+			wanted[port.Publish] = true
+			to := api.PublishedPort{Service: s.Name, Namespace: s.Namespace, Port: port.Port}
+			old, open := m.published[port.Publish]
+			if !open {
+				ln, err := listenFile(fmt.Sprintf("127.0.0.1:%d", port.Publish))
+				if err != nil {
+					errs = append(errs, fmt.Errorf("publish %s/%s: %w: free the port or change spec.ports[].publish", s.Namespace, s.Name, err))
+					continue
+				}
+				old = link.Published{Listener: ln}
+			}
+			old.PublishedPort = to
+			m.published[port.Publish] = old
+		}
+	}
+	out := make([]link.Published, 0, len(m.published))
+	for port, ln := range m.published {
+		if !wanted[port] {
+			ln.Listener.Close()
+			delete(m.published, port)
+			continue
+		}
+		out = append(out, ln)
+	}
+	return out, errors.Join(errs...)
+}
+
+// listenFile opens a TCP listener and returns it as a descriptor to pass on.
+func listenFile(address string) (*os.File, error) {
+	ln, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	defer ln.Close() // File is a duplicate
+	return ln.(*net.TCPListener).File()
+}
+
+func (m *meshPart) openGateway() error {
+	f, err := listenFile(m.n.conf.Gateway)
+	if err != nil {
+		return fmt.Errorf("open mesh gateway: %w: free the address or choose another --gateway", err)
+	}
+	m.gateway = f
+	return nil
+}
+
+func (m *meshPart) close() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.gateway.Close()
+	for _, p := range m.published {
+		p.Listener.Close()
+	}
+}
+
+// add opens a sandbox's sockets and gives them to the mesh. Without a mesh the
+// sandbox has no network, so that is an error.
+func (m *meshPart) add(ctx context.Context, s plan.Sandbox, ns *netns.Namespace) error {
+	tcp, err := ns.ListenTransparent()
+	if err != nil {
+		return err
+	}
+	udp, dns, err := ns.ListenDNS()
+	if err != nil {
+		tcp.Close()
+		return err
+	}
+	sandbox := &meshSandbox{plan: s, ns: ns, tcp: tcp, udp: udp, dns: dns}
+	m.mu.Lock()
+	m.sandboxes[s.Instance] = sandbox
+	l := m.link
+	m.mu.Unlock()
+	if l == nil {
+		return errNoMesh
+	}
+	ctx, cancel := context.WithTimeout(ctx, meshTime)
+	defer cancel()
+	if err := l.AddSandbox(ctx, s, tcp, udp, dns); err != nil {
+		return err
+	}
+	m.changed()
+	return nil
+}
+
+// adopt is add for a sandbox that runs already: if there is no mesh now, it
+// hears of the sandbox when it comes.
+func (m *meshPart) adopt(ctx context.Context, s plan.Sandbox, ns *netns.Namespace) error {
+	if err := m.add(ctx, s, ns); err != nil && !errors.Is(err, errNoMesh) && !errors.Is(err, link.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// remove cuts a sandbox off and closes its sockets. It is safe at any moment.
+func (m *meshPart) remove(ctx context.Context, instance string) {
+	m.mu.Lock()
+	s, l := m.sandboxes[instance], m.link
+	delete(m.sandboxes, instance)
+	m.mu.Unlock()
+	if s == nil {
+		return
+	}
+	if l != nil {
+		ctx, cancel := context.WithTimeout(ctx, meshTime)
+		defer cancel()
+		if err := l.RemoveSandbox(ctx, instance); err != nil && !errors.Is(err, link.ErrClosed) {
+			m.n.note(err)
+		}
+	}
+	for _, f := range []*os.File{s.tcp, s.udp, s.dns} {
+		f.Close()
+	}
+}
+
+// namespaces are those of the sandboxes now connected.
+func (m *meshPart) namespaces() map[string]*netns.Namespace {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make(map[string]*netns.Namespace, len(m.sandboxes))
+	for id, s := range m.sandboxes {
+		out[id] = s.ns
+	}
+	return out
+}
+
+// setPlan hands over the newest plan.
+func (m *meshPart) setPlan(p plan.Mesh) {
+	m.mu.Lock()
+	same := m.plan != nil && m.plan.Generation == p.Generation
+	m.plan = &p
+	m.mu.Unlock()
+	if !same {
+		m.changed()
+	}
+}
+
+func (m *meshPart) changed() {
+	select {
+	case m.dirty <- struct{}{}:
+	default:
+	}
+}
+
+// cut puts an epoch in force and says what that did.
+func (m *meshPart) cut(ctx context.Context, e plan.Epoch) (string, error) {
+	m.mu.Lock()
+	l := m.link
+	m.mu.Unlock()
+	if l == nil {
+		return "", fmt.Errorf("cut: %w", errNoMesh)
+	}
+	ctx, cancel := context.WithTimeout(ctx, meshTime)
+	defer cancel()
+	r, err := l.Cut(ctx, e)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("cut %d connections", r.Connections), nil
+}
+
+// sign asks the CA for an identity, with what this node knows of the instance.
+func (m *meshPart) sign(ctx context.Context, instance string, csr []byte) ([][]byte, []byte, error) {
+	a, ok := m.n.find(instance)
+	if !ok {
+		return nil, nil, fmt.Errorf("sign for %s: no such instance here", instance)
+	}
+	a.mu.Lock()
+	ask := wire.CSR{Instance: instance, Ticket: a.entry.Instance.Ticket, Request: csr, Guard: a.heartbeat, Measurement: m.n.guests.measurement}
+	contained := a.frozen
+	a.mu.Unlock()
+	if contained {
+		return nil, nil, fmt.Errorf("sign for %s: it is contained", instance)
+	}
+	if fresh, ok := m.n.ticket(instance); ok {
+		ask.Ticket = fresh
+	}
+	var c wire.Certificate
+	if err := m.n.uplink.call(ctx, wire.PathCSR, ask, &c); err != nil {
+		return nil, nil, err
+	}
+	a.mu.Lock()
+	a.serial = c.Serial
+	a.mu.Unlock()
+	m.n.said()
+	return c.Chain, m.n.roots(), nil
+}
+
+// sockets opens connections-to-be in an instance's namespace.
+func (m *meshPart) sockets(instance string, count int) ([]*os.File, error) {
+	m.mu.Lock()
+	s := m.sandboxes[instance]
+	m.mu.Unlock()
+	if s == nil {
+		return nil, fmt.Errorf("open sockets for %s: no such sandbox", instance)
+	}
+	return s.ns.Dialers(count)
+}
+
+// event passes on what the mesh saw. Its words are the proxy's and are only
+// shown, never acted upon.
+func (m *meshPart) event(e api.Event) {
+	a, ok := m.n.find(e.Instance)
+	if !ok {
+		m.n.slog.Info("mesh event", "kind", e.Kind, "service", e.Service, "peer", e.Peer, "reason", e.Reason)
+		return
+	}
+	rule := string(e.Kind)
+	if e.Rule != "" {
+		rule += " " + e.Rule
+	}
+	m.n.violation(a, wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: rule, Denied: true,
+		Detail: fmt.Sprintf("%s from %s to %s %s: %s", e.Peer, e.Source, e.Service, e.Destination, e.Reason)})
+}

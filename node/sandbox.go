@@ -1,0 +1,465 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"hauberk.dev/api/guestproto"
+	wire "hauberk.dev/api/node"
+	"hauberk.dev/api/spec"
+	"hauberk.dev/evidence"
+	"hauberk.dev/guard"
+	"hauberk.dev/image"
+	"hauberk.dev/internal/netns"
+	"hauberk.dev/plan"
+	"hauberk.dev/vm"
+)
+
+const (
+	rootSerial = "root"
+	guestMTU   = 1500
+	// upperShare of the guest's memory may be written to the root file system.
+	upperShare = 4
+	pidsMax    = 4096
+	// uidBase is the first of the users that machines run as; the low bits of
+	// the guest's address make it one user per sandbox.
+	uidBase = 0x48420000
+	// agentTime bounds the first answer of a guest's agent.
+	agentTime = 20 * time.Second
+)
+
+// sandbox is a body made of a virtual machine.
+type sandbox struct {
+	g  *guests
+	id string
+
+	exited chan int
+	died   chan struct{}
+
+	mu      sync.Mutex
+	ns      *netns.Namespace
+	tap     *os.File
+	machine *vm.Machine
+	channel *vm.Channel
+	process *vm.Process
+	console *console
+	policy  guard.Compiled
+	env     []string
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+}
+
+func (s *sandbox) Exited() <-chan int    { return s.exited }
+func (s *sandbox) Died() <-chan struct{} { return s.died }
+func (s *sandbox) Console() *console {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.console
+}
+
+// Launch checks the ticket, makes image, network and machine, arms the Guard
+// and only then lets the workload's first process run.
+func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error) {
+	if err := s.checkTicket(i); err != nil {
+		return launched{}, &RefusalError{"TicketInvalid", err}
+	}
+	img, err := s.g.pull(ctx, i)
+	if err != nil {
+		return launched{}, fmt.Errorf("pull image: %w", err)
+	}
+	address, err := netip.ParseAddr(i.Address)
+	if err != nil {
+		return launched{}, &RefusalError{"AddressInvalid", fmt.Errorf("address %q: %w", i.Address, err)}
+	}
+	if err := s.openConsole(); err != nil {
+		return launched{}, err
+	}
+	if err := s.network(address); err != nil {
+		return launched{}, err
+	}
+	began := time.Now()
+	if err := s.boot(ctx, i, img, address); err != nil {
+		return launched{}, err
+	}
+	if err := s.Enforce(ctx, i.Guard); err != nil {
+		return launched{}, &RefusalError{"PolicyRefused", err}
+	}
+	if err := s.g.n.mesh.add(ctx, s.meshSandbox(i, address), s.ns); err != nil {
+		return launched{}, fmt.Errorf("connect to the mesh: %w", err)
+	}
+	if err := s.spawn(ctx, i, img); err != nil {
+		return launched{}, err
+	}
+	return launched{process: s.process.ID(), ready: time.Since(began)}, nil
+}
+
+// checkTicket verifies the permission to launch, field by field.
+func (s *sandbox) checkTicket(i wire.Instance) error {
+	t, err := evidence.VerifyTicket(i.Ticket, s.g.n.now(), s.g.n.ticketKeys())
+	if err != nil {
+		return err
+	}
+	for _, f := range []struct{ name, got, want string }{
+		{"instance", t.Instance, i.ID}, {"namespace", t.Namespace, i.Namespace}, {"workload", t.Workload, i.Workload},
+		{"digest", t.Digest, i.Digest}, {"repository", t.Repository, i.Repository}, {"node", t.Node, s.g.n.conf.Name},
+		{"sandboxClass", t.SandboxClass, i.Spec.Sandbox.Class},
+	} {
+		if f.got != f.want {
+			return fmt.Errorf("ticket of %s: %s is %q, the order says %q", i.ID, f.name, f.got, f.want)
+		}
+	}
+	if t.Measurement != s.g.measurement {
+		return fmt.Errorf("ticket of %s: it demands another guest than this node boots: ticket %+v, node %+v", i.ID, t.Measurement, s.g.measurement)
+	}
+	return nil
+}
+
+func guestMAC(a netip.Addr) net.HardwareAddr {
+	b := a.As4()
+	return net.HardwareAddr{0x02, 0x48, b[0], b[1], b[2], b[3]}
+}
+
+func machineUser(a netip.Addr) int {
+	b := a.As4()
+	return uidBase + int(b[2])<<8 + int(b[3])
+}
+
+func (s *sandbox) openConsole() error {
+	c, err := openConsole(filepath.Join(s.g.consoles, s.id+".log"))
+	s.mu.Lock()
+	s.console = c
+	s.mu.Unlock()
+	return err
+}
+
+func (s *sandbox) network(address netip.Addr) (err error) {
+	if s.ns, err = netns.Create(s.g.namespaces, s.id); err != nil {
+		return err
+	}
+	s.tap, err = s.ns.Tap(netns.Guest{Address: address, MAC: guestMAC(address), Owner: machineUser(address)})
+	return err
+}
+
+// boot clones the template and makes the clone a machine of its own.
+func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, address netip.Addr) error {
+	m, err := s.g.clone(ctx, i, img, s.tap, uint32(machineUser(address)), guestMAC(address))
+	if err != nil {
+		return err
+	}
+	if err := s.connect(ctx, m); err != nil {
+		return fmt.Errorf("%w; the guest printed: %s", err, m.Console())
+	}
+	seed, err := newSeed(i.ID)
+	if err != nil {
+		return err
+	}
+	if err := s.channel.Reseed(ctx, seed); err != nil {
+		return err
+	}
+	if err := s.channel.Rescan(ctx); err != nil {
+		return err
+	}
+	upper := uint64(i.Spec.Sandbox.MemoryMiB) << 20 / upperShare
+	if _, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: rootSerial, UpperBytes: upper}); err != nil {
+		return err
+	}
+	return s.channel.Network(ctx, guestproto.Network{
+		MAC: [6]byte(guestMAC(address)), Address: address.As4(), Prefix: 32,
+		Gateway: netns.Gateway.As4(), MTU: guestMTU,
+	})
+}
+
+// own takes a machine and watches it.
+func (s *sandbox) own(m *vm.Machine) {
+	s.mu.Lock()
+	s.machine = m
+	s.mu.Unlock()
+	s.wg.Go(func() {
+		<-m.Done()
+		close(s.died)
+	})
+}
+
+// connect opens the channel to the agent. A guest whose Guard is not attached
+// runs nothing.
+func (s *sandbox) connect(ctx context.Context, m *vm.Machine) error {
+	s.own(m)
+	ctx, cancel := context.WithTimeout(ctx, agentTime)
+	defer cancel()
+	c, hello, err := m.Channel(ctx, s.record)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.channel = c
+	s.mu.Unlock()
+	if hello.Guard != guestproto.GuardAttached && !s.g.n.conf.WithoutGuard {
+		return fmt.Errorf("boot %s: the Guard is not attached: %s", s.id, hello.GuardText)
+	}
+	return nil
+}
+
+func newSeed(hostname string) (guestproto.Reseed, error) {
+	seed := guestproto.Reseed{UnixNanos: time.Now().UnixNano(), Hostname: hostname}
+	var ids [32]byte
+	if _, err := rand.Read(seed.Entropy[:]); err != nil {
+		return seed, fmt.Errorf("draw entropy: %w", err)
+	}
+	if _, err := rand.Read(ids[:]); err != nil {
+		return seed, fmt.Errorf("draw entropy: %w", err)
+	}
+	seed.MachineID = hex.EncodeToString(ids[:16])
+	u := ids[16:]
+	u[6], u[8] = u[6]&0x0f|0x40, u[8]&0x3f|0x80 // RFC 9562, version 4
+	seed.BootID = fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
+	return seed, nil
+}
+
+// Enforce compiles the policy for this guest and swaps it in whole.
+func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
+	if s.g.n.conf.WithoutGuard {
+		return nil
+	}
+	c, err := guard.Compile(g, guard.CompileFacts{Gateway: netns.Gateway})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	before := s.policy
+	s.policy = c // first, so that no event of the new policy is unknown
+	s.mu.Unlock()
+	reply, err := s.channel.GuardPolicy(ctx, c.Generation, c.Blob)
+	if err != nil {
+		s.mu.Lock()
+		s.policy = before
+		s.mu.Unlock()
+		return fmt.Errorf("put policy generation %d in force: %w", g.Generation, err)
+	}
+	applied, err := guard.DecodeApplied(reply)
+	if err != nil {
+		return fmt.Errorf("put policy generation %d in force: %w", g.Generation, err)
+	}
+	for _, text := range c.Unsupported {
+		s.g.n.slog.Warn("policy cannot be held as written; more is refused instead", "instance", s.id, "rule", text)
+	}
+	for _, id := range applied.Lost {
+		if r, ok := c.Rule(id); ok {
+			s.g.n.slog.Warn("policy names a path that cannot exist in this image", "instance", s.id, "rule", r.String())
+		}
+	}
+	return nil
+}
+
+func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
+	if s.g.n.conf.WithoutGuard {
+		return wire.GuardHeartbeat{At: time.Now().UTC()}, s.channel.Ping(ctx)
+	}
+	raw, err := s.channel.GuardStatus(ctx)
+	if err != nil {
+		return wire.GuardHeartbeat{}, err
+	}
+	st, err := guard.DecodeStatus(raw)
+	return wire.GuardHeartbeat{At: time.Now().UTC(), Generation: st.Generation, Digest: st.Digest,
+		Programs: st.Programs, Sequence: st.Sequence, Lost: st.Lost}, err
+}
+
+// record turns a record of the Guard into a report. What was allowed is not
+// reported.
+func (s *sandbox) record(raw []byte) {
+	e, err := guard.DecodeEvents(raw)
+	if err != nil {
+		s.g.n.note(fmt.Errorf("event of %s: %w", s.id, err))
+		return
+	}
+	a, ok := s.g.n.find(s.id)
+	if !ok || e.Verdict == guard.Allowed {
+		return
+	}
+	s.mu.Lock()
+	r, known := s.policy.Rule(e.Rule)
+	s.mu.Unlock()
+	if !known {
+		r = guard.Rule{Policy: "unknown", Text: fmt.Sprintf("rule %d", e.Rule), Severity: spec.SeverityCritical}
+	}
+	s.g.n.violation(a, wire.Report{Severity: r.Severity, Cause: "guard", Rule: r.String(), Detail: e.String(),
+		Sequence: e.Sequence, Lost: e.Lost, Denied: e.Verdict != guard.Reported, Observed: time.Now().UTC()})
+}
+
+// spawn makes the container and starts its first process.
+func (s *sandbox) spawn(ctx context.Context, i wire.Instance, img image.Image) error {
+	args := i.Spec.Command
+	if len(args) == 0 {
+		args = img.Config.Entrypoint
+		if len(i.Spec.Args) == 0 {
+			args = append(args[:len(args):len(args)], img.Config.Cmd...)
+		}
+	}
+	args = append(args[:len(args):len(args)], i.Spec.Args...)
+	if len(args) == 0 {
+		return &RefusalError{"NoCommand", errors.New("neither the image nor spec.command says what to run")}
+	}
+	s.env = environment(img.Config.Env, i.Spec.Env)
+	p, err := s.channel.Create(ctx, guestproto.Create{
+		Hostname: i.ID, PidsMax: pidsMax, KeepLog: true, Files: files(i),
+		Program: guestproto.Program{Args: args, Env: s.env, Cwd: img.Config.WorkingDir,
+			UID: img.Config.UID, GID: img.Config.GID, Groups: img.Config.Groups},
+	})
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.process = p
+	s.mu.Unlock()
+	s.watch()
+	return p.Start(ctx)
+}
+
+func environment(img []string, own []spec.EnvVar) []string {
+	env := append([]string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}, img...)
+	for _, v := range own {
+		env = append(env, v.Name+"="+v.Value)
+	}
+	return env
+}
+
+// files are what every container finds in /etc, whatever its image has.
+func files(i wire.Instance) []guestproto.File {
+	resolv := fmt.Sprintf("nameserver %s\nsearch %s.svc.cluster.local svc.cluster.local\noptions ndots:2 timeout:2\n", netns.Gateway, i.Namespace)
+	hosts := fmt.Sprintf("127.0.0.1 localhost\n%s %s\n", i.Address, i.ID)
+	return []guestproto.File{
+		{Path: "/etc/resolv.conf", Mode: 0o644, Data: []byte(resolv)},
+		{Path: "/etc/hosts", Mode: 0o644, Data: []byte(hosts)},
+		{Path: "/etc/hostname", Mode: 0o644, Data: []byte(i.ID + "\n")},
+	}
+}
+
+// watch keeps the workload's output and waits for its end.
+func (s *sandbox) watch() {
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	for _, r := range []io.Reader{s.process.Stdout(), s.process.Stderr()} {
+		s.wg.Go(func() {
+			io.Copy(s.console, r) // ends with the stream or the channel
+		})
+	}
+	s.wg.Go(func() {
+		if st, err := s.process.Wait(ctx); err == nil {
+			s.exited <- st.Code
+		}
+	})
+}
+
+// Adopt takes over a machine that an earlier process of this node started.
+func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
+	address, err := netip.ParseAddr(e.Instance.Address)
+	if err != nil {
+		return fmt.Errorf("adopt %s: %w", s.id, err)
+	}
+	if s.ns, err = netns.Open(s.g.namespaces, s.id); err != nil {
+		return fmt.Errorf("adopt: %w", err)
+	}
+	m, err := s.g.adopt(ctx, s.id)
+	if err != nil {
+		return err
+	}
+	if err := s.openConsole(); err != nil {
+		return err
+	}
+	if e.Contained {
+		s.own(m)
+		return m.Pause(ctx)
+	}
+	if err := s.connect(ctx, m); err != nil {
+		return err
+	}
+	processes, err := s.channel.Processes(ctx)
+	if err != nil {
+		return err
+	}
+	for _, p := range processes {
+		if p.Process != e.Process {
+			continue
+		}
+		if s.process, err = s.channel.Attach(ctx, p); err != nil {
+			return err
+		}
+		s.watch()
+	}
+	if s.process == nil {
+		return fmt.Errorf("adopt %s: its process %d is gone", s.id, e.Process)
+	}
+	if err := s.Enforce(ctx, e.Instance.Guard); err != nil {
+		return err
+	}
+	return s.g.n.mesh.adopt(ctx, s.meshSandbox(e.Instance, address), s.ns)
+}
+
+func (s *sandbox) meshSandbox(i wire.Instance, address netip.Addr) plan.Sandbox {
+	return plan.Sandbox{Instance: i.ID, Address: address, Identity: i.Identity, Service: i.Workload, Namespace: i.Namespace}
+}
+
+func (s *sandbox) exec(ctx context.Context, in wire.Exec) (*vm.Process, error) {
+	s.mu.Lock()
+	c, p := s.channel, s.process
+	s.mu.Unlock()
+	if c == nil || p == nil {
+		return nil, fmt.Errorf("exec in %s: it is not running yet", s.id)
+	}
+	return c.Exec(ctx, p, guestproto.Program{Args: in.Args, Env: slices.Concat(s.env, in.Env),
+		TTY: in.TTY, Rows: in.Rows, Cols: in.Cols})
+}
+
+// Freeze stops the machine's processors.
+func (s *sandbox) Freeze(ctx context.Context) error {
+	s.mu.Lock()
+	m := s.machine
+	s.mu.Unlock()
+	if m == nil {
+		return nil // it never ran
+	}
+	return m.Pause(ctx)
+}
+
+// Stop ends everything in reverse order of making.
+func (s *sandbox) Stop(ctx context.Context, grace time.Duration) error {
+	var errs []error
+	if s.process != nil && grace > 0 {
+		polite, cancel := context.WithTimeout(ctx, grace)
+		if err := s.process.Signal(polite, syscall.SIGTERM); err == nil {
+			s.process.Wait(polite) // its end is polite, its refusal is not an error
+		}
+		cancel()
+	}
+	if s.cancel != nil {
+		s.cancel()
+	}
+	if s.machine != nil {
+		errs = append(errs, s.machine.Kill(ctx))
+	}
+	if s.channel != nil {
+		s.channel.Close()
+	}
+	s.wg.Wait()
+	if s.tap != nil {
+		s.tap.Close()
+	}
+	if s.ns != nil {
+		errs = append(errs, s.ns.Delete())
+	}
+	if s.console != nil {
+		errs = append(errs, s.console.close())
+	}
+	return errors.Join(errs...)
+}
