@@ -1,8 +1,9 @@
 // Command tally runs go test -json, shows what happens as it happens, and
 // counts it.
 //
-// Several runs are recorded into one file; the sum over them fails if anything
-// failed, if nothing ran, or if a test that must run was skipped or is gone.
+// Several runs, also at the same time, are recorded in one directory; the sum
+// over them fails if anything failed, if nothing ran, or if a test that must run
+// was skipped or is gone.
 package main
 
 import (
@@ -12,6 +13,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 )
 
 func main() {
@@ -29,7 +31,7 @@ var errFailed = errors.New("tests failed")
 func run(args []string, stdout, stderr io.Writer) error {
 	f := flag.NewFlagSet("tally", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	record := f.String("record", "", "file that events are appended to")
+	record := f.String("record", "", "directory that events are written to")
 	sum := f.Bool("sum", false, "count the record instead of running a command")
 	must := f.String("must", "", "with -sum: file of tests that must have passed, one \"package test\" a line")
 	if err := f.Parse(args); err != nil {
@@ -41,9 +43,12 @@ func run(args []string, stdout, stderr io.Writer) error {
 	case *sum:
 		return total(*record, *must, stdout)
 	case f.NArg() == 0:
-		return errors.New("name a command: tally -record FILE -- go test -json ./...")
+		return errors.New("name a command: tally -record DIR -- go test -json ./...")
 	}
-	file, err := os.OpenFile(*record, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o644)
+	if err := os.MkdirAll(*record, 0o755); err != nil {
+		return err
+	}
+	file, err := os.CreateTemp(*record, "*.json")
 	if err != nil {
 		return err
 	}
@@ -70,16 +75,17 @@ func watch(cmd *exec.Cmd, record, stdout, stderr io.Writer) error {
 	return errors.Join(cmd.Wait(), readErr)
 }
 
-// total reads a record and prints the line that counts.
+// total reads the records and prints the line that counts.
 func total(record, must string, stdout io.Writer) error {
-	f, err := os.Open(record)
+	files, err := filepath.Glob(filepath.Join(record, "*.json"))
 	if err != nil {
 		return err
 	}
-	defer f.Close()
 	c := newCount()
-	if err := c.read(f); err != nil {
-		return err
+	for _, name := range files {
+		if err := c.readFile(name); err != nil {
+			return err
+		}
 	}
 	var required []test
 	if must != "" {
@@ -88,4 +94,13 @@ func total(record, must string, stdout io.Writer) error {
 		}
 	}
 	return c.report(stdout, required)
+}
+
+func (c *count) readFile(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return c.read(f)
 }
