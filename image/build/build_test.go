@@ -68,7 +68,7 @@ func signer(t *testing.T) *evidence.KeySigner {
 	return s
 }
 
-func spec(t *testing.T, dir string, s *evidence.KeySigner) build.Spec {
+func specOf(t *testing.T, dir string, s *evidence.KeySigner) build.Spec {
 	t.Helper()
 	src, modified, err := build.Checkout(t.Context(), dir, "https://example.com/shop", "dana")
 	if err != nil {
@@ -82,7 +82,7 @@ func spec(t *testing.T, dir string, s *evidence.KeySigner) build.Spec {
 func TestBuild(t *testing.T) {
 	key := signer(t)
 	dir := module(t)
-	one, err := build.Build(t.Context(), spec(t, dir, key))
+	one, err := build.Build(t.Context(), specOf(t, dir, key))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestBuild(t *testing.T) {
 	if out, err := exec.Command("cp", "-r", dir, elsewhere).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	two, err := build.Build(t.Context(), spec(t, elsewhere, key))
+	two, err := build.Build(t.Context(), specOf(t, elsewhere, key))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -164,7 +164,7 @@ func TestModified(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "till", "more.go"), []byte("package main\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if s := spec(t, dir, signer(t)); !s.Modified {
+	if s := specOf(t, dir, signer(t)); !s.Modified {
 		t.Error("a changed checkout is taken for its revision")
 	}
 }
@@ -188,7 +188,7 @@ func TestRefused(t *testing.T) {
 		"foreign output": {func(s *build.Spec) { os.MkdirAll(filepath.Join(s.Output, "precious"), 0o755) }, "no image layout"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := spec(t, dir, signer(t))
+			s := specOf(t, dir, signer(t))
 			test.spoil(&s)
 			_, err := build.Build(t.Context(), s)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
@@ -207,7 +207,7 @@ func TestRefused(t *testing.T) {
 }
 
 func FuzzRecipe(f *testing.F) {
-	good, err := json.Marshal(build.Recipe{Version: 1, Repository: "https://example.com/shop", Author: "dana", Namespace: "shop", Images: []build.Image{shop}})
+	good, err := json.Marshal(build.Recipe{Version: 1, Repository: "https://example.com/shop", Author: "dana", Builder: "https://example.com/builder", Namespace: "shop", Images: []build.Image{shop}})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -21,6 +21,9 @@ type Recipe struct {
 	Repository string `json:"repository"`
 	// Author is the account that wrote the sources.
 	Author string `json:"author"`
+	// Builder is the SLSA builder id the provenances name; release policies must
+	// list it.
+	Builder string `json:"builder"`
 	// Namespace the images are released in.
 	Namespace string  `json:"namespace"`
 	Images    []Image `json:"images"`
@@ -112,7 +115,7 @@ func (r Recipe) check() error {
 	if r.Version != 1 {
 		errs = append(errs, fmt.Errorf("version is %d, want 1", r.Version))
 	}
-	for field, v := range map[string]string{"repository": r.Repository, "author": r.Author, "namespace": r.Namespace} {
+	for field, v := range map[string]string{"repository": r.Repository, "author": r.Author, "builder": r.Builder, "namespace": r.Namespace} {
 		if v == "" {
 			errs = append(errs, fmt.Errorf("%s is not set", field))
 		}
