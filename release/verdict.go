@@ -144,6 +144,9 @@ func (g *Gate) Admitted(ctx context.Context, namespace, application, image strin
 	}
 	var others []string
 	for _, v := range verdicts {
+		if tag != "" && v.Tag != tag {
+			continue // a tag that was moved behind the gate's back names nothing
+		}
 		if v.Namespace == namespace && v.Application == application {
 			return v, nil
 		}
