@@ -102,7 +102,8 @@ func faults(err error) (out []FieldFault) {
 	}
 	if details := status.Status().Details; details != nil {
 		for _, c := range details.Causes {
-			if c.Type != metav1.CauseTypeUnexpectedServerResponse {
+			// A cause without a field only says that rules were left out.
+			if c.Type != metav1.CauseTypeUnexpectedServerResponse && c.Field != "<nil>" {
 				out = append(out, FieldFault{strings.TrimPrefix(c.Field, "."), c.Message})
 			}
 		}

@@ -57,6 +57,8 @@ func (d *documents) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // index lists the groups that either server describes.
 func (d *documents) index(w http.ResponseWriter, r *http.Request) {
 	all := map[string]json.RawMessage{}
+	r = r.Clone(r.Context())
+	r.URL.Path = "/openapi/v3" // with a slash behind it no server knows it
 	for _, h := range []http.Handler{d.crd, d.front} {
 		answer := ask(h, r)
 		var one struct {
