@@ -401,25 +401,30 @@ func (c *Channel) hearReply(h guestproto.Header, payload []byte) error {
 	if k == nil {
 		return &guestproto.MalformedError{What: h.Verb.String(), Cause: fmt.Sprintf("nothing was asked under number %d", h.ID)}
 	}
-	if h.Verb == guestproto.VerbError {
+	a, err := c.take(k, h.Verb, payload)
+	if err != nil {
+		a = answer{err: err} // the channel is about to close, and k no longer on its list
+	}
+	k.answer <- a
+	return err
+}
+
+// take makes an answer of a reply to k.
+func (c *Channel) take(k *call, v guestproto.Verb, payload []byte) (answer, error) {
+	if v == guestproto.VerbError {
 		m, err := guestproto.ParseRefusal(payload)
-		if err != nil {
-			return err
-		}
-		k.answer <- answer{err: &RefusedError{k.verb, syscall.Errno(m.Errno), m.Text[:min(len(m.Text), 1024)]}}
-		return nil
+		return answer{err: &RefusedError{k.verb, syscall.Errno(m.Errno), m.Text[:min(len(m.Text), 1024)]}}, err
 	}
 	if k.process != nil {
 		m, err := guestproto.ParseProcessID(k.verb, payload)
-		if err != nil {
-			return err
+		if err == nil {
+			err = c.register(k.process, m.Process)
 		}
-		if err := c.register(k.process, m.Process); err != nil {
-			return err
+		if err != nil {
+			return answer{}, err
 		}
 	}
-	k.answer <- answer{payload: bytes.Clone(payload)}
-	return nil
+	return answer{payload: bytes.Clone(payload)}, nil
 }
 
 // register enters a process under the number that the guest gave it.
