@@ -13,12 +13,12 @@ import (
 )
 
 // example deploys a directory and, if asked, checks it.
-func (s *session) example(ctx context.Context, dir string, checks bool) error {
-	x, err := deploy.Open(dir)
+func (s *session) example(ctx context.Context, dir string, set map[string]string, checks bool) error {
+	d := s.deployer(set)
+	x, err := d.Open(dir)
 	if err != nil {
 		return err
 	}
-	d := s.deployer()
 	if err := d.Deploy(ctx, x); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package command
 import (
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -55,19 +56,20 @@ func releasedTable(w io.Writer, r admin.Released) error {
 }
 
 func (s *session) build() *cobra.Command {
-	return &cobra.Command{
+	var set map[string]string
+	c := &cobra.Command{
 		Use: "build DIR", Short: "Build the images of an example into OCI layouts with signed provenance",
-		Long: `Build builds the images that DIR/` + deploy.RecipeFile + ` lists from their Go sources, the same
+		Long: `Build builds the images that the JSON file in DIR lists from their Go sources, the same
 bytes every time, and signs where they came from with the builder's key in the
 state directory. It releases nothing.`,
 		Example: "  hauberk build examples/bank",
 		Args:    args(1, 1, "the DIR of an example"),
 		RunE: func(c *cobra.Command, dirs []string) error {
-			x, err := deploy.Open(dirs[0])
+			d := s.deployer(set)
+			x, err := d.Open(dirs[0])
 			if err != nil {
 				return err
 			}
-			d := s.deployer()
 			type line struct {
 				Image  string `json:"image"`
 				Digest string `json:"digest"`
@@ -90,11 +92,20 @@ state directory. It releases nothing.`,
 			})
 		},
 	}
+	settings(c, &set)
+	return c
 }
 
-func (s *session) deployer() *deploy.Deployer {
+// settings is the flag for what the placeholders of an example stand for.
+func settings(c *cobra.Command, set *map[string]string) {
+	c.Flags().StringToStringVar(set, "set", nil, "what ${NAME} in the example's YAML stands for (WEB_PORT is 18080 unless set)")
+}
+
+func (s *session) deployer(set map[string]string) *deploy.Deployer {
+	all := map[string]string{"WEB_PORT": "18080"}
+	maps.Copy(all, set)
 	return &deploy.Deployer{
-		Client: s.client(), Progress: s.progress(),
+		Client: s.client(), Progress: s.progress(), Settings: all,
 		Accounts: filepath.Join(s.state, "accounts"), Layouts: filepath.Join(s.state, "layouts"),
 	}
 }

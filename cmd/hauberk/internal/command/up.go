@@ -28,6 +28,7 @@ const (
 func (s *session) up() *cobra.Command {
 	var i installation
 	var checks bool
+	var set map[string]string
 	c := &cobra.Command{
 		Use:   "up [DIR]",
 		Short: "Start an installation on this machine and deploy an example",
@@ -57,13 +58,14 @@ What is already running stays; up can be run again at any time.`,
 			if len(dirs) == 0 {
 				return nil
 			}
-			return s.example(c.Context(), dirs[0], checks)
+			return s.example(c.Context(), dirs[0], set, checks)
 		},
 	}
 	c.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		return nil, cobra.ShellCompDirectiveFilterDirs
 	}
 	i.flags(c.Flags())
+	settings(c, &set)
 	c.Flags().BoolVar(&checks, "check", false, "check every link and replay the attacks")
 	return c
 }

@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -28,18 +29,17 @@ import (
 	"hauberk.dev/image/build"
 )
 
-// Files of an example's directory.
-const (
-	RecipeFile = "images.json"
-	maxYAML    = 4 << 20
-)
+// maxYAML bounds each file of resources.
+const maxYAML = 4 << 20
 
 const (
 	runningWithin = 5 * time.Minute
 	pollEvery     = 200 * time.Millisecond
 )
 
-// Example is what a directory holds, read and checked.
+// Example is what a directory holds: a recipe for images in its one JSON file,
+// resources in its YAML files, in which ${KEY_account} stands for the public
+// key of an account, and other placeholders for what the caller sets.
 type Example struct {
 	Dir    string
 	Recipe build.Recipe
@@ -58,14 +58,18 @@ type Deployer struct {
 	Progress *progress.Log
 	Accounts string // directory of the accounts' keys
 	Layouts  string // directory images are built into
+	// Settings replace placeholders, such as WEB_PORT.
+	Settings map[string]string
 }
 
-// Open reads an example. It changes nothing.
-func Open(dir string) (*Example, error) {
-	recipe, err := build.ReadRecipe(filepath.Join(dir, RecipeFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("read example: %w: name a directory such as examples/bank", err)
+// Open reads an example. It makes the keys of the accounts it names, and
+// changes nothing else.
+func (d *Deployer) Open(dir string) (*Example, error) {
+	name, err := recipeFile(dir)
+	if err != nil {
+		return nil, err
 	}
+	recipe, err := build.ReadRecipe(name)
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +79,7 @@ func Open(dir string) (*Example, error) {
 		return nil, fmt.Errorf("read example: no *.yaml in %s", dir)
 	}
 	for _, f := range files {
-		docs, err := readDocuments(f)
+		docs, err := d.readDocuments(f)
 		if err != nil {
 			return nil, fmt.Errorf("read %s: %w", f, err)
 		}
@@ -84,7 +88,15 @@ func Open(dir string) (*Example, error) {
 	return x, nil
 }
 
-func readDocuments(name string) ([]*document, error) {
+func recipeFile(dir string) (string, error) {
+	files, err := filepath.Glob(filepath.Join(dir, "*.json"))
+	if err != nil || len(files) != 1 {
+		return "", fmt.Errorf("read example: %d files *.json in %s, want the one that lists its images: name a directory such as examples/bank", len(files), dir)
+	}
+	return files[0], nil
+}
+
+func (d *Deployer) readDocuments(name string) ([]*document, error) {
 	f, err := os.Open(name)
 	if err != nil {
 		return nil, err
@@ -97,7 +109,27 @@ func readDocuments(name string) ([]*document, error) {
 	if len(raw) > maxYAML {
 		return nil, fmt.Errorf("more than %d bytes", maxYAML)
 	}
-	return documents(raw)
+	text, err := substitute(string(raw), d.setting)
+	if err != nil {
+		return nil, err
+	}
+	return documents([]byte(text))
+}
+
+// setting is what a placeholder stands for, as YAML.
+func (d *Deployer) setting(name string) (string, error) {
+	if account, ok := strings.CutPrefix(name, "KEY_"); ok {
+		s, err := d.signer(account)
+		if err != nil {
+			return "", err
+		}
+		return strconv.Quote(string(s.Key().PEM())), nil
+	}
+	v, ok := d.Settings[name]
+	if !ok {
+		return "", fmt.Errorf("nothing is set for ${%s}: set it with --set %s=VALUE", name, name)
+	}
+	return v, nil
 }
 
 // Doors lists the ports that workloads publish.
@@ -121,18 +153,6 @@ func (x *Example) Namespace() string { return x.Recipe.Namespace }
 
 // Deploy brings the example up. It can be done again: what is there stays.
 func (d *Deployer) Deploy(ctx context.Context, x *Example) error {
-	for _, doc := range x.docs {
-		err := doc.setKeys(func(name string) (string, error) {
-			s, err := d.signer(name)
-			if err != nil {
-				return "", err
-			}
-			return string(s.Key().PEM()), nil
-		})
-		if err != nil {
-			return err
-		}
-	}
 	// Workloads come last: one without a release is refused, and that refusal
 	// would be in the ledger for ever.
 	if err := d.apply(ctx, x, "policies", func(doc *document) bool { return doc.Kind != "Workload" }); err != nil {

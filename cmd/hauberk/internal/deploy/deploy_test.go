@@ -4,8 +4,11 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+
+	"go.yaml.in/yaml/v3"
 
 	"hauberk.dev/api/admin"
 	"hauberk.dev/api/spec"
@@ -20,7 +23,7 @@ spec:
   - {name: dana, roles: [developer, reviewer]}
   - name: ruth
     roles: [reviewer]
-    key: ${KEY}
+    key: ${KEY_ruth}
   - name: omar
     roles: [owner]
     key: already
@@ -43,12 +46,27 @@ metadata: {name: web, namespace: s}
 spec:
   replicas: 2
   ports:
-  - {port: 80, protocol: http, publish: 8080}
+  - {port: 80, protocol: http, publish: ${WEB_PORT}}
   - {port: 81}
 `
 
+// settings answers for the placeholders of shop.
+func settings(name string) (string, error) {
+	switch name {
+	case "KEY_ruth":
+		return strconv.Quote("-----BEGIN PUBLIC KEY-----\nkey\n-----END PUBLIC KEY-----\n"), nil
+	case "WEB_PORT":
+		return "8080", nil
+	}
+	return "", errors.New("nothing is set for " + name)
+}
+
 func parse(t *testing.T, text string) []*document {
 	t.Helper()
+	text, err := substitute(text, settings)
+	if err != nil {
+		t.Fatal(err)
+	}
 	docs, err := documents([]byte(text))
 	if err != nil {
 		t.Fatal(err)
@@ -79,31 +97,26 @@ func TestDocuments(t *testing.T) {
 	}
 }
 
-func TestKeysGoWhereTheyBelong(t *testing.T) {
+func TestSubstitute(t *testing.T) {
 	docs := parse(t, shop)
-	asked := []string{}
-	for _, d := range docs {
-		err := d.setKeys(func(name string) (string, error) {
-			asked = append(asked, name)
-			return "-----BEGIN PUBLIC KEY-----\nkey of " + name + "\n-----END PUBLIC KEY-----\n", nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	if len(asked) != 1 || asked[0] != "ruth" {
-		t.Errorf("keys were made for %v", asked)
-	}
 	raw, err := encode(docs, func(d *document) bool { return d.Kind != "Workload" })
 	if err != nil {
 		t.Fatal(err)
 	}
-	again := parse(t, string(raw))
-	if len(again) != 3 || !strings.Contains(again[0].Spec.Accounts[1].Key, "\nkey of ruth\n") || again[0].Spec.Accounts[2].Key != "already" {
-		t.Errorf("came back as\n%s", raw)
+	var again struct {
+		Spec struct{ Accounts []struct{ Key string } }
 	}
-	broken := errors.New("broken")
-	if err := parse(t, shop)[0].setKeys(func(string) (string, error) { return "", broken }); !errors.Is(err, broken) {
+	if err := yaml.Unmarshal(raw[4:], &again); err != nil {
+		t.Fatal(err)
+	}
+	if a := again.Spec.Accounts; a[1].Key != "-----BEGIN PUBLIC KEY-----\nkey\n-----END PUBLIC KEY-----\n" || a[2].Key != "already" {
+		t.Errorf("keys are %q", a)
+	}
+	if n := strings.Count(string(raw), "---\n"); n != 3 {
+		t.Errorf("%d documents passed", n)
+	}
+	_, err = substitute("${A} ${B} $C ${} ${d-e}", settings)
+	if err == nil || err.Error() != "nothing is set for A\nnothing is set for B" {
 		t.Errorf("error is %v", err)
 	}
 }
@@ -118,15 +131,11 @@ func TestDocumentsRefuse(t *testing.T) {
 
 func FuzzDocuments(f *testing.F) {
 	f.Add([]byte(shop))
-	f.Add([]byte("kind: Application\nspec: {accounts: [{name: a, key: '${}'}]}"))
 	f.Add([]byte("&a [*a]"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		docs, err := documents(raw)
 		if err != nil {
 			return
-		}
-		for _, d := range docs {
-			_ = d.setKeys(func(string) (string, error) { return "k", nil })
 		}
 		_, _ = encode(docs, func(*document) bool { return true })
 	})
@@ -174,21 +183,33 @@ func TestJudge(t *testing.T) {
 }
 
 func TestOpenRefuses(t *testing.T) {
-	dir := t.TempDir()
-	if _, err := Open(dir); err == nil || !strings.Contains(err.Error(), "examples/bank") {
+	dir, d := t.TempDir(), &Deployer{Accounts: t.TempDir()}
+	if _, err := d.Open(dir); err == nil || !strings.Contains(err.Error(), "examples/bank") {
 		t.Errorf("empty directory: %v", err)
 	}
 	recipe := `{"version":1,"builder":"https://example.com/builder","repository":"https://example.com/shop","author":"dana","namespace":"s","images":[{"name":"shop/web:1","application":"shop","programs":[{"package":"./web","path":"/web"}],"entrypoint":["/web"]}]}`
-	if err := os.WriteFile(filepath.Join(dir, RecipeFile), []byte(recipe), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "shop.json"), []byte(recipe), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(dir); err == nil || !strings.Contains(err.Error(), "no *.yaml") {
+	if _, err := d.Open(dir); err == nil || !strings.Contains(err.Error(), "no *.yaml") {
 		t.Errorf("no YAML: %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte("a: ["), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(dir); err == nil || !strings.Contains(err.Error(), "a.yaml") {
+	if _, err := d.Open(dir); err == nil || !strings.Contains(err.Error(), "a.yaml") {
 		t.Errorf("bad YAML: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte("a: ${NOWHERE}"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Open(dir); err == nil || !strings.Contains(err.Error(), "--set NOWHERE=VALUE") {
+		t.Errorf("placeholder: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "b.json"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Open(dir); err == nil || !strings.Contains(err.Error(), "2 files *.json") {
+		t.Errorf("two recipes: %v", err)
 	}
 }

@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
-	"strings"
 
 	"go.yaml.in/yaml/v3"
 
@@ -36,7 +36,6 @@ type document struct {
 type account struct {
 	Name  string      `yaml:"name"`
 	Roles []spec.Role `yaml:"roles"`
-	Key   string      `yaml:"key"`
 }
 
 // documents splits YAML.
@@ -80,42 +79,21 @@ func encode(docs []*document, pass func(*document) bool) ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// setKeys writes a public key wherever an account says only where one belongs.
-func (d *document) setKeys(key func(name string) (string, error)) error {
-	list := lookup(lookup(d.node.Content[0], "spec"), "accounts")
-	if d.Kind != "Application" || list == nil {
-		return nil
-	}
-	for _, a := range list.Content {
-		name, place := lookup(a, "name"), lookup(a, "key")
-		if name == nil || place == nil || !isPlace(place.Value) {
-			continue
-		}
-		pem, err := key(name.Value)
+// placeholder is a name to be replaced, such as ${WEB_PORT}.
+var placeholder = regexp.MustCompile(`\$\{([A-Za-z0-9_]+)\}`)
+
+// substitute replaces placeholders before the text is read as YAML. It names
+// all faults at once.
+func substitute(text string, setting func(name string) (string, error)) (string, error) {
+	var errs []error
+	out := placeholder.ReplaceAllStringFunc(text, func(found string) string {
+		v, err := setting(placeholder.FindStringSubmatch(found)[1])
 		if err != nil {
-			return err
+			errs = append(errs, err)
 		}
-		*place = yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Style: yaml.LiteralStyle, Value: pem}
-	}
-	return nil
-}
-
-// isPlace says whether a key is a place for one, such as "${KEY}".
-func isPlace(key string) bool {
-	return strings.HasPrefix(key, "${") && strings.HasSuffix(key, "}")
-}
-
-// lookup finds the value of a name in a mapping.
-func lookup(n *yaml.Node, name string) *yaml.Node {
-	if n == nil || n.Kind != yaml.MappingNode {
-		return nil
-	}
-	for i := 0; i+1 < len(n.Content); i += 2 {
-		if n.Content[i].Value == name {
-			return n.Content[i+1]
-		}
-	}
-	return nil
+		return v
+	})
+	return out, errors.Join(errs...)
 }
 
 // holder finds an account of an application by its role.
