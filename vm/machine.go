@@ -80,13 +80,14 @@ func (m *Machine) watch() {
 	if err != nil {
 		return // released
 	}
+	m.copied.Wait() // its last words
 	m.mu.Lock()
 	switch {
 	case m.killed:
 		m.err = ErrKilled
 	default:
 		m.err = fmt.Errorf("%w: %s", ErrGone, how)
-		if said := m.dir.Tail(MonitorLog); said != "" {
+		if said := m.dir.Tail(MonitorLog, 1024); said != "" {
 			m.err = fmt.Errorf("%w: monitor says %s", m.err, said)
 		}
 	}
@@ -121,7 +122,7 @@ func (m *Machine) Err() error {
 }
 
 // Console returns the end of what the guest printed, quoted.
-func (m *Machine) Console() string { return m.dir.Tail(consoleLog) }
+func (m *Machine) Console() string { return m.dir.Tail(consoleLog, 4096) }
 
 // Agent connects to the agent's port. The port takes one connection at a time:
 // another waits until the first is closed.

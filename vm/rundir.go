@@ -78,16 +78,15 @@ func (d *RunDir) Create(file string) (*os.File, error) {
 	return os.OpenFile(filepath.Join(d.Path, file), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 }
 
-// Tail returns the end of a file, quoted, for error messages.
-func (d *RunDir) Tail(file string) string {
-	const most = 1024
+// Tail returns at most so many bytes of the end of a file, quoted.
+func (d *RunDir) Tail(file string, most int64) string {
 	f, err := os.Open(filepath.Join(d.Path, file))
 	if err != nil {
 		return ""
 	}
 	defer f.Close()
 	if fi, err := f.Stat(); err == nil && fi.Size() > most {
-		f.Seek(-most, io.SeekEnd)
+		_, _ = f.Seek(-most, io.SeekEnd)
 	}
 	b := make([]byte, most)
 	n, _ := readFull(f, b)

@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"strings"
@@ -16,6 +17,24 @@ type archive struct {
 }
 
 func newArchive(w io.Writer) *archive { return &archive{w: bufio.NewWriter(w)} }
+
+// File is a file of an initramfs.
+type File struct {
+	Name string // without a leading slash
+	Mode uint32 // permissions
+	Data []byte
+}
+
+// Archive makes an initramfs of files. The same files give the same bytes.
+func Archive(files ...File) ([]byte, error) {
+	var buf bytes.Buffer
+	a := newArchive(&buf)
+	for _, f := range files {
+		a.file(f.Name, f.Mode&0o7777, f.Data)
+	}
+	err := a.close()
+	return buf.Bytes(), err
+}
 
 const (
 	modeDir  = 0o040000

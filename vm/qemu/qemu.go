@@ -256,7 +256,7 @@ func (s *started) undo(ctx context.Context, err error) error {
 	if s.monitor != nil {
 		_ = s.monitor.Close()
 	}
-	if said := s.dir.Tail(vm.MonitorLog); said != "" {
+	if said := s.dir.Tail(vm.MonitorLog, 1024); said != "" {
 		err = fmt.Errorf("%w: QEMU says %s", err, said)
 	}
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
