@@ -36,14 +36,18 @@ func Listen(usual string) (net.Listener, error) {
 	return net.Listen("tcp", Setting("LISTEN", usual))
 }
 
-// HTTP serves until the context ends, then lets requests finish.
+// HTTP serves until the context ends, then lets requests finish, for a while.
 func HTTP(ctx context.Context, ln net.Listener, h http.Handler) error {
 	srv := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10}
 	done := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() {
 		end, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
-		done <- srv.Shutdown(end)
+		err := srv.Shutdown(end)
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = srv.Close() // what is left had its time
+		}
+		done <- err
 	})
 	err := srv.Serve(ln)
 	if !stop() && errors.Is(err, http.ErrServerClosed) {
