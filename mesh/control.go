@@ -117,6 +117,7 @@ func (c *control) plan(m plan.Mesh) error {
 		return fmt.Errorf("plan %d: %w", m.Generation, err)
 	}
 	p.directory.Store(d)
+	p.plans.Do(func() { close(p.planned) })
 	p.refreshFacts(m.Sandboxes)
 	if !c.planned {
 		c.planned = true

@@ -168,12 +168,12 @@ func (x *exchange) one(in *http1.Reader, h *http1.Head) error {
 		return nil
 	}
 	if x.server == nil {
-		var err error
-		if x.server, err = x.dial(); err != nil {
+		server, err := x.dial()
+		if err != nil {
 			r.Error, r.Reason = "unreachable", err.Error()
 			return errors.Join(x.local(503, r, true), errOver)
 		}
-		x.done = make(chan struct{})
+		x.server, x.done = server, make(chan struct{})
 		go x.responses()
 	}
 	req := request{method: h.Method}

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -90,13 +91,15 @@ func (g *guestSide) config(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 	if g.sb = g.p.sandboxAt(address); g.sb == nil {
 		return nil, fmt.Errorf("no sandbox here has address %s", address)
 	}
-	me, err := g.sb.svid.current()
+	ctx, cancel := context.WithTimeout(hello.Context(), handshakeTimeout)
+	defer cancel()
+	me, err := g.sb.svid.wait(ctx)
 	if err != nil {
 		return nil, err
 	}
 	facts := g.sb.facts.Load()
 	g.who = party{instance: facts.Instance, identity: facts.Identity, serial: me.serial}
-	cfg := id.ServerTLS(id.Static(me.cred), id.AnyOf(id.KindWorkload, g.p.directory.Load().trustDomain))
+	cfg := id.ServerTLS(id.Static(me.cred), id.AnyOf(id.KindWorkload, g.p.plan().trustDomain))
 	cfg.NextProtos = []string{"h2"}
 	cfg.DynamicRecordSizingDisabled = true
 	verify := cfg.VerifyConnection
@@ -148,7 +151,7 @@ func (g *guestSide) serve(s *hbone.Stream) {
 		s.Refuse(400, ev.Reason)
 		return
 	}
-	d := g.p.directory.Load()
+	d := g.p.plan()
 	svc := d.services[serviceKey(facts.Namespace, facts.Service)]
 	if svc == nil {
 		ev.Kind, ev.Reason = api.EventAccessDenied, "the plan has no service for this sandbox"
@@ -188,7 +191,7 @@ func forwardedFor(s *hbone.Stream, own string) string {
 func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 	tcp := c.(*net.TCPConn)
 	ev := api.Event{Peer: anonymous, Source: c.RemoteAddr().String(), Destination: c.LocalAddr().String(), Service: port.Service + "." + port.Namespace}
-	svc := p.directory.Load().services[serviceKey(port.Namespace, port.Service)]
+	svc := p.plan().services[serviceKey(port.Namespace, port.Service)]
 	sb := p.localEndpoint(port.Namespace, port.Service)
 	if svc == nil || sb == nil {
 		ev.Kind, ev.Reason = api.EventUnreachable, "no instance of the service runs on this node"

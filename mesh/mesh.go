@@ -36,6 +36,7 @@ const (
 	handshakeTimeout   = 5 * time.Second
 	connectTimeout     = 5 * time.Second
 	identityWait       = 10 * time.Second // for a sandbox's first certificate
+	planWait           = 5 * time.Second
 	poolIdle           = 5 * time.Minute
 	flowIdle           = 2 * time.Hour
 	janitorPeriod      = time.Minute
@@ -56,6 +57,8 @@ type Proxy struct {
 	started time.Time
 
 	directory atomic.Pointer[directory]
+	planned   chan struct{} // closed when there is a plan
+	plans     sync.Once
 	registry  registry
 	pool      pool
 	events    *events
@@ -83,7 +86,7 @@ func New(o Options) *Proxy {
 	p := &Proxy{
 		log: o.Log, limit: o.Connections, started: time.Now(), events: newEvents(),
 		sandboxes: map[string]*sandbox{}, byAddress: map[netip.Addr]*sandbox{},
-		shakes: make(chan struct{}, maxHandshakes),
+		shakes: make(chan struct{}, maxHandshakes), planned: make(chan struct{}),
 	}
 	p.directory.Store(&directory{})
 	return p
@@ -188,10 +191,18 @@ func (p *Proxy) janitor(ctx context.Context) {
 	}
 }
 
-func (p *Proxy) sandbox(instance string) *sandbox {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.sandboxes[instance]
+// plan returns the plan in force. Connections may be there before it, when a
+// proxy takes the place of another: they wait a moment.
+func (p *Proxy) plan() *directory {
+	select {
+	case <-p.planned:
+	default:
+		select {
+		case <-p.planned:
+		case <-time.After(planWait):
+		}
+	}
+	return p.directory.Load()
 }
 
 func (p *Proxy) sandboxAt(a netip.Addr) *sandbox {

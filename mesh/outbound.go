@@ -33,7 +33,7 @@ func (sb *sandbox) outbound(c net.Conn) {
 		abortTCP(tcp)
 		return
 	}
-	if t, ok := sb.p.directory.Load().targets[to]; ok {
+	if t, ok := sb.p.plan().targets[to]; ok {
 		sb.toService(tcp, t, ev)
 		return
 	}
