@@ -53,6 +53,9 @@ func accounts(path string) ([]byte, error) {
 func resolve(user string, passwd, group []byte) (identity, error) {
 	name, groupName := cut(user, ':')
 	who := identity{home: "/"}
+	if name == "" {
+		return who, fail("find user", strconv.Quote(user), syscall.EINVAL)
+	}
 	uid, numeric := parseID(name)
 	e, known := entry(passwd, name, uid, 7)
 	if numeric {
