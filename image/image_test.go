@@ -11,6 +11,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -474,6 +476,112 @@ func TestPullTogether(t *testing.T) {
 	for range cap(sums) - 1 {
 		if got := <-sums; got != first {
 			t.Errorf("got %s and %s", first, got)
+		}
+	}
+}
+
+// TestFullDisk makes an image where there is too little room for it.
+func TestFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=1m,mode=700"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, 0) })
+	s := store{}
+	for _, size := range []int{700 << 10, 4 << 20} { // the spool fits and the image does not; neither fits
+		d := s.image(t, archive(t, passwd, tar.Header{Name: "x", Uname: strings.Repeat("x", size)}))
+		if _, err := Pull(t.Context(), s, d, dir); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("got %v", err)
+		}
+		if left, _ := filepath.Glob(filepath.Join(dir, "*")); len(left) != 0 {
+			t.Errorf("left over: %q", left)
+		}
+	}
+	if _, err := Pull(t.Context(), s, s.image(t, archive(t, passwd)), dir); err != nil {
+		t.Errorf("a small image after it: %v", err)
+	}
+}
+
+func TestOpenCache(t *testing.T) {
+	dir := t.TempDir()
+	os.Chmod(dir, 0o777)
+	s := store{}
+	if _, err := Pull(t.Context(), s, s.image(t, archive(t, passwd)), dir); err == nil || !strings.Contains(err.Error(), "others may write") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestPrune(t *testing.T) {
+	s := store{}
+	dir := t.TempDir()
+	var images []Image
+	for _, body := range []string{"one", "two"} {
+		img, err := Pull(t.Context(), s, s.image(t, archive(t, passwd, tar.Header{Name: "x", Uname: body})), dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		images = append(images, img)
+	}
+	if err := Prune(t.Context(), dir, []string{images[1].Path}); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(dir, "*")); len(left) != 2 || !slices.Contains(left, images[1].Path) {
+		t.Errorf("left: %q", left)
+	}
+	if err := Prune(t.Context(), filepath.Join(dir, "none"), nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRegistry pulls over HTTP, and sees a refusal with its reason.
+func TestRegistry(t *testing.T) {
+	s := store{}
+	d := s.image(t, archive(t, passwd))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		kind, digest, ok := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/bank/web/"), "/")
+		content, there := s[digest]
+		switch {
+		case r.Header.Get("X-Refuse") != "" || !ok:
+			w.WriteHeader(http.StatusForbidden)
+			io.WriteString(w, `{"errors":[{"code":"DENIED","message":"no release"}]}`)
+		case !there || (kind == "manifests") != (digest == d):
+			w.WriteHeader(http.StatusNotFound)
+		default:
+			w.Write(content)
+		}
+	}))
+	defer srv.Close()
+	r := Registry{Client: srv.Client(), URL: srv.URL, Repository: "bank/web"}
+	if _, err := Pull(t.Context(), r, d, t.TempDir()); err != nil {
+		t.Error(err)
+	}
+	if _, err := Pull(t.Context(), r, store{}.put([]byte("other")), t.TempDir()); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("got %v", err)
+	}
+	r.Repository = "bank"
+	if _, err := Pull(t.Context(), r, d, t.TempDir()); err == nil || !strings.Contains(err.Error(), "no release") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestLayoutNames(t *testing.T) {
+	one, two := store{}.put([]byte("1")), store{}.put([]byte("2"))
+	for name, test := range map[string]struct{ index, ask, want string }{
+		"named":     {`{"manifests":[{"digest":"` + one + `","annotations":{"org.opencontainers.image.ref.name":"a:1"}},{"digest":"` + two + `"}]}`, "a:1", one},
+		"only one":  {`{"manifests":[{"digest":"` + two + `"}]}`, "", two},
+		"ambiguous": {`{"manifests":[{"digest":"` + one + `"},{"digest":"` + two + `"}]}`, "", ""},
+		"missing":   {`{"manifests":[]}`, "a:1", ""},
+		"no digest": {`{"manifests":[{"digest":"../../etc"}]}`, "", ""},
+		"no JSON":   {`{`, "", ""},
+	} {
+		dir := t.TempDir()
+		os.WriteFile(filepath.Join(dir, "index.json"), []byte(test.index), 0o644)
+		got, err := Layout(dir).Manifest(test.ask)
+		if (err != nil) != (test.want == "") || err == nil && got != test.want {
+			t.Errorf("%s: got %q, %v", name, got, err)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -68,10 +69,10 @@ func pull(ctx context.Context, from Blobs, manifestDigest, cacheDir string, lim 
 		return Image{}, err
 	}
 	c := cache{dir: cacheDir, chain: chainID(diffs)}
-	if err := os.MkdirAll(cacheDir, 0o700); err != nil {
+	if err := openDir(cacheDir); err != nil {
 		return Image{}, err
 	}
-	unlock, err := c.lock(ctx)
+	unlock, err := lock(ctx, cacheDir)
 	if err != nil {
 		return Image{}, err
 	}
@@ -109,9 +110,55 @@ func (c cache) name() string   { return strings.TrimPrefix(c.chain, "sha256:") }
 func (c cache) path() string   { return filepath.Join(c.dir, c.name()+".erofs") }
 func (c cache) record() string { return filepath.Join(c.dir, c.name()+".json") }
 
-// lock lets one caller at a time into the cache directory.
-func (c cache) lock(ctx context.Context) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(c.dir, ".lock"), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+// openDir makes the cache directory, and refuses one that others write to:
+// what is recorded there is believed.
+func openDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if st.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("open %s: its mode is %o, others may write to it; chmod go-w it", dir, st.Mode().Perm())
+	}
+	return nil
+}
+
+// Prune removes every cached image whose path is not in keep. A sandbox that
+// has one attached keeps what it has.
+func Prune(ctx context.Context, cacheDir string, keep []string) error {
+	unlock, err := lock(ctx, cacheDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("prune %s: %w", cacheDir, err)
+	}
+	defer unlock()
+	found, err := filepath.Glob(filepath.Join(cacheDir, "*.erofs"))
+	if err != nil {
+		return fmt.Errorf("prune %s: %w", cacheDir, err)
+	}
+	var errs []error
+	for _, p := range found {
+		if slices.Contains(keep, p) {
+			continue
+		}
+		// The record goes first: a file without one is made again.
+		for _, name := range []string{strings.TrimSuffix(p, ".erofs") + ".json", p} {
+			if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// lock lets one caller at a time into a cache directory.
+func lock(ctx context.Context, dir string) (unlock func(), err error) {
+	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -123,12 +170,12 @@ func (c cache) lock(ctx context.Context) (unlock func(), err error) {
 	case err := <-got:
 		if err != nil {
 			f.Close()
-			return nil, fmt.Errorf("lock %s: %w", c.dir, err)
+			return nil, fmt.Errorf("lock %s: %w", dir, err)
 		}
 		return func() { f.Close() }, nil
 	case <-ctx.Done():
 		go func() { <-got; f.Close() }()
-		return nil, fmt.Errorf("lock %s: %w", c.dir, ctx.Err())
+		return nil, fmt.Errorf("lock %s: %w", dir, ctx.Err())
 	}
 }
 
