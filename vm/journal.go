@@ -47,6 +47,9 @@ type Journal struct {
 	PID    int    `json:"pid,omitempty"`
 	Start  uint64 `json:"start,omitempty"` // in clock ticks since boot
 	BootID string `json:"bootID"`
+	// Scratch marks a machine its driver needs for a moment, such as the guest
+	// that becomes a template. It is nobody's sandbox and never adopted.
+	Scratch bool `json:"scratch,omitempty"`
 	// Template is the key of the template cloned, empty after a cold boot.
 	Template string    `json:"template,omitempty"`
 	Created  time.Time `json:"created"`
@@ -208,7 +211,7 @@ func CheckAlive(dir, driver string) error {
 	if j.Driver != driver {
 		return fmt.Errorf("its driver is %q, not %q", j.Driver, driver)
 	}
-	if j.State != StateReady {
+	if j.State != StateReady || j.Scratch {
 		return ErrUnfinished
 	}
 	pid, _, err := j.find()

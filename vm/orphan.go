@@ -20,8 +20,13 @@ type Orphan struct {
 	Alive bool
 }
 
-// Orphans lists the run directories below parent, whoever made them. Those
-// that are alive and ready can be adopted; the others are to be ended.
+// Adoptable says whether a driver's Adopt can take the machine up. What cannot
+// be adopted is to be ended.
+func (o Orphan) Adoptable() bool {
+	return o.Err == nil && o.Alive && o.Journal.State == StateReady && !o.Journal.Scratch
+}
+
+// Orphans lists the run directories below parent, whoever made them.
 func Orphans(parent string) ([]Orphan, error) {
 	entries, err := os.ReadDir(parent)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -71,6 +71,10 @@ func TestMachinesOutliveTheirNode(t *testing.T) {
 	if err != nil || len(left) != 2 {
 		t.Fatalf("%d machines left, %v; want 2", len(left), err)
 	}
+	if !left[0].Adoptable() || !left[1].Adoptable() {
+		t.Errorf("a live machine cannot be adopted: %+v", left)
+	}
+	refusesScratch(t, ctx, d, left[0])
 	adopted, err := d.Adopt(ctx, left[0].Dir)
 	if err != nil {
 		t.Fatal(err)
@@ -88,6 +92,22 @@ func TestMachinesOutliveTheirNode(t *testing.T) {
 	endUnfinished(t, ctx, d, left[1])
 	if left, err := vm.Orphans(run); err != nil || len(left) != 0 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// refusesScratch shows that a guest on its way to a template is nobody's.
+func refusesScratch(t *testing.T, ctx context.Context, d *Driver, o vm.Orphan) {
+	t.Helper()
+	j := o.Journal
+	j.Scratch = true
+	if err := j.Write(o.Dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Adopt(ctx, o.Dir); !errors.Is(err, vm.ErrUnfinished) {
+		t.Errorf("adopting a template's guest: %v", err)
+	}
+	if err := o.Journal.Write(o.Dir); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -194,7 +194,12 @@ func TestTemplateAndClones(t *testing.T) {
 	run := filepath.Join(t.TempDir(), "run")
 	d, ctx := driver(t, run), deadline(t)
 	began := time.Now()
-	template, err := d.Template(ctx, spec, func(s string) { t.Log(s) })
+	template, err := d.Template(ctx, spec, func(s string) {
+		t.Log(s)
+		if left, err := vm.Orphans(run); err != nil || len(left) != 0 {
+			t.Errorf("left beside a template: %v, %v", left, err)
+		}
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -114,7 +114,7 @@ func (c ProbeConfig) try(ctx context.Context, a Accelerator, patience time.Durat
 		return err
 	}
 	sum := sha256.Sum256(raw)
-	d, err := Open(ctx, Config{Run: c.Run, UID: c.UID, GID: c.GID, Accelerator: a})
+	d, err := Open(ctx, Config{Run: c.Run, UID: c.UID, GID: c.GID, Accelerator: a, scratch: true})
 	if err != nil {
 		return err
 	}

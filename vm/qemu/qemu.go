@@ -55,6 +55,8 @@ type Config struct {
 	// Ready waits until a booting guest is worth freezing. nil opens a session
 	// with the agent and closes it.
 	Ready func(context.Context, *vm.Machine) error
+
+	scratch bool // every machine of the driver is for a moment only
 }
 
 // Driver makes machines with QEMU. It is safe for concurrent use.
@@ -212,6 +214,7 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 		return nil, nil, err
 	}
 	journal.Template = l.template
+	journal.Scratch = l.role == roleTemplate || d.config.scratch
 	if err := journal.Write(dir.Path); err != nil {
 		return nil, nil, err
 	}
