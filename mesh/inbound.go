@@ -53,10 +53,10 @@ func (p *Proxy) inbound(raw net.Conn) {
 		p.events.add(api.Event{Kind: api.EventLimit, Source: raw.RemoteAddr().String(), Reason: fmt.Sprintf("%d handshakes at once", maxHandshakes)})
 		return
 	}
-	g := &guestSide{p: p, source: raw.RemoteAddr().String()}
+	g := &guestSide{p: p, raw: raw.(*net.TCPConn), source: raw.RemoteAddr().String()}
 	c := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: g.config})
 	raw.SetDeadline(time.Now().Add(handshakeTimeout))
-	err := c.Handshake()
+	err := c.HandshakeContext(p.context())
 	<-p.shakes
 	if err == nil && c.ConnectionState().NegotiatedProtocol != "h2" {
 		err = errors.New("the peer does not speak h2")
@@ -76,6 +76,7 @@ func (p *Proxy) inbound(raw net.Conn) {
 // guestSide is one connection to the gateway, for one sandbox.
 type guestSide struct {
 	p      *Proxy
+	raw    *net.TCPConn
 	source string
 	sb     *sandbox
 	who    party
@@ -131,7 +132,7 @@ func (g *guestSide) refused(err error) {
 
 // attach registers the connection before it carries a stream.
 func (g *guestSide) attach(h *hbone.Conn) {
-	g.entry = &entry{kind: kindLink, party: g.who, close: func() { h.Close() }}
+	g.entry = &entry{kind: kindLink, party: g.who, sever: func() { severTCP(g.raw) }, close: func() { h.Close() }}
 	if err := g.p.registry.add(g.entry); err != nil {
 		g.entry = nil
 		h.Close()
@@ -231,6 +232,17 @@ type arrival struct {
 	guest  atomic.Pointer[net.TCPConn]
 }
 
+// sever stops both sides. A stream stops with its flow's mark, or with the
+// connection under it.
+func (a *arrival) sever() {
+	if c, ok := a.client.(tcpSide); ok {
+		severTCP(c.TCPConn)
+	}
+	if g := a.guest.Load(); g != nil {
+		severTCP(g)
+	}
+}
+
 // cut ends both sides.
 func (a *arrival) cut() {
 	a.client.abort()
@@ -257,7 +269,7 @@ func (a *arrival) connect(e *entry) (*net.TCPConn, error) {
 // serve registers the connection, judges it and connects it to the guest.
 func (a *arrival) serve(svc *service) {
 	isHTTP := svc.ports[a.port].Protocol == "http"
-	e := &entry{direction: "in", party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), close: a.cut}
+	e := &entry{direction: "in", party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), sever: a.sever, close: a.cut}
 	key := serviceKey(svc.Namespace, svc.Name)
 	if !isHTTP {
 		if v := a.judge(svc, call{caller: a.who.peerIdentity, port: a.port}); !v.allowed {

@@ -126,11 +126,11 @@ func (p *Proxy) Run(ctx context.Context, ln *net.UnixListener) error {
 	}
 	endLast()
 	waitLast()
-	p.shut()
 	if ctx.Err() != nil && errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
 	cancel()
+	p.shut()
 	p.running.Wait()
 	return err
 }
@@ -199,10 +199,17 @@ func (p *Proxy) plan() *directory {
 	default:
 		select {
 		case <-p.planned:
+		case <-p.context().Done():
 		case <-time.After(planWait):
 		}
 	}
 	return p.directory.Load()
+}
+
+func (p *Proxy) context() context.Context {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ctx
 }
 
 func (p *Proxy) sandboxAt(a netip.Addr) *sandbox {
@@ -241,7 +248,7 @@ func (p *Proxy) accept(ln net.Listener, serve func(net.Conn)) {
 			time.Sleep(20 * time.Millisecond)
 			continue
 		}
-		go serve(c)
+		p.running.Go(func() { serve(c) })
 	}
 }
 

@@ -152,19 +152,38 @@ func TestServerFirstAndHalfClose(t *testing.T) {
 	if rest, err := io.ReadAll(c); err != nil || string(rest) != fmt.Sprintf("%d bytes", len(sent)) {
 		t.Errorf("%q, %v", rest, err)
 	}
-	// The server's half ends first; the client goes on, to the last byte.
+}
+
+// The server's half ends first; the client goes on, to the last byte.
+func TestServerEndsFirst(t *testing.T) {
+	w := newWorld(t)
+	a := w.add("a", nil, nil, nil)
+	b := w.add("b", tcpPort, anyone(), nil)
+	w.apply()
+	ln := b.listen(t, 9000)
 	got := make(chan int, 1)
 	go func() {
 		c, err := ln.Accept()
 		if err != nil {
 			return
 		}
+		defer c.Close()
 		c.(*net.TCPConn).CloseWrite()
 		all, _ := io.ReadAll(c)
 		got <- len(all)
-		c.Close()
 	}()
-	time.Sleep(10 * time.Millisecond) // the loop above and this race for it; either will do
+	c := a.mustDial(t, "10.99.0.2:9000")
+	if rest, err := io.ReadAll(c); err != nil || len(rest) > 0 {
+		t.Fatalf("%q, %v", rest, err)
+	}
+	time.Sleep(20 * time.Millisecond) // the end has arrived everywhere
+	if _, err := c.Write(make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	c.CloseWrite()
+	if n := <-got; n != 1<<20 {
+		t.Errorf("the server read %d bytes after its own end", n)
+	}
 }
 
 // A server that dies resets its client: the client must not take what it has
@@ -768,7 +787,7 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-// The node believes nothing of what its proxy says.
+// A plan with a fault is refused as a whole, and the one before stays.
 func TestPlanRefused(t *testing.T) {
 	w := newWorld(t)
 	w.add("a", tcpPort, nil, nil)

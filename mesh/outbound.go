@@ -71,6 +71,7 @@ func (sb *sandbox) toService(c *net.TCPConn, t target, ev api.Event) {
 		return
 	}
 	e.peerInstance = endpoint.Instance
+	e.sever = func() { severTCP(c) }
 	e.close = func() { abortTCP(c); stream.Reset(hbone.CodeCancel) }
 	if err := sb.p.registry.add(e); err != nil {
 		e.close()
@@ -166,6 +167,7 @@ func (sb *sandbox) toOutside(c *net.TCPConn, to netip.AddrPort, ev api.Event) {
 		return
 	}
 	remote := far.(*net.TCPConn)
+	e.sever = func() { severTCP(c); severTCP(remote) }
 	e.close = func() { abortTCP(c); abortTCP(remote) }
 	if err := sb.p.registry.add(e); err != nil {
 		e.close()

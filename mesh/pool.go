@@ -165,6 +165,7 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 	if err != nil {
 		return nil, err
 	}
+	who.sever = func() { severTCP(raw.(*net.TCPConn)) }
 	who.close = func() { h.Close() }
 	if err := p.registry.add(who); err != nil {
 		h.Close()

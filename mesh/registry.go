@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,8 +36,10 @@ type entry struct {
 	since     time.Time
 	// allowed tells after a change of plan whether the connection may stay.
 	allowed func(*directory) bool
-	// close ends the connection at once; it is called at most once by the
-	// registry and must not call back into it.
+	// sever stops the connection's sockets from carrying bytes, quickly; close
+	// then ends it and frees what it holds. Each is called at most once by the
+	// registry, and neither may call back into it.
+	sever func()
 	close func()
 
 	cut            atomic.Bool
@@ -167,22 +168,38 @@ func (r *registry) sweep(now time.Time) {
 	})
 }
 
-// end stops all entries from carrying bytes, then closes them, several at a
-// time as closing is a system call each.
+// end makes all entries carry no byte any more: HBONE connections first, as
+// each stands for many, then the sockets at both ends. Their goroutines and
+// descriptors go in the background.
 func end(hit []*entry) {
+	var links, flows []*entry
 	for _, e := range hit {
 		e.cut.Store(true)
+		if e.kind == kindLink {
+			links = append(links, e)
+		} else {
+			flows = append(flows, e)
+		}
 	}
-	var next atomic.Int64
+	sever(links)
+	half := len(flows) / 2 // a system call each: worth a second processor
 	var wg sync.WaitGroup
-	for range min(len(hit), 2*runtime.GOMAXPROCS(0)) {
-		wg.Go(func() {
-			for i := next.Add(1) - 1; i < int64(len(hit)); i = next.Add(1) - 1 {
-				hit[i].close()
-			}
-		})
-	}
+	wg.Go(func() { sever(flows[:half]) })
+	sever(flows[half:])
 	wg.Wait()
+	go func() {
+		for _, e := range hit {
+			e.close()
+		}
+	}()
+}
+
+func sever(all []*entry) {
+	for _, e := range all {
+		if e.sever != nil {
+			e.sever()
+		}
+	}
 }
 
 func set(all []string) map[string]bool {
