@@ -96,6 +96,14 @@ func TestAppendSurvivesReopen(t *testing.T) {
 	}); err != nil || seen != 702 {
 		t.Errorf("scanned %d, %v", seen, err)
 	}
+	for _, from := range []uint64{705, 706, 1 << 63, ^uint64(0)} {
+		if err := l.Scan(from, func(at uint64, _ Entry) error { return fmt.Errorf("entry %d", at) }); err != nil {
+			t.Errorf("scan from %d: %v", from, err)
+		}
+		if _, err := l.Read(from); !errors.Is(err, ErrRange) {
+			t.Errorf("read %d: %v", from, err)
+		}
+	}
 	r, err := VerifyDir(dir, s.VerifierKey())
 	if err != nil || r.Size != 705 || r.Root != head.Root || r.First.IsZero() || r.Last.Before(r.First) {
 		t.Errorf("report %+v, %v", r, err)

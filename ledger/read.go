@@ -45,6 +45,9 @@ func readBundle(read func(string) ([]byte, error), t tlog.Tile) ([][]byte, error
 // Scan calls f with each entry from an index on, in order, up to the head. The
 // log may grow meanwhile. An error of f ends the scan and is returned.
 func (l *Log) Scan(from uint64, f func(uint64, Entry) error) error {
+	if from >= l.Checkpoint().Size {
+		return nil
+	}
 	for at := int64(from); ; {
 		leaves, _, err := l.bundle(at / tileWidth)
 		if err != nil {
