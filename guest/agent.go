@@ -30,6 +30,7 @@ type agent struct {
 	guard     guestproto.GuardState
 	guardText string
 	selfPIDNS int // to come back from a container's PID namespace
+	spare     spare
 
 	// rx[:rxLen] is what came and was not understood yet; tx[txHead:] is what
 	// was not taken yet. Both are mapped, so that untouched pages cost nothing.

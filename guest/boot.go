@@ -27,8 +27,8 @@ const (
 // Main is the program: PID 1, or the setup stage that PID 1 starts.
 func Main() {
 	runtime.LockOSThread() // namespaces and capabilities belong to a thread
-	if stage, _ := syscall.Getenv(stageName); stage == stageSetup {
-		setupMain()
+	if stage, _ := syscall.Getenv(stageName); stage == stageSetup || stage == stageSpare {
+		setupMain(stage == stageSpare)
 		return
 	}
 	if syscall.Getpid() != 1 {
@@ -56,6 +56,9 @@ func boot() error {
 	a.guard, a.guardText = startGuard()
 	lockDown()
 	quietNetwork()
+	if err := a.makeSpare(); err != nil {
+		return err
+	}
 	if err := a.open(); err != nil {
 		return err
 	}

@@ -30,11 +30,17 @@ const (
 
 // setupMain is the setup stage: it turns itself into the process the host
 // asked for, or says why not.
-func setupMain() {
+func setupMain(isSpare bool) {
 	for fd := setupSocket; fd <= setupContainer; fd++ {
 		syscall.CloseOnExec(fd)
 	}
-	err := setup()
+	var err error
+	if isSpare {
+		err = beTaken()
+	}
+	if err == nil {
+		err = setup()
+	}
 	f, ok := err.(*failure)
 	if !ok {
 		f = &failure{syscall.EINVAL, err.Error()}
@@ -47,6 +53,41 @@ func setupMain() {
 		code = 127
 	}
 	syscall.Exit(code)
+}
+
+// beTaken waits, as the spare, for the descriptors that another setup stage is
+// started with.
+func beTaken() error {
+	var word [1]byte
+	var oob [64]byte
+	n, oobn, _, _, err := syscall.Recvmsg(setupSocket, word[:], oob[:], syscall.MSG_CMSG_CLOEXEC)
+	if err != nil || n != 1 || word[0] != wordTake {
+		return fail("wait for", "container", syscall.ECANCELED)
+	}
+	messages, err := syscall.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(messages) != 1 {
+		return fail("take", "descriptors", syscall.EBADMSG)
+	}
+	fds, err := syscall.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 5 {
+		return fail("take", "descriptors", syscall.EBADMSG)
+	}
+	// They have the lowest free numbers, in order; so none that is still to
+	// be moved lies where one moves to.
+	for i, to := range [5]int{0, 1, 2, setupSpec, setupCgroup} {
+		flags := 0
+		if to > 2 {
+			flags = syscall.O_CLOEXEC
+		}
+		if fds[i] == to {
+			continue
+		}
+		if err := syscall.Dup3(fds[i], to, flags); err != nil {
+			return fail("take", "descriptors", err)
+		}
+		_ = syscall.Close(fds[i])
+	}
+	return nil
 }
 
 // setup returns only if it fails.
@@ -128,8 +169,10 @@ func enterNew(m *guestproto.Create, machineID string, cgroup int) error {
 	if err := joinCgroup(cgroup); err != nil {
 		return err
 	}
-	if err := syscall.Unshare(cloneNewCgroup); err != nil {
-		return fail("leave", "cgroup namespace", err)
+	// A mount namespace takes this thread's root and working directory out of
+	// those the runtime's threads share.
+	if err := syscall.Unshare(syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS | cloneNewCgroup); err != nil {
+		return fail("make", "namespaces", err)
 	}
 	if err := enterRoot(rootPath(m.Root)); err != nil {
 		return err

@@ -15,10 +15,13 @@ import (
 //  1. PID 1 calls syscall.ForkExec("/init") (a vfork by clone or clone3, one
 //     exec) with HAUBERK_STAGE=setup in the environment: the setup stage. It is
 //     the agent's own inode, from the initramfs (rootfs, or a bind of it).
-//     For a container the clone carries NEWPID|NEWNS|NEWUTS|NEWIPC; for an exec
-//     into a container the child is cloned into the container's PID namespace
-//     (PID 1 points its pid_for_children there for the moment of the clone),
-//     and joins the other namespaces itself by setns on a pidfd.
+//     For a container the clone carries NEWPID|NEWIPC and the child unshares
+//     the rest; for an exec into a container the child is cloned into the
+//     container's PID namespace (PID 1 points its pid_for_children there for
+//     the moment of the clone), and joins the other namespaces itself by setns
+//     on a pidfd. One setup stage is started at boot, the spare: it is part of
+//     a template and saves the first container of a clone the start of a Go
+//     program. It does nothing until it is sent its spec and descriptors.
 //  2. The setup stage is trusted code on untrusted data. It mounts, pivots into
 //     the container's overlay root, writes /etc/hosts and the like, opens a
 //     terminal, drops capabilities, sets no_new_privs and its uid, waits for
@@ -47,6 +50,7 @@ import (
 const (
 	stageName  = "HAUBERK_STAGE"
 	stageSetup = "setup"
+	stageSpare = "spare"
 	initPath   = "/init"
 )
 
@@ -66,6 +70,7 @@ const (
 
 // Words on the setup socket, one a message.
 const (
+	wordTake  = 'T' // to the spare, with its descriptors: standard three, spec, cgroup
 	wordReady = 'R' // from the setup stage, with the terminal's master if there is one
 	wordGo    = 'G' // to it: exec now
 	wordError = 'E' // from it: u32 errno, text
@@ -208,33 +213,97 @@ func (a *agent) spawn(p *process, s spawning) error {
 	if child[setupSpec], err = a.writeSpec(s); err != nil {
 		return err
 	}
+	if s.kind == kindCreate && a.useSpare(p, child, s.cgroup) {
+		return nil
+	}
 	files := make([]uintptr, 0, len(child)+2)
 	for _, fd := range child {
 		files = append(files, uintptr(fd))
 	}
 	files = append(files, uintptr(s.cgroup))
-	if s.container != nil {
-		files = append(files, uintptr(s.container.pidfd))
-	}
-	attr := &syscall.SysProcAttr{PidFD: &p.pidfd, Setsid: true}
 	if s.kind == kindCreate {
-		attr.Cloneflags = syscall.CLONE_NEWPID | syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS | syscall.CLONE_NEWIPC
-	} else if err := setns(s.container.pidfd, syscall.CLONE_NEWPID); err != nil {
-		return fail("enter PID namespace of", s.container.name(), err)
-	}
-	p.pid, err = syscall.ForkExec(initPath, []string{initPath}, &syscall.ProcAttr{
-		Env: []string{stageName + "=" + stageSetup, "GOGC=off"}, Files: files, Sys: attr,
-	})
-	if s.kind == kindExec {
-		if err := setns(a.selfPIDNS, syscall.CLONE_NEWPID); err != nil {
-			panic("cannot leave a container's PID namespace")
-		}
+		p.pid, p.pidfd, err = startStage(stageSetup, files, containerClone)
+	} else {
+		p.pid, p.pidfd, err = a.startInside(s.container, append(files, uintptr(s.container.pidfd)))
 	}
 	if err != nil {
-		p.pidfd = -1
 		return fail("start setup of", p.name(), err)
 	}
 	return nil
+}
+
+// containerClone is what a container's first process is cloned with; the rest
+// of its namespaces it makes itself.
+const containerClone = syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC
+
+// startStage starts a setup stage with the files as its descriptors.
+func startStage(stage string, files []uintptr, flags uintptr) (pid, pidfd int, err error) {
+	pid, err = syscall.ForkExec(initPath, []string{initPath}, &syscall.ProcAttr{
+		Env:   []string{stageName + "=" + stage, "GOGC=off"},
+		Files: files,
+		Sys:   &syscall.SysProcAttr{Cloneflags: flags, PidFD: &pidfd, Setsid: true},
+	})
+	if err != nil {
+		return 0, -1, err
+	}
+	return pid, pidfd, nil
+}
+
+// startInside starts a setup stage in the PID namespace of a container.
+func (a *agent) startInside(container *process, files []uintptr) (pid, pidfd int, err error) {
+	if err := setns(container.pidfd, syscall.CLONE_NEWPID); err != nil {
+		return 0, -1, fail("enter PID namespace of", container.name(), err)
+	}
+	pid, pidfd, err = startStage(stageSetup, files, 0)
+	if err := setns(a.selfPIDNS, syscall.CLONE_NEWPID); err != nil {
+		panic("cannot leave a container's PID namespace")
+	}
+	return pid, pidfd, err
+}
+
+// spare is a setup stage that was started ahead. It is none when pid is 0.
+type spare struct{ pid, pidfd, socket int }
+
+// makeSpare starts the spare.
+func (a *agent) makeSpare() error {
+	pair, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_SEQPACKET|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fail("make", "setup socket", err)
+	}
+	defer syscall.Close(pair[1])
+	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		_ = syscall.Close(pair[0])
+		return fail("open", "/dev/null", err)
+	}
+	defer syscall.Close(null)
+	n := uintptr(null)
+	a.spare.socket = pair[0]
+	a.spare.pid, a.spare.pidfd, err = startStage(stageSpare, []uintptr{n, n, n, uintptr(pair[1])}, containerClone)
+	if err != nil {
+		_ = syscall.Close(pair[0])
+		return fail("start", "spare setup stage", err)
+	}
+	return nil
+}
+
+// useSpare makes the spare p's setup stage, if it is there and lives.
+func (a *agent) useSpare(p *process, child [5]int, cgroup int) bool {
+	s := a.spare
+	a.spare = spare{}
+	if s.pid == 0 {
+		return false
+	}
+	rights := syscall.UnixRights(child[0], child[1], child[2], child[setupSpec], cgroup)
+	if err := syscall.Sendmsg(s.socket, []byte{wordTake}, rights, nil, syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL); err != nil {
+		_ = syscall.Close(s.socket)
+		_ = pidfdSignal(s.pidfd, uint8(syscall.SIGKILL))
+		_ = syscall.Close(s.pidfd) // reaped with the next child that ends
+		return false
+	}
+	closeFD(&p.setup)
+	p.pid, p.pidfd, p.setup = s.pid, s.pidfd, s.socket
+	return true
 }
 
 // openStdio makes the pipes of a process. One with a terminal gets nothing for
