@@ -173,8 +173,7 @@ func BenchmarkThroughput(b *testing.B) {
 func BenchmarkCut(b *testing.B) {
 	for _, n := range []int{200, 2000} {
 		b.Run(fmt.Sprintf("%dof%d", n/2, n), func(b *testing.B) {
-			w := newWorld(b)
-			w.proxy.limit = 4 * n
+			w := newWorldOf(b, Options{Connections: 4 * n})
 			bad := w.add("bad", nil, nil, nil)
 			good := w.add("good", nil, nil, nil)
 			callee := w.add("b", tcpPort, anyone(), nil)

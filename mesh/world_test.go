@@ -105,6 +105,7 @@ type world struct {
 	dir     string
 	ca      *authority
 	path    string
+	options Options
 	proxy   *Proxy
 	link    *link.Link
 	gateway netip.AddrPort
@@ -121,12 +122,14 @@ type world struct {
 
 func spiffe(workload string) string { return "spiffe://" + domain + "/ns/bank/sa/" + workload }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB) *world { return newWorldOf(t, Options{}) }
+
+func newWorldOf(t testing.TB, o Options) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("making network namespaces for guests needs root")
 	}
-	w := &world{t: t, dir: t.TempDir(), ca: newAuthority(t), boxes: map[string]*box{}, plan: plan.Mesh{Generation: 1, TrustDomain: domain}}
+	w := &world{t: t, dir: t.TempDir(), ca: newAuthority(t), options: o, boxes: map[string]*box{}, plan: plan.Mesh{Generation: 1, TrustDomain: domain}}
 	w.path = filepath.Join(w.dir, "mesh.sock")
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -150,7 +153,7 @@ func (w *world) startProxy() {
 		w.t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(context.Background())
-	w.proxy, w.stop, w.done = New(Options{}), stop, make(chan error, 1)
+	w.proxy, w.stop, w.done = New(w.options), stop, make(chan error, 1)
 	go func() { w.done <- w.proxy.Run(ctx, ln) }()
 }
 

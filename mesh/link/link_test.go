@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -89,10 +90,10 @@ func null(t *testing.T) *os.File {
 // nothing for malformed requests, and cannot give the node orders.
 func TestHostileProxy(t *testing.T) {
 	path, session := proxy(t, polite)
-	signed := 0
+	var signed atomic.Int32
 	l, err := Dial(context.Background(), path, Handlers{
 		Sign: func(context.Context, string, []byte) ([][]byte, []byte, error) {
-			signed++
+			signed.Add(1)
 			return [][]byte{{1}}, []byte("roots"), nil
 		},
 		Sockets: func(_ string, n int) (files []*os.File, err error) {
@@ -130,11 +131,11 @@ func TestHostileProxy(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if signed != 0 {
-		t.Errorf("%d requests reached the signer", signed)
+	if signed.Load() != 0 {
+		t.Errorf("%d requests reached the signer", signed.Load())
 	}
 	reply, _, err := s.Call(ctx, &api.Message{Kind: api.KindCSR, Instance: "mine", CSR: good})
-	if err != nil || signed != 1 || reply.Certificate == nil || reply.Certificate.Roots != "roots" {
+	if err != nil || signed.Load() != 1 || reply.Certificate == nil || reply.Certificate.Roots != "roots" {
 		t.Errorf("a good request: %+v, %v", reply, err)
 	}
 	if err := l.RemoveSandbox(ctx, "mine"); err != nil {
