@@ -265,6 +265,9 @@ func (e Event) attempt() string {
 	case OpMount:
 		return fmt.Sprintf("mount or unmount at %q", e.Path)
 	case OpSetting:
+		if text, ok := capabilities[e.Detail]; ok && e.Why != 0 {
+			return text
+		}
 		return fmt.Sprintf("change the kernel's setting %q", e.Path)
 	case OpHelper:
 		return fmt.Sprintf("run %q on the kernel's behalf", e.Path)
@@ -273,6 +276,12 @@ func (e Event) attempt() string {
 		return text
 	}
 	return fmt.Sprintf("do operation %d", e.Op)
+}
+
+// What the capabilities are for that a workload never gets.
+var capabilities = map[uint64]string{
+	17: "reach the machine's ports or memory",
+	22: "reboot or replace the kernel",
 }
 
 var simply = map[Op]string{

@@ -34,40 +34,43 @@ static __always_inline struct named *named_in(__u32 slot, __u32 set, struct dent
 	return inner ? bpf_map_lookup_elem(inner, &key) : NULL;
 }
 
+/* One that denies beats one that reports, which beats none; else the one that
+   was there. Without a branch, for the verifier would follow each of them at
+   every step of a walk. */
 static __always_inline __u32 stronger(__u32 old, __u32 rule)
 {
-	return !old || (rule & DENY && !(old & DENY)) ? rule : old;
+	__u32 no_old = ~(old | -old) >> 31, some = (rule | -rule) >> 31;
+	__u32 take = some & (no_old | (rule >> 31 & ~old >> 31));
+
+	return old ^ ((old ^ rule) & -take);
 }
 
 /* The rule against what is wanted of the object, of its name, or of a
-   directory above it. One that denies beats one that reports. */
+   directory above it. */
 static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want)
 {
-	struct dentry *below = NULL;
-	__u32 found = 0;
+	__u32 writes = -(want & WANT_WRITE), reads = -(want >> 1), slot = p->slot & 1;
+	__u32 found = p->slot >> 1; /* nothing, which the verifier shall not know */
+	struct dentry *parent = d->d_parent;
+	const struct meaning *m = meaning_of(p, parent->d_inode);
 
+	if (m && m->names) {
+		struct named *n = named_in(slot, m->names, d);
+
+		if (n) {
+			found = stronger(found, n->write & writes);
+			found = stronger(found, n->read & reads);
+		}
+	}
 	for (int i = 0; i < MAX_DEPTH; i++) {
-		const struct meaning *m = meaning_of(p, d->d_inode);
-		struct dentry *parent;
-
+		m = meaning_of(p, d->d_inode);
 		if (m) {
-			struct named *n = m->names && below ? named_in(p->slot & 1, m->names, below) : NULL;
-
-			if (want & WANT_WRITE)
-				found = stronger(found, m->write);
-			if (want & WANT_READ)
-				found = stronger(found, m->read);
-			if (n && want & WANT_WRITE)
-				found = stronger(found, n->write);
-			if (n && want & WANT_READ)
-				found = stronger(found, n->read);
-			if (found & DENY)
-				return found;
+			found = stronger(found, m->write & writes);
+			found = stronger(found, m->read & reads);
 		}
 		parent = d->d_parent;
 		if (parent == d)
 			return found;
-		below = d;
 		d = parent;
 	}
 	return DENY | RULE_DEPTH;

@@ -166,6 +166,7 @@ union bpf_attr;
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define IPPROTO_ICMPV6 58
+#define IPPROTO_MPTCP 262
 #define NETLINK_ROUTE 0
 
 #define PTRACE_MODE_ATTACH 0x2

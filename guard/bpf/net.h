@@ -166,8 +166,10 @@ static __always_inline bool is_raw(int family, int type, int protocol)
 	case AF_INET6:
 		if (type != SOCK_STREAM && type != SOCK_DGRAM)
 			return true;
+		/* Multipath TCP connects as TCP does; a further path needs a netlink
+		   socket, which is not to be had. */
 		return protocol != IPPROTO_IP && protocol != IPPROTO_TCP && protocol != IPPROTO_UDP &&
-		       protocol != IPPROTO_ICMP && protocol != IPPROTO_ICMPV6;
+		       protocol != IPPROTO_ICMP && protocol != IPPROTO_ICMPV6 && protocol != IPPROTO_MPTCP;
 	}
 	return true;
 }

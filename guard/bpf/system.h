@@ -92,7 +92,7 @@ int BPF_PROG(on_module_request, char *name, int prev)
 SEC("lsm/capable")
 int BPF_PROG(on_capable, const struct cred *cred, struct user_namespace *ns, int cap, unsigned int opts, int prev)
 {
-	struct about a = {.op = OP_SETTING, .detail = cap};
+	struct about a = {.op = OP_SETTING, .why = 1, .detail = cap};
 	const struct policy *p;
 	struct pt_regs *regs;
 
@@ -163,8 +163,12 @@ int BPF_PROG(on_ptrace, struct task_struct *target, unsigned int mode, int prev)
 
 	if (prev || !is_workload())
 		return prev;
+	/* Only looking, as ps does at everything there is, is refused without a
+	   word, and only at the agent. */
+	if (!(mode & PTRACE_MODE_ATTACH))
+		return label_of(target) == LABEL_WORKLOAD ? 0 : -EPERM;
 	err = touch(target, 1003);
-	if (err || !(mode & PTRACE_MODE_ATTACH))
+	if (err)
 		return err;
 	p = policy_now();
 	ref = ref_of(p, ON_PTRACE);

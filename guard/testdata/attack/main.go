@@ -1,4 +1,51 @@
-// Command attack is one attack.
+// Command attack does one thing a workload should not do, or one it should,
+// and says how it went: exit 0 if it worked, 10 if it was refused, 11 if the
+// attempt itself could not be made and so proves nothing.
 package main
 
-func main() {}
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sort"
+	"strings"
+)
+
+// errVoid says that the attempt could not be made.
+var errVoid = errors.New("void")
+
+func void(err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", errVoid, err)
+}
+
+func main() {
+	attacks := map[string]func([]string) error{}
+	for _, more := range []map[string]func([]string) error{execAttacks, memoryAttacks, fileAttacks, netAttacks, systemAttacks} {
+		for name, f := range more {
+			attacks[name] = f
+		}
+	}
+	name, _, _ := strings.Cut(os.Args[1], "=") // "write=5" is write, run once more
+	f, ok := attacks[name]
+	if !ok {
+		names := []string{}
+		for n := range attacks {
+			names = append(names, n)
+		}
+		sort.Strings(names)
+		fmt.Println("void: no such attack; there are", names)
+		os.Exit(11)
+	}
+	switch err := f(os.Args[2:]); {
+	case errors.Is(err, errVoid):
+		fmt.Println(err)
+		os.Exit(11)
+	case err != nil:
+		fmt.Println("refused:", err)
+		os.Exit(10)
+	}
+	fmt.Println("worked")
+}

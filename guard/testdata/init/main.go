@@ -26,6 +26,10 @@ const (
 )
 
 func main() {
+	if len(os.Args) > 2 && os.Args[1] == "setup" {
+		fmt.Println("notstarted", setup(os.Args[2:]))
+		os.Exit(12)
+	}
 	if err := run(); err != nil {
 		fmt.Println("FATAL", err)
 	}
@@ -35,6 +39,22 @@ func main() {
 }
 
 func run() error {
+	// pivot_root does not leave the initramfs as such.
+	if err := os.Mkdir("/self", 0o755); err != nil {
+		return err
+	}
+	if err := syscall.Mount("/", "/self", "", syscall.MS_BIND, ""); err != nil {
+		return err
+	}
+	if err := os.Chdir("/self"); err != nil {
+		return err
+	}
+	if err := syscall.Mount(".", "/", "", syscall.MS_MOVE, ""); err != nil {
+		return err
+	}
+	if err := syscall.Chroot("."); err != nil {
+		return err
+	}
 	for _, m := range [][3]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}} {
 		if err := syscall.Mount(m[0], m[1], m[0], 0, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", m[1], err)
@@ -202,10 +222,21 @@ func step(g *guard.Guard, words []string) error {
 		return swap(g, words[1:])
 	case "hold": // run, and leave the events where they are
 		fmt.Println("RAN", words[1], attack(words[1:]))
-	case "remove":
-		return os.Remove(root + words[1])
+	case "file": // of the container, or of the guest with an absolute name
+		return makeFile(words[1])
+	case "setting":
+		return os.WriteFile(words[1], []byte(strings.Join(words[2:], " ")), 0o644)
+	default:
+		return fmt.Errorf("no such step")
 	}
 	return nil
+}
+
+func makeFile(name string) error {
+	if err := os.MkdirAll(filepath.Dir(root+name), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(root+name, []byte("kept\n"), 0o644)
 }
 
 func policy(g *guard.Guard, name string, generation uint64) error {
@@ -225,6 +256,30 @@ func policy(g *guard.Guard, name string, generation uint64) error {
 	return nil
 }
 
+// setup is the stage between the agent and a workload: the agent's own program,
+// which enters the container and becomes the workload.
+func setup(args []string) error {
+	if err := syscall.Unshare(syscall.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	if err := os.Chdir(root); err != nil {
+		return err
+	}
+	if err := syscall.PivotRoot(".", "."); err != nil {
+		return err
+	}
+	if err := syscall.Unmount(".", syscall.MNT_DETACH); err != nil {
+		return err
+	}
+	if err := os.Chdir("/"); err != nil {
+		return err
+	}
+	return syscall.Exec("/attack", append([]string{"/attack"}, args...), []string{"PATH=/bin"})
+}
+
 // attack runs a program in the container and says how it ended.
 func attack(words []string) string {
 	r, w, err := os.Pipe()
@@ -237,9 +292,8 @@ func attack(words []string) string {
 		return err.Error()
 	}
 	defer null.Close()
-	pid, err := syscall.ForkExec("/attack", append([]string{"/attack"}, words...), &syscall.ProcAttr{
-		Dir: "/", Env: []string{"PATH=/bin"}, Files: []uintptr{null.Fd(), w.Fd(), w.Fd()},
-		Sys: &syscall.SysProcAttr{Chroot: root, Setsid: true},
+	pid, err := syscall.ForkExec("/init", append([]string{"/init", "setup"}, words...), &syscall.ProcAttr{
+		Dir: "/", Files: []uintptr{null.Fd(), w.Fd(), w.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true},
 	})
 	w.Close()
 	if err != nil {

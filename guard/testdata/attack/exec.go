@@ -1,0 +1,174 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+var execAttacks = map[string]func([]string) error{
+	"nothing":    func([]string) error { return nil },
+	"exec":       func(a []string) error { return spawn(a[0]) },
+	"drop":       drop,
+	"memfd":      memfd,
+	"unlinked":   unlinked,
+	"touched":    touched,
+	"script":     script,
+	"revshell":   revshell,
+	"pipeshell":  pipeshell,
+	"execstorm":  execstorm,
+	"execthread": execthread,
+}
+
+// spawn runs a program that does nothing and checks that it did.
+func spawn(path string, args ...string) error {
+	if len(args) == 0 {
+		args = []string{"nothing"}
+	}
+	out, err := exec.Command(path, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w %s", err, out)
+	}
+	return nil
+}
+
+func copySelf(to string) error {
+	b, err := os.ReadFile("/attack")
+	if err != nil {
+		return void(err)
+	}
+	return void(os.WriteFile(to, b, 0o755))
+}
+
+// drop writes a program and runs it.
+func drop(a []string) error {
+	if err := copySelf(a[0]); err != nil {
+		return err
+	}
+	return spawn(a[0])
+}
+
+func newMemfd() (int, error) {
+	name := append([]byte("x"), 0)
+	fd, _, errno := syscall.Syscall(319, uintptr(unsafe.Pointer(&name[0])), 0, 0)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
+}
+
+func memfd([]string) error {
+	fd, err := newMemfd()
+	if err != nil {
+		return void(err)
+	}
+	path := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd)
+	if err := copySelf(path); err != nil {
+		return err
+	}
+	return spawn(path)
+}
+
+// unlinked runs a program of the image after taking its name away.
+func unlinked([]string) error {
+	f, err := os.Open("/bin/tool")
+	if err != nil {
+		return void(err)
+	}
+	if err := os.Remove("/bin/tool"); err != nil {
+		return void(err)
+	}
+	return spawn(fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()))
+}
+
+// touched changes an attribute of an image's program, which moves it to the
+// writable layer.
+func touched([]string) error {
+	if err := os.Chmod("/bin/tool", 0o711); err != nil {
+		return void(err)
+	}
+	return spawn("/bin/tool")
+}
+
+// script runs a script it wrote, through an interpreter of the image.
+func script([]string) error {
+	if err := os.WriteFile("/tmp/script", []byte("#!/attack nothing\n"), 0o755); err != nil {
+		return void(err)
+	}
+	return spawn("/tmp/script")
+}
+
+// revshell starts a program of the image with a connection as its input.
+func revshell([]string) error {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return void(err)
+	}
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		return void(err)
+	}
+	f, err := conn.(*net.TCPConn).File()
+	if err != nil {
+		return void(err)
+	}
+	cmd := exec.Command("/bin/tool", "nothing")
+	cmd.Stdin = f
+	return cmd.Run()
+}
+
+// pipeshell is what a server does with its children all day.
+func pipeshell([]string) error {
+	cmd := exec.Command("/bin/tool", "nothing")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return void(err)
+	}
+	defer in.Close()
+	return cmd.Run()
+}
+
+// execstorm runs what must never run for as long as it is told; once is enough
+// for the attack to have worked.
+func execstorm(a []string) error {
+	for_, err := time.ParseDuration(a[0])
+	if err != nil {
+		return void(err)
+	}
+	if err := copySelf("/tmp/storm"); err != nil {
+		return err
+	}
+	tried := 0
+	for end := time.Now().Add(for_); time.Now().Before(end); tried++ {
+		err := spawn("/tmp/storm")
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.EPERM) {
+			return void(err)
+		}
+	}
+	return fmt.Errorf("%d times", tried)
+}
+
+// execthread runs a dropped program from a thread that is not the first.
+func execthread([]string) error {
+	if err := copySelf("/tmp/thread"); err != nil {
+		return err
+	}
+	result := make(chan error)
+	for range 8 {
+		go func() { result <- spawn("/tmp/thread") }()
+	}
+	for range 8 {
+		if err := <-result; err == nil || !errors.Is(err, syscall.EPERM) {
+			return err
+		}
+	}
+	return syscall.EPERM
+}
