@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,6 +32,9 @@ type refusal struct {
 	Hint    string `json:"hint"` // the command that tells more
 }
 
+// statusText names the statuses the proxy itself answers with.
+var statusText = map[int]string{400: "Bad Request", 403: "Forbidden", 405: "Method Not Allowed", 502: "Bad Gateway", 503: "Service Unavailable"}
+
 // answer writes a whole response, after which the connection closes.
 func answer(w io.Writer, status int, r refusal) error { return respond(w, status, r, true) }
 
@@ -47,7 +49,7 @@ func respond(w io.Writer, status int, r refusal, closing bool) error {
 		connection = "Connection: close\r\n"
 	}
 	_, err = fmt.Fprintf(w, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n%s",
-		status, http.StatusText(status), len(body), connection, body)
+		status, statusText[status], len(body), connection, body)
 	return err
 }
 

@@ -3,6 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,7 +16,9 @@ import (
 	"time"
 
 	api "hauberk.dev/api/mesh"
+	"hauberk.dev/internal/netns"
 	"hauberk.dev/mesh/link"
+	"hauberk.dev/plan"
 )
 
 // TestMain lets the test binary be the program.
@@ -105,6 +110,9 @@ func TestServes(t *testing.T) {
 	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", fi.Mode(), err)
 	}
+	if os.Geteuid() == 0 {
+		checkSandbox(t, l, dir)
+	}
 	// A process that is not dumpable belongs to root in /proc.
 	if fi, err := os.Stat("/proc/" + strconv.Itoa(c.Process.Pid) + "/mem"); err != nil || fi.Sys().(*syscall.Stat_t).Uid != 0 {
 		t.Errorf("the memory of the program is open to its user: %v", err)
@@ -120,4 +128,60 @@ func TestServes(t *testing.T) {
 		t.Error("SIGTERM did not end it")
 	}
 	l.Close()
+}
+
+// checkSandbox gives the program the sockets of a sandbox: it answers names and
+// refuses connections in a namespace that it could not enter itself.
+func checkSandbox(t *testing.T, l *link.Link, dir string) {
+	t.Helper()
+	box, err1 := netns.Create(dir+"/ns", "box")
+	guest, err2 := netns.Create(dir+"/ns", "guest")
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	defer box.Delete()
+	defer guest.Delete()
+	address := netip.MustParseAddr("10.88.0.1")
+	if err := box.Veth(netns.Guest{Address: address, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}}, guest); err != nil {
+		t.Fatal(err)
+	}
+	tcp, err1 := box.ListenTransparent()
+	udp, dns, err2 := box.ListenDNS()
+	if err := errors.Join(err1, err2); err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	defer udp.Close()
+	defer dns.Close()
+	ctx := context.Background()
+	name := "spiffe://t.local/ns/bank/sa/web"
+	sandbox := plan.Sandbox{Instance: "web-1", Address: address, Identity: name, Service: "web", Namespace: "bank"}
+	if err := l.AddSandbox(ctx, sandbox, tcp, udp, dns); err != nil {
+		t.Fatal(err)
+	}
+	vip := netip.MustParseAddr("10.99.0.1")
+	if err := l.SetPlan(ctx, plan.Mesh{Generation: 1, TrustDomain: "t.local", Sandboxes: []plan.Sandbox{sandbox},
+		Services: []plan.Service{{Name: "web", Namespace: "bank", Address: vip, Identity: name}}}); err != nil {
+		t.Fatal(err)
+	}
+	dial := func(network, to string) (c net.Conn, err error) {
+		err = guest.Do(func() (err error) { c, err = net.DialTimeout(network, to, 5*time.Second); return err })
+		return c, err
+	}
+	r := &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) { return dial("udp4", "169.254.1.1:53") }}
+	if got, err := r.LookupHost(ctx, "web.bank.svc.cluster.local."); err != nil || len(got) != 1 || got[0] != vip.String() {
+		t.Errorf("web.bank is %v, %v", got, err)
+	}
+	c, err := dial("tcp4", "8.8.8.8:443")
+	if err == nil {
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		_, err = c.Read(make([]byte, 1))
+	}
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a connection to nowhere: %v, want a reset", err)
+	}
+	if err := l.RemoveSandbox(ctx, "web-1"); err != nil {
+		t.Error(err)
+	}
 }
