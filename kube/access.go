@@ -49,12 +49,13 @@ func clientCertificates(roots []byte) (authenticator.Request, error) {
 	return group.NewAuthenticatedGroupAdder(x509request.New(options, x509request.UserConversionFunc(person))), nil
 }
 
-// person refuses certificates of workloads: they prove who runs, not who may
-// operate, even where one root signs both.
+// person refuses certificates with a SPIFFE name: they prove which workload,
+// node or program someone is, not that they may operate, even where one root
+// signs both.
 func person(chain []*x509.Certificate) (*authenticator.Response, bool, error) {
 	for _, uri := range chain[0].URIs {
-		if uri.Scheme == "spiffe" && strings.HasPrefix(uri.Path, "/ns/") {
-			return nil, false, fmt.Errorf("authenticate: %q is the identity of a workload, not an account", uri)
+		if uri.Scheme == "spiffe" {
+			return nil, false, fmt.Errorf("authenticate: %q is an identity, not an account", uri)
 		}
 	}
 	return x509request.CommonNameUserConversion(chain)
@@ -109,7 +110,7 @@ func view(a authorizer.Attributes) (authorizer.Decision, string, error) {
 	switch {
 	case !slices.Contains(readVerbs, a.GetVerb()):
 		return authorizer.DecisionDeny, fmt.Sprintf("group %s only reads", GroupViewer), nil
-	case a.GetAPIGroup() == "" && a.GetResource() == "secrets":
+	case slices.Contains([]string{"", "*"}, a.GetAPIGroup()) && slices.Contains([]string{"secrets", "*"}, a.GetResource()):
 		return authorizer.DecisionDeny, fmt.Sprintf("group %s reads everything but secrets", GroupViewer), nil
 	default:
 		return authorizer.DecisionAllow, "", nil

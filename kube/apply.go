@@ -1,13 +1,10 @@
 package kube
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 
@@ -16,18 +13,10 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
-	utiljson "k8s.io/apimachinery/pkg/util/json"
-	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/dynamic"
-	"sigs.k8s.io/yaml"
-)
 
-// Bounds of what one Apply or Remove takes.
-const (
-	maxManifest  = 4 << 20
-	maxDocuments = 1000
+	"hauberk.dev/kube/manifest"
 )
 
 // owner is the field manager of what people apply through a Store.
@@ -40,43 +29,11 @@ type Applied struct {
 	Result string
 }
 
-// FieldFault is one fault of a document.
-type FieldFault struct {
-	// Field is the path of the faulty field, such as spec.ports[0].port; empty
-	// if the fault is not of one field.
-	Field string
-	// Message says what is wrong and, where known, the value.
-	Message string
-}
-
-// DocumentError says why one document of a manifest was refused.
-type DocumentError struct {
-	// Document counts from 1.
-	Document              int
-	Kind, Namespace, Name string
-	Faults                []FieldFault
-	Err                   error
-}
-
-func (e *DocumentError) Error() string {
-	what := e.Kind
-	if e.Name != "" {
-		what = strings.TrimPrefix(e.Kind+" "+strings.TrimPrefix(e.Namespace+"/"+e.Name, "/"), " ")
-	}
-	faults := make([]string, len(e.Faults))
-	for i, f := range e.Faults {
-		faults[i] = strings.TrimPrefix(f.Field+": "+f.Message, ": ")
-	}
-	if len(faults) == 0 {
-		faults = append(faults, e.Err.Error())
-	}
-	if what != "" {
-		what = " (" + what + ")"
-	}
-	return fmt.Sprintf("document %d%s: %s", e.Document, what, strings.Join(faults, "; "))
-}
-
-func (e *DocumentError) Unwrap() error { return e.Err }
+// Why a document of a manifest was refused.
+type (
+	DocumentError = manifest.Error
+	FieldFault    = manifest.Fault
+)
 
 // document is one object of a manifest.
 type document struct {
@@ -86,10 +43,7 @@ type document struct {
 }
 
 func (d *document) fail(err error) error {
-	e := &DocumentError{Document: d.index, Err: err}
-	if d.obj != nil {
-		e.Kind, e.Namespace, e.Name = d.obj.GetKind(), d.obj.GetNamespace(), d.obj.GetName()
-	}
+	e := manifest.Fail(d.index, d.obj, err)
 	e.Faults = faults(err)
 	return e
 }
@@ -104,7 +58,7 @@ func faults(err error) (out []FieldFault) {
 		for _, c := range details.Causes {
 			// A cause without a field only says that rules were left out.
 			if c.Type != metav1.CauseTypeUnexpectedServerResponse && c.Field != "<nil>" {
-				out = append(out, FieldFault{strings.TrimPrefix(c.Field, "."), c.Message})
+				out = append(out, FieldFault{Field: strings.TrimPrefix(c.Field, "."), Message: c.Message})
 			}
 		}
 	}
@@ -115,8 +69,8 @@ func faults(err error) (out []FieldFault) {
 // it says, server-side. It checks every document first: a fault in one leaves
 // all of them undone. Namespaces come before what is in them; a document
 // without one goes to "default".
-func (s *Store) Apply(ctx context.Context, manifest []byte) ([]Applied, error) {
-	docs, err := s.read(manifest)
+func (s *Store) Apply(ctx context.Context, raw []byte) ([]Applied, error) {
+	docs, err := s.read(raw)
 	if err != nil {
 		return nil, err
 	}
@@ -227,8 +181,8 @@ func sameContent(a, b *unstructured.Unstructured) bool {
 
 // Remove deletes the objects of a manifest, the last first. It does not wait
 // until they are gone.
-func (s *Store) Remove(ctx context.Context, manifest []byte) ([]Applied, error) {
-	docs, err := s.read(manifest)
+func (s *Store) Remove(ctx context.Context, raw []byte) ([]Applied, error) {
+	docs, err := s.read(raw)
 	if err != nil {
 		return nil, err
 	}
@@ -251,14 +205,17 @@ func (s *Store) Remove(ctx context.Context, manifest []byte) ([]Applied, error) 
 }
 
 // read splits a manifest and finds where its documents belong.
-func (s *Store) read(manifest []byte) ([]*document, error) {
-	docs, err := parseManifest(manifest)
+func (s *Store) read(raw []byte) ([]*document, error) {
+	parsed, err := manifest.Parse(raw)
 	if err != nil {
 		return nil, err
 	}
 	var errs []error
+	var docs []*document
 	seen := map[string]int{}
-	for _, d := range docs {
+	for _, p := range parsed {
+		d := &document{index: p.Index, obj: p.Object}
+		docs = append(docs, d)
 		if err := s.place(d); err != nil {
 			errs = append(errs, d.fail(err))
 			continue
@@ -294,69 +251,4 @@ func (s *Store) place(d *document) error {
 	}
 	d.to = collection.Namespace(d.obj.GetNamespace())
 	return nil
-}
-
-// parseManifest reads YAML documents strictly: no key twice, each one object
-// with a kind and a name.
-func parseManifest(manifest []byte) ([]*document, error) {
-	if len(manifest) > maxManifest {
-		return nil, fmt.Errorf("read manifest: %d bytes, at most %d are read: split it", len(manifest), maxManifest)
-	}
-	reader := utilyaml.NewYAMLReader(bufio.NewReader(bytes.NewReader(manifest)))
-	var docs []*document
-	var errs []error
-	for index := 1; ; index++ {
-		raw, err := reader.Read()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read manifest: %w", err)
-		}
-		d := &document{index: index}
-		switch empty, err := d.parse(raw); {
-		case err != nil:
-			errs = append(errs, d.fail(err))
-		case !empty:
-			docs = append(docs, d)
-		}
-		if index > maxDocuments {
-			return nil, fmt.Errorf("read manifest: more than %d documents: split it", maxDocuments)
-		}
-	}
-	if len(docs)+len(errs) == 0 {
-		return nil, errors.New("read manifest: no document in it")
-	}
-	return docs, errors.Join(errs...)
-}
-
-func (d *document) parse(raw []byte) (empty bool, err error) {
-	asJSON, err := yaml.YAMLToJSONStrict(raw)
-	if err != nil {
-		return false, fmt.Errorf("read YAML: %w", err)
-	}
-	if string(asJSON) == "null" {
-		return true, nil
-	}
-	var fields map[string]any
-	if err := utiljson.Unmarshal(asJSON, &fields); err != nil {
-		return false, errors.New("read YAML: a document is an object with apiVersion, kind and metadata")
-	}
-	obj := &unstructured.Unstructured{Object: fields}
-	var errs []error
-	gv, err := schema.ParseGroupVersion(obj.GetAPIVersion())
-	if err != nil || gv.Version == "" {
-		errs = append(errs, fmt.Errorf("apiVersion: %q: write group/version, such as hauberk.dev/v1alpha1", obj.GetAPIVersion()))
-	}
-	if obj.GetKind() == "" {
-		errs = append(errs, errors.New("kind: missing"))
-	}
-	if obj.GetName() == "" {
-		errs = append(errs, errors.New("metadata.name: missing"))
-	}
-	if obj.IsList() {
-		errs = append(errs, errors.New("kind: a list is not applied: write its items as documents of their own"))
-	}
-	d.obj = obj
-	return false, errors.Join(errs...)
 }

@@ -100,7 +100,8 @@ func (p *parts) choose(s *Server, etcd string) error {
 	o.RecommendedOptions.Features.EnableProfiling = false
 	p.options = o
 	p.etcd = genericoptions.NewEtcdOptions(storagebackend.NewDefaultConfig("/registry/builtin", p.builtin.codec()))
-	p.etcd.SkipHealthEndpoints = true
+	// The front alone runs and ends, so it alone asks after the store's health.
+	o.RecommendedOptions.Etcd.SkipHealthEndpoints = true
 	for _, e := range []*genericoptions.EtcdOptions{p.etcd, o.RecommendedOptions.Etcd} {
 		e.StorageConfig.Transport.ServerList = []string{etcd}
 		// Nothing collects dependents, so nothing may wait for it: a deletion

@@ -37,6 +37,9 @@ func openEtcd(ctx context.Context, dir string, log *slog.Logger) (*etcdStore, er
 	if err != nil {
 		return nil, err
 	}
+	if err := checkRoom(dir); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
 	e, err := startEtcd(ctx, dir, log)
 	if err != nil {
 		return nil, errors.Join(err, lock.Close())
@@ -58,7 +61,7 @@ func startEtcd(ctx context.Context, dir string, log *slog.Logger) (*etcdStore, e
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(slogCore{log: log.With("part", "etcd")}))
 	// The API server compacts; the store keeps what it needs until then.
 	cfg.QuotaBackendBytes = 2 << 30
-	e, err := embed.StartEtcd(cfg)
+	e, err := tryEtcd(cfg)
 	if err != nil {
 		return nil, fmt.Errorf("start etcd in %s: %w", dir, err)
 	}
@@ -73,6 +76,35 @@ func startEtcd(ctx context.Context, dir string, log *slog.Logger) (*etcdStore, e
 	}
 	e.Close()
 	return nil, fmt.Errorf("start etcd in %s: %w", dir, err)
+}
+
+// tryEtcd starts etcd, which panics where it can go no further.
+func tryEtcd(cfg *embed.Config) (e *embed.Etcd, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("etcd gave up: %v", p)
+		}
+	}()
+	return embed.StartEtcd(cfg)
+}
+
+// needed is what a new store takes of the disk at once: etcd writes its log
+// into segments that it allocates ahead.
+const needed = 160 << 20
+
+// checkRoom refuses to start a store on a disk that it would fill.
+func checkRoom(dir string) error {
+	if _, err := os.Stat(filepath.Join(dir, "etcd", "member", "wal")); err == nil {
+		return nil // it has its segments
+	}
+	var disk syscall.Statfs_t
+	if err := syscall.Statfs(dir, &disk); err != nil {
+		return fmt.Errorf("measure room in %s: %w", dir, err)
+	}
+	if free := int64(disk.Bavail) * disk.Bsize; free < needed {
+		return fmt.Errorf("start store in %s: %d MiB are free, %d are needed: make room or choose another folder: %w", dir, free>>20, needed>>20, syscall.ENOSPC)
+	}
+	return nil
 }
 
 // Close ends the store and lets go of its folder.

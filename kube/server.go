@@ -107,7 +107,9 @@ func (s *Server) Ready() <-chan struct{} { return s.ready }
 func (s *Server) Close() error { return s.listener.Close() }
 
 // Run serves until ctx ends or a part fails. What a client was told is stored
-// is on disk by then, however the process ends.
+// is on disk by then, however the process ends. A store that can no longer
+// write, as on a full disk, says so in the log and ends the process: going on
+// would be to promise what it cannot keep.
 func (s *Server) Run(ctx context.Context) (err error) {
 	defer func() {
 		if closing := s.listener.Close(); !errors.Is(closing, net.ErrClosed) {
