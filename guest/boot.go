@@ -35,13 +35,12 @@ func Main() {
 		warn("hauberk-guest: run as PID 1 of a sandbox, nowhere else")
 		syscall.Exit(2)
 	}
-	if err := boot(); err != nil {
-		warn("hauberk-guest: " + err.Error())
-		syscall.Exit(1) // the kernel panics, and the machine with it
-	}
+	warn("hauberk-guest: " + boot().Error())
+	syscall.Exit(1) // the kernel panics, and the machine with it
 }
 
-// boot brings the guest up and serves until the host shuts it down.
+// boot brings the guest up and serves. It returns only with an error: the end
+// that the host asks for is the machine's.
 func boot() error {
 	if err := mountBasics(); err != nil {
 		return err

@@ -317,14 +317,16 @@ func TestSlowConsumer(t *testing.T) {
 func TestRecords(t *testing.T) {
 	hold, got := make(chan struct{}), make(chan string, 10)
 	c, g := newFakeGuest(t, func(record []byte) { <-hold; got <- string(record) })
+	credited := make(chan struct{})
 	go func() {
+		defer close(credited)
 		g.greet(nil, true)
 		for _, r := range []string{"a", "", "ccc"} {
 			g.say(0, guestproto.VerbGuardEvents, guestproto.AppendRecord(guestproto.AppendRecord(nil, []byte(r)), []byte("-")))
 		}
 		g.answerNext(guestproto.VerbReply, nil)
-		credit := 0
-		for credit < 3*4+1+3 {
+		const sent = 6*guestproto.RecordPrefix + len("a-"+"-"+"ccc-")
+		for credit := 0; credit < sent; {
 			h, b := g.next()
 			m, err := guestproto.ParseCredit(b)
 			if h.Verb != guestproto.VerbCredit || err != nil || m.Stream != guestproto.StreamGuard {
@@ -348,6 +350,7 @@ func TestRecords(t *testing.T) {
 	if s := strings.Join(all, ","); s != "a,-,,-,ccc,-" {
 		t.Errorf("got %q", s)
 	}
+	<-credited
 }
 
 // TestDeafGuest asks a guest that reads nothing: calls end with their context,

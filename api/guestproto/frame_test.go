@@ -208,7 +208,9 @@ func TestAppendAllocatesNothing(t *testing.T) {
 		m := Output{Process: 1, Stream: StreamStdout}
 		b = append(m.AppendPrefix(b), "data"...)
 		End(b, 0)
-		b = AppendRecord(b, payload)
+		if b = AppendRecord(b, payload); cap(b) != cap(buf) {
+			t.Error("the buffer was left")
+		}
 		if _, err := ParseStdin(payload); err != nil {
 			t.Error(err)
 		}
