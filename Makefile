@@ -8,8 +8,9 @@ SHELL        := /bin/bash
 .DEFAULT_GOAL := build
 PROGRAMS     := hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest containerd-shim-hauberk-v2
 VERSION      ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
-LDFLAGS      := -X hauberk.dev/internal/version.version=$(VERSION)
+LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
+export GOFLAGS := -buildvcs=false
 
 .PHONY: help up down check build $(PROGRAMS) generate test lint bench clean
 
@@ -31,9 +32,9 @@ down: ## stop everything, leave nothing running (root)
 build: $(PROGRAMS) ## build the six programs into bin/
 
 hauberk-guest: LDFLAGS += -s -w
-hauberk-guest: GOFLAGS := -buildvcs=false
+hauberk-guest: BUILDFLAGS := -trimpath
 $(PROGRAMS):
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/$@ ./cmd/$@
+	go build $(BUILDFLAGS) -ldflags '$(LDFLAGS)' -o bin/$@ ./cmd/$@
 
 generate: ## rewrite generated code, CRDs and eBPF objects (clang)
 	go generate ./...
