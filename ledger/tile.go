@@ -85,7 +85,7 @@ func appendBundle(bundle, entry []byte) []byte {
 
 // splitBundle reads an entry bundle of exactly n entries.
 func splitBundle(bundle []byte, n int) ([][]byte, error) {
-	out := make([][]byte, 0, min(n, tileWidth))
+	out := make([][]byte, 0, max(0, min(n, tileWidth)))
 	rest := bundle
 	for len(rest) > 0 {
 		if len(out) == n {
