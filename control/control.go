@@ -40,6 +40,10 @@ type Config struct {
 	Now func() time.Time
 }
 
+// scratch is where submissions are unpacked. What a killed process left there
+// is removed at the next start.
+const scratch = "scratch"
+
 // Control is a control plane.
 type Control struct {
 	conf    Config
@@ -92,8 +96,12 @@ func Open(ctx context.Context, c Config) (_ *Control, err error) {
 		orders: map[string]planGeneration{}, booted: map[string]bool{},
 		shown: map[string]int{}, owned: map[key]string{},
 	}
+	kube.SetLog(p.slog)
 	p.hub = newHub(c.Now, p.look)
-	for _, dir := range []string{c.State, c.Run} {
+	if err := os.RemoveAll(filepath.Join(c.State, scratch)); err != nil {
+		return nil, fmt.Errorf("open control plane: %w", err)
+	}
+	for _, dir := range []string{c.State, c.Run, filepath.Join(c.State, scratch)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open control plane: %w", err)
 		}

@@ -21,7 +21,7 @@ import (
 func (c *Control) gateOptions(signer *evidence.KeySigner) release.Options {
 	return release.Options{
 		Applications: gateView{c}, Policies: gateView{c}, Store: c.content, Recorder: c.log, Signer: signer,
-		Name: "https://" + c.conf.TrustDomain + "/gate", Epoch: c.book.Epoch, Clock: c.now, Scratch: c.path("scratch"),
+		Name: "https://" + c.conf.TrustDomain + "/gate", Epoch: c.book.Epoch, Clock: c.now, Scratch: c.path(scratch),
 	}
 }
 

@@ -248,10 +248,7 @@ func (a *actor) beat(ctx context.Context, missed *int) {
 		return
 	}
 	*missed = 0
-	a.mu.Lock()
-	before := a.heartbeat
-	a.heartbeat = h
-	a.mu.Unlock()
+	before := a.heard(h)
 	if before.Programs > 0 && h.Programs < before.Programs {
 		a.n.violation(a, wire.Report{Severity: spec.SeverityCritical, Cause: "guard", Rule: "heartbeat", Denied: true,
 			Detail: fmt.Sprintf("%d of %d Guard programs are gone", before.Programs-h.Programs, before.Programs)})
@@ -259,6 +256,14 @@ func (a *actor) beat(ctx context.Context, missed *int) {
 	if before.Generation != h.Generation || before.Lost != h.Lost || before.Programs == 0 {
 		a.n.said()
 	}
+}
+
+// heard notes a heartbeat and returns the one before.
+func (a *actor) heard(h wire.GuardHeartbeat) (before wire.GuardHeartbeat) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	before, a.heartbeat = a.heartbeat, h
+	return before
 }
 
 func (a *actor) isFrozen() bool {

@@ -30,13 +30,17 @@ func (n *Node) bypassLoop(ctx context.Context) error {
 		case <-tick.C:
 		}
 		present := map[string]netns.Drops{}
-		for id, ns := range n.mesh.namespaces() {
-			now, err := ns.Dropped()
+		for id, sandbox := range n.mesh.fenced() {
+			now, err := sandbox.ns.Dropped()
 			if err != nil {
 				continue // the sandbox is being taken down
 			}
+			before, ok := seen[id]
+			if !ok {
+				before = sandbox.base
+			}
 			if a, ok := n.find(id); ok {
-				for _, r := range bypassed(seen[id], now) {
+				for _, r := range bypassed(before, now) {
 					n.violation(a, r)
 				}
 			}

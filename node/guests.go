@@ -57,7 +57,9 @@ func openGuests(ctx context.Context, n *Node) (*guests, error) {
 	if err := g.prepare(); err != nil {
 		return nil, err
 	}
-	found, err := qemu.Probe(ctx, qemu.ProbeConfig{Cache: filepath.Join(n.conf.State, "accelerator.json"), Run: g.machines, UID: templateUser, GID: templateUser})
+	found, err := qemu.Probe(ctx, qemu.ProbeConfig{
+		Kernel: vm.Blob{Path: g.kernel.Kernel, Digest: g.kernel.KernelDigest}, Cache: filepath.Join(n.conf.State, "accelerator.json"), Run: g.machines, UID: templateUser, GID: templateUser,
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -44,6 +44,9 @@ type meshSandbox struct {
 	ns       *netns.Namespace
 	tcp      *os.File
 	udp, dns *os.File
+	// base is what was dropped before the workload's first process: the
+	// guest kernel's own greetings.
+	base netns.Drops
 }
 
 func newMeshPart(n *Node) *meshPart {
@@ -223,6 +226,9 @@ func (m *meshPart) add(ctx context.Context, s plan.Sandbox, ns *netns.Namespace)
 		return err
 	}
 	sandbox := &meshSandbox{plan: s, ns: ns, tcp: tcp, udp: udp, dns: dns}
+	if sandbox.base, err = ns.Dropped(); err != nil {
+		return errors.Join(err, tcp.Close(), udp.Close(), dns.Close())
+	}
 	m.mu.Lock()
 	m.sandboxes[s.Instance] = sandbox
 	l := m.link
@@ -269,15 +275,11 @@ func (m *meshPart) remove(ctx context.Context, instance string) {
 	}
 }
 
-// namespaces are those of the sandboxes now connected.
-func (m *meshPart) namespaces() map[string]*netns.Namespace {
+// fenced are the sandboxes now connected, for whoever reads their fences.
+func (m *meshPart) fenced() map[string]*meshSandbox {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	out := make(map[string]*netns.Namespace, len(m.sandboxes))
-	for id, s := range m.sandboxes {
-		out[id] = s.ns
-	}
-	return out
+	return maps.Clone(m.sandboxes)
 }
 
 // setPlan hands over the newest plan.

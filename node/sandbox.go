@@ -96,6 +96,9 @@ func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error)
 	if err := s.Enforce(ctx, i.Guard); err != nil {
 		return launched{}, &RefusalError{"PolicyRefused", err}
 	}
+	if err := s.hear(ctx); err != nil {
+		return launched{}, err
+	}
 	if err := s.g.n.mesh.add(ctx, s.meshSandbox(i, address), s.ns); err != nil {
 		return launched{}, fmt.Errorf("connect to the mesh: %w", err)
 	}
@@ -275,6 +278,18 @@ func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
 		Programs: st.Programs, Sequence: st.Sequence, Lost: st.Lost}, err
 }
 
+// hear takes the first heartbeat, without which there is no identity.
+func (s *sandbox) hear(ctx context.Context) error {
+	h, err := s.Heartbeat(ctx)
+	if err != nil {
+		return fmt.Errorf("hear from the Guard: %w", err)
+	}
+	if a, ok := s.g.n.find(s.id); ok {
+		a.heard(h)
+	}
+	return nil
+}
+
 // record turns a record of the Guard into a report. What was allowed is not
 // reported.
 func (s *sandbox) record(raw []byte) {
@@ -401,6 +416,9 @@ func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
 		return fmt.Errorf("adopt %s: its process %d is gone", s.id, e.Process)
 	}
 	if err := s.Enforce(ctx, e.Instance.Guard); err != nil {
+		return err
+	}
+	if err := s.hear(ctx); err != nil {
 		return err
 	}
 	return s.g.n.mesh.adopt(ctx, s.meshSandbox(e.Instance, address), s.ns)

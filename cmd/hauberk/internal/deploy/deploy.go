@@ -256,8 +256,8 @@ func (d *Deployer) sign(x *Example, img build.Image, built build.Built) error {
 	}
 	dir := filepath.Join(built.Layout, "evidence")
 	return errors.Join(
-		os.WriteFile(filepath.Join(dir, "review.json"), append(review.Raw(), '\n'), 0o644),
-		os.WriteFile(filepath.Join(dir, "approval.json"), append(approval.Raw(), '\n'), 0o644))
+		os.WriteFile(filepath.Join(dir, "review-reviewer.json"), append(review.Raw(), '\n'), 0o644),
+		os.WriteFile(filepath.Join(dir, "approval-owner.json"), append(approval.Raw(), '\n'), 0o644))
 }
 
 // holder is the signer of an application's account with a role.
