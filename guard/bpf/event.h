@@ -75,6 +75,25 @@ struct started {
 	char args[ARGS_SIZE];
 };
 
+/* As guard/event.go reads them. */
+AT(event, op, 1);
+AT(event, verdict, 2);
+AT(event, text_kind, 4);
+AT(event, why, 5);
+AT(event, argc, 6);
+AT(event, rule, 8);
+AT(event, pid, 12);
+AT(event, ppid, 16);
+AT(event, uid, 20);
+AT(event, sequence, 24);
+AT(event, time, 32);
+AT(event, generation, 40);
+AT(event, lost, 48);
+AT(event, detail, 56);
+AT(event, comm, 64);
+AT(event, text, 80);
+AT(started, args, 336);
+
 struct counters {
 	__u64 sequence;
 	__u64 lost;

@@ -114,6 +114,27 @@ struct named {
 	__u32 read;
 };
 
+#define AT(type, member, offset) \
+	_Static_assert(__builtin_offsetof(struct type, member) == offset, "the other side has it at " #offset)
+
+/* As guard/compile.go and guest/guard/policy.go write them. */
+AT(policy, slot, 8);
+AT(policy, files, 12);
+AT(policy, reads, 16);
+AT(policy, listed, 20);
+AT(policy, egress_deny, 24);
+AT(policy, egress_audit, 28);
+AT(policy, rule, 32);
+AT(policy, egress, 96);
+AT(meaning, write, 8);
+AT(meaning, names, 24);
+AT(mark, id, 4);
+AT(mark, slot, 8);
+AT(destination, family, 4);
+AT(destination, port, 6);
+AT(destination, addr, 8);
+AT(object, ino, 8);
+
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

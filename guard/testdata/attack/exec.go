@@ -13,6 +13,7 @@ import (
 
 var execAttacks = map[string]func([]string) error{
 	"nothing":    func([]string) error { return nil },
+	"serve":      func([]string) error { time.Sleep(time.Hour); return nil },
 	"exec":       func(a []string) error { return spawn(a[0]) },
 	"drop":       drop,
 	"memfd":      memfd,

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -259,6 +260,7 @@ func policy(g *guard.Guard, name string, generation uint64) error {
 // setup is the stage between the agent and a workload: the agent's own program,
 // which enters the container and becomes the workload.
 func setup(args []string) error {
+	runtime.LockOSThread() // a mount namespace belongs to a thread
 	if err := syscall.Unshare(syscall.CLONE_NEWNS); err != nil {
 		return err
 	}

@@ -1,0 +1,210 @@
+package guard
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"hauberk.dev/api/guestproto"
+	"hauberk.dev/api/spec"
+	"hauberk.dev/internal/kernel"
+	"hauberk.dev/vm"
+)
+
+// sandbox is a machine with the real agent.
+type sandbox struct {
+	c      *vm.Channel
+	mu     sync.Mutex
+	events []Event
+}
+
+func startSandbox(t *testing.T) *sandbox {
+	t.Helper()
+	m, err := prepare()
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent := filepath.Join(m.dir, "agent")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "hauberk.dev/cmd/hauberk-guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build agent: %v\n%s", err, out)
+	}
+	found, err := kernel.Find("/", "cloud-amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := kernel.Prepare(m.dir+"/cache", found, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay")
+	if err != nil {
+		t.Fatal(err)
+	}
+	initrd, err := k.Initrd(agent, m.bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := buildImage(t, m, imageFiles(), nil)
+	socket := filepath.Join(t.TempDir(), "agent")
+	qemu := exec.CommandContext(t.Context(), "qemu-system-x86_64",
+		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=64", "-cpu", "max", "-smp", "1", "-m", "256",
+		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio",
+		"-kernel", k.Kernel, "-initrd", initrd.Path,
+		"-append", "console=ttyS0 quiet reboot=t panic=-1 lsm=lockdown,capability,landlock,yama,bpf tsc_early_khz="+tscKHz(t)+
+			" cryptomgr.notests random.trust_cpu=on audit=0 no_timer_check rcupdate.rcu_expedited=1 8250.nr_uarts=1",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=ag,path="+socket+",server=on,wait=off",
+		"-device", "virtserialport,chardev=ag,name=agent.0",
+		"-drive", "if=none,id=root,format=raw,read-only=on,file="+image, "-device", "virtio-blk-pci,drive=root,serial=root0")
+	var console bytes.Buffer
+	qemu.Stdout, qemu.Stderr = &console, &console
+	if err := qemu.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		qemu.Process.Kill()
+		qemu.Wait()
+		if t.Failed() {
+			t.Logf("console:\n%s", &console)
+		}
+	})
+	s := &sandbox{}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	c, hello, err := vm.Dial(ctx, socket, s.hear(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if hello.Guard != guestproto.GuardAttached {
+		t.Fatalf("guard is in state %d: %s", hello.Guard, hello.GuardText)
+	}
+	t.Cleanup(func() { c.Close() })
+	s.c = c
+	return s
+}
+
+func (s *sandbox) hear(t *testing.T) func([]byte) {
+	return func(record []byte) {
+		e, err := DecodeEvents(record)
+		if err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.events = append(s.events, e)
+	}
+}
+
+// told waits for an event.
+func (s *sandbox) told(t *testing.T, op Op, verdict Verdict) Event {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		s.mu.Lock()
+		for _, e := range s.events {
+			if e.Op == op && e.Verdict == verdict {
+				s.mu.Unlock()
+				return e
+			}
+		}
+		s.mu.Unlock()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.Fatalf("no event of operation %d, verdict %s among %v", op, verdict, s.events)
+	return Event{}
+}
+
+// The agent of this tree starts its containers under the Guard, which holds
+// them to a policy that may change while they run.
+func TestAgentRunsContainersUnderGuard(t *testing.T) {
+	s := startSandbox(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	if _, err := s.c.MountRoot(ctx, guestproto.MountRoot{Serial: "root0"}); err != nil {
+		t.Fatal(err)
+	}
+	create := guestproto.Create{
+		Hostname: "box", Files: []guestproto.File{{Path: "/etc/hosts", Mode: 0o644, Data: []byte("127.0.0.1 box\n")}},
+		Program: guestproto.Program{Args: []string{"/attack", "serve"}, Env: []string{"PATH=/bin"}},
+	}
+	first, err := s.c.Create(ctx, create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Start(ctx); err == nil {
+		t.Error("a container started before there was a policy")
+	}
+	s.told(t, OpExec, Denied)
+
+	policy := strict()
+	policy.Files = append(policy.Files, spec.GuardFile{Path: "/etc/hosts", Deny: "w"})
+	compiled := compileForTest(t, 1, policy)
+	reply, err := s.c.GuardPolicy(ctx, 1, compiled.Blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	applied, err := DecodeApplied(reply)
+	if err != nil || applied.Generation != 1 {
+		t.Fatalf("%+v %v; want generation 1 in force", applied, err)
+	}
+	box, err := s.c.Create(ctx, create)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := box.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for run, want := range map[string]int{
+		"nothing": 0, "exec /bin/tool": 0, "write /tmp/file": 0, "drop /tmp/x": 10,
+		// The agent replaced this file after the policy was in force.
+		"write /etc/hosts": 10,
+	} {
+		if got := s.run(t, ctx, box, run); got != want {
+			t.Errorf("%s: exit %d, want %d", run, got, want)
+		}
+	}
+	e := s.told(t, OpWrite, Denied)
+	if e.Path != "/etc/hosts" {
+		t.Errorf("%s; want /etc/hosts named", e)
+	}
+	t.Log(s.told(t, OpStarted, Allowed))
+
+	open := compileForTest(t, 2, spec.GuardPolicy{Exec: &spec.GuardExec{Origin: "any"}})
+	if _, err := s.c.GuardPolicy(ctx, 2, open.Blob); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.run(t, ctx, box, "drop /tmp/y"); got != 0 {
+		t.Errorf("drop under an open policy: exit %d, want 0", got)
+	}
+	if _, err := s.c.GuardPolicy(ctx, 1, compiled.Blob); err == nil {
+		t.Error("an older generation was put in force")
+	}
+	status, err := s.c.GuardStatus(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := DecodeStatus(status)
+	if err != nil || st.Generation != 2 || st.Digest != open.Digest || st.Programs < 40 {
+		t.Errorf("status %+v %v; want generation 2, digest %s", st, err, open.Digest)
+	}
+}
+
+// run runs an attack in the container and gives its exit code.
+func (s *sandbox) run(t *testing.T, ctx context.Context, box *vm.Process, attack string) int {
+	t.Helper()
+	p, err := s.c.Exec(ctx, box, guestproto.Program{Args: append([]string{"/attack"}, strings.Fields(attack)...)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, _ := io.ReadAll(p.Stdout())
+	status, err := p.Wait(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%s: %s", attack, bytes.TrimSpace(out))
+	return status.Code
+}

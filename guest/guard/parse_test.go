@@ -1,0 +1,219 @@
+package guard
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// seedBundle is a small bundle: one map, one program.
+func seedBundle() []byte {
+	text := func(b []byte, s string) []byte { return append(append16(b, uint16(len(s))), s...) }
+	b := text([]byte(bundleMagic), "aa55")
+	b = append32(b, 0)
+	b = text(append16(b, 1), "m")
+	for _, v := range []uint32{2, 4, 8, 1, 0, 0, 0} {
+		b = append32(b, v)
+	}
+	b = append16(b, 0)
+	b = text(text(append16(b, 1), "p"), "GPL")
+	for _, v := range []uint32{29, 27, 0, 7, 2, 1} {
+		b = append32(b, v)
+	}
+	b = append(b, make([]byte, 16)...)
+	return append32(append32(b, 0), 0)
+}
+
+func seedPolicy() []byte {
+	b := append64([]byte(policyMagic), 5)
+	b = append(b, make([]byte, 32)...)
+	b = append64(b, 5)
+	b = append(b, make([]byte, policySize-8)...)
+	b = append32(append32(append32(b, 1), 17|denies), 0)
+	b = append(append16(b, 4), "/etc"...)
+	b = append32(append32(b, 1), 18)
+	b = append(append16(b, 2), "/x"...)
+	b = append32(b, 1)
+	return append(b, make([]byte, destSize+4)...)
+}
+
+func TestParseBundle(t *testing.T) {
+	got, err := parseBundle(seedBundle())
+	if err != nil || got.kernel != "aa55" || len(got.maps) != 1 || len(got.programs) != 1 || len(got.programs[0].code) != 16 {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	b := seedBundle()
+	for n := range len(b) {
+		if _, err := parseBundle(b[:n]); err == nil {
+			t.Errorf("a bundle cut after %d of %d bytes was read", n, len(b))
+		}
+	}
+	if _, err := parseBundle(append(b, 0)); err == nil {
+		t.Error("a bundle with a byte too many was read")
+	}
+}
+
+func TestParsePolicy(t *testing.T) {
+	p, err := parsePolicy(seedPolicy())
+	if err != nil || p.generation != 5 || len(p.files) != 1 || p.files[0].path != "/etc" || len(p.programs) != 1 || len(p.egress) != destSize+4 {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	b := seedPolicy()
+	for n := range len(b) {
+		if _, err := parsePolicy(b[:n]); err == nil {
+			t.Errorf("a policy cut after %d of %d bytes was read", n, len(b))
+		}
+	}
+	b[len(policyMagic)+8+32]++ // the generation inside
+	if _, err := parsePolicy(b); err == nil {
+		t.Error("a policy of two generations was read")
+	}
+}
+
+func FuzzParseBundle(f *testing.F) {
+	f.Add(seedBundle())
+	f.Add([]byte(bundleMagic))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := parseBundle(b)
+		if err != nil {
+			return
+		}
+		for _, p := range got.programs {
+			for _, u := range p.maps {
+				if int(u.slot)*8+8 > len(p.code) || int(u.index) >= len(got.maps) {
+					t.Errorf("map use %+v points outside", u)
+				}
+			}
+		}
+	})
+}
+
+func FuzzParsePolicy(f *testing.F) {
+	f.Add(seedPolicy())
+	f.Add([]byte(policyMagic))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		p, err := parsePolicy(b)
+		if err != nil {
+			return
+		}
+		if len(p.fixed) != policySize || len(p.egress)%(destSize+4) != 0 || len(p.files)+len(p.programs) > len(b) {
+			t.Errorf("more was read than there is: %d rules in %d bytes", len(p.files)+len(p.programs), len(b))
+		}
+	})
+}
+
+func FuzzBuildID(f *testing.F) {
+	f.Add([]byte("\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd\x00\x00"))
+	f.Add([]byte("\xff\xff\xff\xff\xff\xff\xff\xff\x03\x00\x00\x00"))
+	f.Fuzz(func(t *testing.T, notes []byte) {
+		if id := buildID(notes); len(id) > 2*len(notes) {
+			t.Errorf("id of %d digits from %d bytes", len(id), len(notes))
+		}
+	})
+}
+
+func TestBuildID(t *testing.T) {
+	other := "\x06\x00\x00\x00\x01\x00\x00\x00\x01\x00\x00\x00Linux\x00\x00\x00\x00\x00\x00\x00"
+	gnu := "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd\x00\x00"
+	if got := buildID([]byte(other + gnu)); got != "abcd" {
+		t.Errorf("build id %q, want abcd", got)
+	}
+	if got := buildID([]byte(other)); got != "" {
+		t.Errorf("build id %q of notes without one", got)
+	}
+}
+
+// A path is followed as a process inside would follow it, and never leaves.
+func TestWalkStaysInside(t *testing.T) {
+	root := t.TempDir()
+	for _, d := range []string{"etc/app", "var", "run"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, target := range map[string]string{
+		"var/run": "/run", "etc/up": "../../../../etc/app", "loop": "loop", "etc/host": "/../../../etc/passwd", "abs": "/etc",
+	} {
+		if err := os.Symlink(target, filepath.Join(root, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(root, "etc/app/key"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := openPath(atCwd, root, syscall.O_DIRECTORY)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	for _, tt := range []struct {
+		path, last, absent string
+		steps              []string
+		err                error
+	}{
+		{path: "/etc/app/key", last: "etc/app/key", steps: []string{"etc", "etc/app"}},
+		{path: "/etc/up/key", last: "etc/app/key", steps: []string{"etc", "etc/up", "etc", "etc/app"}},
+		{path: "/abs/app/../app/key", last: "etc/app/key", steps: []string{"abs", "etc", "etc/app", "etc/app"}},
+		{path: "/var/run/pid", absent: "run/pid", steps: []string{"var", "var/run", "run"}},
+		{path: "/etc/host", absent: "etc/passwd", steps: []string{"etc", "etc/host", "etc"}},
+		{path: "/none/at/all", absent: "none"},
+		{path: "/", last: "."},
+		{path: "/../..", last: "."},
+		{path: "/loop/x", err: syscall.ELOOP},
+		{path: "/etc/app/key/x", err: syscall.ENOTDIR, steps: []string{"etc", "etc/app"}},
+	} {
+		var last, absent string
+		var steps []string
+		name := func(fd int) string {
+			p, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+			if err != nil {
+				t.Fatal(err)
+			}
+			rel, err := filepath.Rel(root, p)
+			if err != nil || strings.HasPrefix(rel, "..") {
+				t.Errorf("%s: %s lies outside", tt.path, p)
+			}
+			return rel
+		}
+		w := walker{root: fd, step: func(fd int, end bool) error {
+			defer syscall.Close(fd)
+			if end {
+				last = name(fd)
+			} else {
+				steps = append(steps, name(fd))
+			}
+			return nil
+		}, name: func(dir int, n string, there bool) error {
+			if !there {
+				absent = filepath.Join(name(dir), n)
+			}
+			return nil
+		}}
+		err := w.walk(tt.path)
+		if tt.err != nil {
+			if err != tt.err {
+				t.Errorf("%s: %v, want %v", tt.path, err, tt.err)
+			}
+			continue
+		}
+		if err != nil || last != tt.last || absent != tt.absent || !slices.Equal(steps, tt.steps) {
+			t.Errorf("%s: ends at %q, lacks %q, by %q (%v); want %q, %q, %q", tt.path, last, absent, steps, err, tt.last, tt.absent, tt.steps)
+		}
+	}
+	if n := openDescriptors(t); n > 64 {
+		t.Errorf("%d descriptors are open; walking leaks them", n)
+	}
+}
+
+func openDescriptors(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(d)
+}
