@@ -16,7 +16,7 @@ import (
 	"github.com/cilium/ebpf/btf"
 )
 
-//go:generate clang -O2 -g -Wall -Werror -target bpf -D__TARGET_ARCH_x86 -fdebug-prefix-map=.= -I/usr/include/x86_64-linux-gnu -c bpf/guard.bpf.c -o bpf/guard.o
+//go:generate clang -O2 -g -Wall -Werror -target bpf -D__TARGET_ARCH_x86 -fdebug-prefix-map=$PWD=. -fdebug-compilation-dir=. -I/usr/include/x86_64-linux-gnu -c bpf/guard.bpf.c -o bpf/guard.o
 //go:generate llvm-strip -g bpf/guard.o
 
 //go:embed bpf/guard.o
