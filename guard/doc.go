@@ -7,4 +7,18 @@
 // puts into maps, Decode reads what the guest sends back. It loads nothing
 // into any kernel and opens no connection; what loads is package guest, which
 // speaks bpf(2) itself.
+//
+// A verdict rests on identity (an inode, a task, a file system), never on a
+// name, and without a policy a workload may do nothing. What the programs do
+// not hold:
+//   - an interpreter of the image that is handed code to interpret: sh script,
+//     sh -c, python file. Only its libraries and a script run by its own name
+//     must come from the image;
+//   - a shell whose socket is relayed through a pipe or terminal by a program
+//     of the image;
+//   - a file that was open for writing before the rule that protects it came;
+//   - another file system mounted, by the agent, below a protected directory;
+//   - a listed program that was copied, where the origin of programs is "any";
+//   - what a container's root does to its own container short of the above:
+//     policy is one for the whole sandbox.
 package guard
