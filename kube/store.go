@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/dynamic"
 	toolscache "k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/util/retry"
@@ -230,9 +231,12 @@ func UpdateStatus[T any, P Resource[T]](ctx context.Context, s *Store, namespace
 	return rewrite(ctx, s, namespace, name, change, func(obj P) error { return s.client.Status().Update(ctx, obj) })
 }
 
+// patience bounds how often a write is tried again that another one overtook.
+var patience = wait.Backoff{Steps: 12, Duration: 5 * time.Millisecond, Factor: 1.5, Jitter: 0.5}
+
 func rewrite[T any, P Resource[T]](ctx context.Context, s *Store, namespace, name string, change func(P), write func(P) error) error {
 	key, from := types.NamespacedName{Namespace: namespace, Name: name}, client.Reader(s.client)
-	err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+	err := retry.RetryOnConflict(patience, func() error {
 		obj := P(new(T))
 		if err := from.Get(ctx, key, obj); err != nil {
 			return err
