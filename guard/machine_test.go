@@ -30,7 +30,11 @@ var prepare = sync.OnceValues(func() (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir := scratch
+	dir, err := os.MkdirTemp("", "guard")
+	if err != nil {
+		return nil, err
+	}
+	scratch = dir
 	m := &machine{dir: dir, init: dir + "/init", attack: dir + "/attack"}
 	if m.kernel, err = kernel.Prepare(dir+"/cache", found, "virtio_pci", "virtio_blk", "erofs", "overlay"); err != nil {
 		return nil, err
@@ -48,17 +52,14 @@ var prepare = sync.OnceValues(func() (*machine, error) {
 	return m, nil
 })
 
-// scratch is where prepare works; it goes when the tests end.
+// scratch is where prepare worked; it goes when the tests end.
 var scratch string
 
 func TestMain(m *testing.M) {
-	var err error
-	if scratch, err = os.MkdirTemp("", "guard"); err != nil {
-		fmt.Fprintln(os.Stderr, "guard:", err)
-		os.Exit(1)
-	}
 	code := m.Run()
-	os.RemoveAll(scratch)
+	if scratch != "" {
+		os.RemoveAll(scratch)
+	}
 	os.Exit(code)
 }
 
