@@ -43,6 +43,8 @@ type Suite struct {
 	Links   []Check
 	Attacks []Check
 	After   []Check
+	// Restore leaves things as they were found.
+	Restore func(context.Context) error
 }
 
 // within bounds one check.
@@ -61,6 +63,11 @@ func Run(ctx context.Context, s Suite, log *progress.Log) Report {
 	r.Links = each("link", s.Links)
 	r.Attacks = each("attack", s.Attacks)
 	r.Links = append(r.Links, each("link", s.After)...)
+	if s.Restore != nil {
+		if err := s.Restore(context.WithoutCancel(ctx)); err != nil {
+			log.Say("restore: %v", err)
+		}
+	}
 	r.OK = len(r.Links) > 0 && len(r.Attacks) > 0
 	for _, result := range append(r.Links[:len(r.Links):len(r.Links)], r.Attacks...) {
 		r.OK = r.OK && result.OK

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"strconv"
 
 	"hauberk.dev/cmd/hauberk/internal/check"
@@ -13,7 +14,7 @@ import (
 )
 
 // example deploys a directory and, if asked, checks it.
-func (s *session) example(ctx context.Context, dir string, set map[string]string, checks bool) error {
+func (s *session) example(ctx context.Context, dir string, set map[string]string, i *installation, checks bool) error {
 	d := s.deployer(set)
 	x, err := d.Open(dir)
 	if err != nil {
@@ -23,7 +24,7 @@ func (s *session) example(ctx context.Context, dir string, set map[string]string
 		return err
 	}
 	if checks {
-		return s.prove(ctx, d, x)
+		return s.prove(ctx, d, x, i)
 	}
 	for _, door := range x.Doors() {
 		s.progress().Say("%s is at %s", door.Workload, door.URL)
@@ -33,8 +34,11 @@ func (s *session) example(ctx context.Context, dir string, set map[string]string
 }
 
 // prove runs the checks and prints their report. It fails if one of them does.
-func (s *session) prove(ctx context.Context, d *deploy.Deployer, x *deploy.Example) error {
-	suite := check.Bank(check.Target{Client: s.client(), Deployer: d, Example: x})
+func (s *session) prove(ctx context.Context, d *deploy.Deployer, x *deploy.Example, i *installation) error {
+	suite := check.Bank(check.Target{
+		Client: s.client(), Deployer: d, Example: x, Gateway: i.gateway, TrustDomain: i.trustDomain,
+		Kubeconfig: filepath.Join(s.run, "control", "kubeconfig"),
+	})
 	r := check.Run(ctx, suite, s.progress())
 	if err := s.print(r, func(w io.Writer) error { return checkTable(w, r) }); err != nil {
 		return err

@@ -58,7 +58,7 @@ What is already running stays; up can be run again at any time.`,
 			if len(dirs) == 0 {
 				return nil
 			}
-			return s.example(c.Context(), dirs[0], set, checks)
+			return s.example(c.Context(), dirs[0], set, &i, checks)
 		},
 	}
 	c.ValidArgsFunction = func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {

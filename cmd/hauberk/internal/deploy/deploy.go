@@ -35,6 +35,9 @@ const maxYAML = 4 << 20
 const (
 	runningWithin = 5 * time.Minute
 	pollEvery     = 200 * time.Millisecond
+	// faultFor is how long a fault must last: what was contained may be about
+	// to be replaced.
+	faultFor = 10 * time.Second
 )
 
 // Example is what a directory holds: a recipe for images in its one JSON file,
@@ -221,13 +224,16 @@ func (d *Deployer) Build(ctx context.Context, x *Example, img build.Image) (buil
 		return build.Built{}, err
 	}
 	built, err := build.Build(ctx, build.Spec{
-		Dir: x.Dir, Image: img, Output: filepath.Join(d.Layouts, fileName(img.Name)),
+		Dir: x.Dir, Image: img, Output: d.Layout(img.Name),
 		Source: src, Modified: modified, Builder: x.Recipe.Builder, Signer: signer,
 	})
 	return built, end(err)
 }
 
-func fileName(image string) string { return strings.NewReplacer("/", "_", ":", "_").Replace(image) }
+// Layout is the directory an image is built into.
+func (d *Deployer) Layout(image string) string {
+	return filepath.Join(d.Layouts, strings.NewReplacer("/", "_", ":", "_").Replace(image))
+}
 
 // sign puts the review and the approval beside the provenance.
 func (d *Deployer) sign(x *Example, img build.Image, built build.Built) error {
@@ -306,18 +312,24 @@ func (d *Deployer) running(ctx context.Context, x *Example) error {
 		}
 	}
 	end := d.Progress.Step("waiting for %d workloads to run", len(want))
+	lastGood := time.Now()
 	for {
 		list, err := d.Client.Instances(ctx, x.Recipe.Namespace)
 		if err != nil {
 			return err
 		}
-		missing, err := judge(want, list)
-		if err != nil || len(missing) == 0 {
-			return end(err)
+		missing, fault := judge(want, list)
+		switch {
+		case len(missing) == 0:
+			return end(nil)
+		case fault == nil:
+			lastGood = time.Now()
+		case time.Since(lastGood) > faultFor:
+			return end(fault)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("wait for %s to run: %w", strings.Join(missing, ", "), ctx.Err())
+			return errors.Join(fmt.Errorf("wait for %s to run: %w", strings.Join(missing, ", "), ctx.Err()), fault)
 		case <-time.After(pollEvery):
 		}
 	}
@@ -330,27 +342,33 @@ func replicas(doc *document) int {
 	return *doc.Spec.Replicas
 }
 
-// judge names the workloads of which too few instances run.
-func judge(want map[string]int, list []admin.Instance) (missing []string, err error) {
-	have := map[string]int{}
+// judge names the workloads of which too few instances run, and why the first
+// of them will not come good by waiting, if nothing else of it is on its way.
+func judge(want map[string]int, list []admin.Instance) (missing []string, fault error) {
+	running, coming, bad := map[string]int{}, map[string]int{}, map[string]admin.Instance{}
 	for _, i := range list {
 		switch i.Phase {
 		case "Running":
-			have[i.Workload]++
-		case "Refused", "Contained":
-			if want[i.Workload] > 0 {
-				return nil, &admin.Error{
-					Message: fmt.Sprintf("workload %s: instance %s is %s: %s: %s", i.Workload, i.Name, i.Phase, i.Reason, i.Message),
-					Fix:     fmt.Sprintf("see hauberk why %s/%s; replace a contained instance with hauberk restart %s/%s", i.Namespace, i.Workload, i.Namespace, i.Workload),
-				}
-			}
+			running[i.Workload]++
+		case "Refused", "Contained", "Failed":
+			bad[i.Workload] = i
+		default:
+			coming[i.Workload]++
 		}
 	}
 	for w, n := range want {
-		if have[w] < n {
+		if running[w] < n {
 			missing = append(missing, w)
 		}
 	}
 	slices.Sort(missing)
+	for _, w := range missing {
+		if i, ok := bad[w]; ok && coming[w] == 0 {
+			return missing, &admin.Error{
+				Message: fmt.Sprintf("workload %s: instance %s is %s: %s", w, i.Name, i.Phase, i.Message),
+				Fix:     fmt.Sprintf("see hauberk why %s/%s; replace a contained instance with hauberk restart %s/%s", i.Namespace, w, i.Namespace, w),
+			}
+		}
+	}
 	return missing, nil
 }

@@ -175,9 +175,12 @@ func TestJudge(t *testing.T) {
 	if missing, err := judge(want, []admin.Instance{run("web", "Running"), run("web", "Running"), run("ledger", "Running")}); err != nil || len(missing) != 0 {
 		t.Errorf("%v, %v", missing, err)
 	}
-	for _, phase := range []string{"Refused", "Contained"} {
+	for _, phase := range []string{"Refused", "Contained", "Failed"} {
 		if _, err := judge(want, []admin.Instance{run("web", phase)}); err == nil || !strings.Contains(err.Error(), phase) {
 			t.Errorf("%s: %v", phase, err)
+		}
+		if _, err := judge(want, []admin.Instance{run("web", phase), run("web", "Pending")}); err != nil {
+			t.Errorf("%s and replaced: %v", phase, err)
 		}
 	}
 }
