@@ -40,6 +40,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	f.StringVar(&c.Kernel, "kernel", "", "guest kernel image (default: the newest installed cloud kernel)")
 	f.BoolVar(&c.KeepSandboxes, "keep-sandboxes", false, "leave sandboxes running when told to stop; the next start adopts them")
 	f.BoolVar(&c.WithoutGuard, "without-guard", false, "boot sandboxes without the Guard, to prove that checks notice; every status says so")
+	end := f.Bool("end", false, "end the sandboxes that an earlier run left, and exit")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
@@ -47,6 +48,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return fmt.Errorf("read arguments: %q: none are taken; see hauberk-node -h", f.Args())
 	}
 	c.Log = stderr
+	if *end {
+		return node.End(c)
+	}
 	n, err := node.Open(ctx, c)
 	if err != nil {
 		return err

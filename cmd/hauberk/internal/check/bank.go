@@ -133,7 +133,10 @@ func (b *bank) each(ctx context.Context, f func(admin.Instance) (string, error))
 		}
 		seen = s
 	}
-	return fmt.Sprintf("%d instances; the last: %s", len(all)-len(errs), seen), errors.Join(errs...)
+	if len(errs) > 0 {
+		return fmt.Sprintf("%d of %d instances", len(all)-len(errs), len(all)), errors.Join(errs...)
+	}
+	return fmt.Sprintf("%d instances; the last: %s", len(all), seen), nil
 }
 
 func (b *bank) owned(ctx context.Context) (string, error) {

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"hauberk.dev/cmd/hauberk/internal/progress"
@@ -88,7 +89,7 @@ func (c Check) run(ctx context.Context, what string, log *progress.Log) Result {
 		if seen != "" {
 			seen += "; "
 		}
-		seen += err.Error()
+		seen += strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
 	_ = end(err)
 	return Result{Name: c.Name, OK: err == nil, Seen: seen, Millis: time.Since(began).Milliseconds()}

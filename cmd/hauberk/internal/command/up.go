@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -226,12 +228,32 @@ func (s *session) stop(ctx context.Context, signal syscall.Signal) error {
 			return err
 		}
 		found = found || left
+		_ = os.Remove(filepath.Join(s.run, name+".pid")) // a killed supervisor has not
 	}
+	_ = os.Remove(filepath.Join(s.run, "supervisor.pid"))
 	if !found {
 		s.progress().Say("nothing was running")
 	}
+	if signal == syscall.SIGTERM {
+		return end(s.endSandboxes(ctx))
+	}
 	return end(nil)
 }
+
+// endSandboxes ends what a node that was killed has left running.
+func (s *session) endSandboxes(ctx context.Context) error {
+	if _, err := os.Stat(s.nodeDir()); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(beside(), "hauberk-node"), "--end", "--state="+filepath.Join(s.state, "node"), "--run="+s.nodeDir())
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("end sandboxes: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+func (s *session) nodeDir() string { return filepath.Join(s.run, "node") }
 
 // supervise is what up starts and leaves running.
 func (s *session) supervise() *cobra.Command {
