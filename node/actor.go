@@ -71,6 +71,7 @@ type actor struct {
 	keep  chan struct{}   // closed when the node ends and leaves it running
 	once  sync.Once
 	done  chan struct{}
+	ice   chan struct{} // closed when the instance is frozen
 
 	containing sync.Mutex // held by contain, so that a second call waits for the first
 
@@ -85,7 +86,7 @@ type actor struct {
 
 func newActor(n *Node, e entry, b body) *actor {
 	return &actor{n: n, body: b, entry: e, guard: make(chan wire.Guard, 1),
-		stop: make(chan struct{}), keep: n.keep, done: make(chan struct{})}
+		stop: make(chan struct{}), keep: n.keep, done: make(chan struct{}), ice: make(chan struct{})}
 }
 
 // end says that the instance is no longer wanted.
@@ -323,6 +324,7 @@ func (a *actor) contain(ctx context.Context, reason string) error {
 	}
 	a.frozen = true
 	a.mu.Unlock()
+	close(a.ice)
 	recorded := a.set(func(e *entry) {
 		e.Contained, e.Phase, e.Reason, e.Message = true, wire.PhaseContained, "Contained", reason
 	})

@@ -106,7 +106,7 @@ func (n *Node) exec(w http.ResponseWriter, r *http.Request) {
 		n.note(fmt.Errorf("exec in %s: %w", in.Instance, err))
 		return
 	}
-	n.note(attach(p, conn, buf.Reader))
+	n.note(attach(p, conn, buf.Reader, a.ice))
 }
 
 // guestProcess is a process in a guest, as attach needs it; *vm.Process is one.
@@ -123,8 +123,9 @@ type guestProcess interface {
 }
 
 // attach connects a process with a stream until the process ends. If the
-// person goes away the process is hung up on.
-func attach(p guestProcess, w io.Writer, r *bufio.Reader) error {
+// person goes away the process is hung up on; if the instance is frozen the
+// person is told, for nothing in it will ever answer.
+func attach(p guestProcess, w io.Writer, r *bufio.Reader, ice <-chan struct{}) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var mu sync.Mutex
@@ -146,7 +147,22 @@ func attach(p guestProcess, w io.Writer, r *bufio.Reader) error {
 			}
 		})
 	}
+	frozen := make(chan struct{})
+	go func() {
+		select {
+		case <-ice:
+			close(frozen)
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	status, err := p.Wait(ctx)
+	select {
+	case <-frozen:
+		p.Discard()
+		return sendError(send, "Contained", "the instance was contained: its machine is frozen and answers nobody")
+	default:
+	}
 	if err != nil {
 		hangup, stop := context.WithTimeout(context.Background(), 5*time.Second)
 		defer stop()
@@ -161,6 +177,14 @@ func attach(p guestProcess, w io.Writer, r *bufio.Reader) error {
 		p.Discard()
 	}
 	return send(admin.FrameExit, binary.BigEndian.AppendUint32(nil, uint32(int32(status.Code))))
+}
+
+func sendError(send func(byte, []byte) error, reason, message string) error {
+	b, err := json.Marshal(admin.Error{Reason: reason, Message: message, Fix: "`hauberk incidents` says what it did, `hauberk restart` replaces it"})
+	if err != nil {
+		return fmt.Errorf("exec: %w", err)
+	}
+	return send(admin.FrameError, b)
 }
 
 // feed passes on what the person types until they go away.

@@ -147,7 +147,9 @@ func (n *Node) adopt(ctx context.Context) (int, error) {
 
 func (n *Node) startActor(ctx context.Context, e entry, adopt bool) {
 	a := newActor(n, e, n.guests.newBody(e.Instance.ID))
-	a.frozen = e.Contained
+	if a.frozen = e.Contained; a.frozen {
+		close(a.ice)
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.closed || n.actors[e.Instance.ID] != nil {

@@ -71,8 +71,9 @@ type GuardFile struct {
 
 // GuardNet restricts the network seen from inside the guest.
 type GuardNet struct {
-	// Egress is an allow list: if present, anything else is refused.
-	// Names of workloads of the same namespace are allowed by "service".
+	// Egress is an allow list: anything else is refused, and so is everything
+	// if it is empty. Names of workloads of the same namespace are allowed by
+	// "service".
 	// +optional
 	// +kubebuilder:validation:MaxItems=256
 	Egress []GuardEgress `json:"egress,omitempty"`
