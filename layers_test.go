@@ -30,7 +30,6 @@ var floors = [][]string{
 // reason. A line nothing needs any more is a finding.
 var loosened = []struct{ from, to, why string }{
 	{"api/node", "plan", "the control plane hands a node whole plans, and one wording of them is enough"},
-	{"api/mesh", "plan", "a node hands its proxy whole plans and epochs, and one wording of them is enough"},
 	{"api/mesh", "plan", "the node hands the same plans on to its proxy"},
 }
 
