@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 	"hauberk.dev/contain"
 	"hauberk.dev/evidence"
 	"hauberk.dev/id"
+	"hauberk.dev/internal/atomicfile"
 	"hauberk.dev/internal/version"
 	"hauberk.dev/kube"
 	"hauberk.dev/ledger"
@@ -151,8 +151,8 @@ func (c *Control) join(ctx context.Context, in admin.Join) (admin.Joined, error)
 	return admin.Joined{Chain: cert.Chain, Roots: string(c.issuer.Roots()), TrustDomain: c.conf.TrustDomain, NotAfter: cert.NotAfter}, nil
 }
 
-// openAPI opens the API server and writes the administrator's kubeconfig.
-func (c *Control) openAPI(ctx context.Context, cert ca.Certificate, key *ecdsa.PrivateKey) error {
+// openAPI opens the API server.
+func (c *Control) openAPI(cert ca.Certificate, key *ecdsa.PrivateKey) error {
 	pem, err := id.MarshalKey(key)
 	if err != nil {
 		return err
@@ -161,22 +161,18 @@ func (c *Control) openAPI(ctx context.Context, cert ca.Certificate, key *ecdsa.P
 		Dir: c.path("api"), Address: c.conf.API, Certificate: id.MarshalCertificates(cert.Chain...), Key: pem,
 		ClientRoots: c.issuer.Roots(), Version: version.String(), Log: c.slog,
 	})
-	if err != nil {
-		return err
-	}
-	access, err := c.account(ctx, "admin", []string{kube.GroupMasters})
-	if err != nil {
-		return err
-	}
-	return kube.WriteKubeconfig(c.kubeconfigPath(), access)
+	return err
 }
 
-// account makes a client certificate for the API.
+// account makes a client certificate for the API, in files that clients read
+// again when it is renewed.
 func (c *Control) account(ctx context.Context, user string, groups []string) (kube.Access, error) {
 	if err := os.MkdirAll(c.path("accounts"), 0o700); err != nil {
 		return kube.Access{}, fmt.Errorf("account %s: %w", user, err)
 	}
-	key, err := id.LoadOrCreateKey(filepath.Join(c.path("accounts"), user+".key"))
+	a := kube.Access{Server: c.api.URL(), Roots: c.issuer.Roots(),
+		CertificateFile: c.path("accounts", user+".crt"), KeyFile: c.path("accounts", user+".key")}
+	key, err := id.LoadOrCreateKey(a.KeyFile)
 	if err != nil {
 		return kube.Access{}, err
 	}
@@ -184,11 +180,27 @@ func (c *Control) account(ctx context.Context, user string, groups []string) (ku
 	if err != nil {
 		return kube.Access{}, err
 	}
-	pem, err := id.MarshalKey(key)
+	return a, atomicfile.Write(a.CertificateFile, id.MarshalCertificates(cert.Chain...), 0o600)
+}
+
+// accounts renews the certificates of the control plane itself and of the
+// administrator, and writes the administrator's kubeconfig.
+func (c *Control) accounts(ctx context.Context) (own kube.Access, err error) {
+	admin, err := c.account(ctx, "admin", []string{kube.GroupMasters})
 	if err != nil {
-		return kube.Access{}, err
+		return own, err
 	}
-	return kube.Access{Server: c.api.URL(), Roots: c.issuer.Roots(), Certificate: id.MarshalCertificates(cert.Chain...), Key: pem}, nil
+	inline := kube.Access{Server: admin.Server, Roots: admin.Roots}
+	if inline.Certificate, err = os.ReadFile(admin.CertificateFile); err != nil {
+		return own, fmt.Errorf("write kubeconfig: %w", err)
+	}
+	if inline.Key, err = os.ReadFile(admin.KeyFile); err != nil {
+		return own, fmt.Errorf("write kubeconfig: %w", err)
+	}
+	if err := kube.WriteKubeconfig(c.kubeconfigPath(), inline); err != nil {
+		return own, err
+	}
+	return c.account(ctx, "hauberkd", []string{kube.GroupMasters})
 }
 
 // issue checks and signs an identity for an instance; a refusal is recorded.
@@ -255,17 +267,9 @@ func (r *renewal) source() (id.Credential, error) {
 	return r.current, nil
 }
 
-// renew issues the next certificate if it is time.
-func (r *renewal) renew() error {
+// due says whether it is time for the next certificate.
+func (r *renewal) due() bool {
 	r.mu.Lock()
-	due := !r.now().Before(r.renewAt)
-	r.mu.Unlock()
-	if !due {
-		return nil
-	}
-	cert, err := r.issue()
-	if err != nil {
-		return err
-	}
-	return r.take(cert)
+	defer r.mu.Unlock()
+	return !r.now().Before(r.renewAt)
 }

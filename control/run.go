@@ -30,7 +30,7 @@ func (c *Control) Run(ctx context.Context) (err error) {
 		return err
 	}
 	c.self = source
-	if err := c.openAPI(ctx, cert, key); err != nil {
+	if err := c.openAPI(cert, key); err != nil {
 		return err
 	}
 	doorLn, err := net.Listen("tcp", c.conf.Door)
@@ -41,7 +41,7 @@ func (c *Control) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return errors.Join(err, doorLn.Close(), c.api.Close())
 	}
-	access, err := c.account(ctx, "hauberkd", []string{kube.GroupMasters})
+	access, err := c.accounts(ctx)
 	if err != nil {
 		return errors.Join(err, doorLn.Close(), deskLn.Close(), c.api.Close())
 	}
@@ -97,7 +97,8 @@ func (c *Control) reconcileAfterFill(ctx context.Context) error {
 	return c.reconcileLoop(ctx)
 }
 
-// renewLoop keeps the control plane's certificates fresh.
+// renewLoop keeps the certificates of the control plane, of its API and of the
+// administrator fresh.
 func (c *Control) renewLoop(ctx context.Context) error {
 	for {
 		select {
@@ -105,8 +106,30 @@ func (c *Control) renewLoop(ctx context.Context) error {
 			return nil
 		case <-time.After(time.Minute):
 		}
-		if err := c.renewing.renew(); err != nil {
-			c.note(fmt.Errorf("renew the control plane's certificate: %w; trying again", err))
+		if err := c.renewOwn(ctx); err != nil {
+			c.note(fmt.Errorf("renew the control plane's certificates: %w; trying again", err))
 		}
 	}
+}
+
+// renewOwn counts as done only once everything is renewed.
+func (c *Control) renewOwn(ctx context.Context) error {
+	if !c.renewing.due() {
+		return nil
+	}
+	cert, err := c.renewing.issue()
+	if err != nil {
+		return err
+	}
+	key, err := id.MarshalKey(c.renewing.key)
+	if err != nil {
+		return err
+	}
+	if err := c.api.Renew(id.MarshalCertificates(cert.Chain...), key); err != nil {
+		return err
+	}
+	if _, err := c.accounts(ctx); err != nil {
+		return err
+	}
+	return c.renewing.take(cert)
 }

@@ -88,13 +88,9 @@ func (s *Server) assemble(etcd string) (serve func(context.Context) error, loopb
 // choose sets the options of both servers.
 func (p *parts) choose(s *Server, etcd string) error {
 	o := crdoptions.NewCustomResourceDefinitionsServerOptions(io.Discard, io.Discard)
-	cert, err := dynamiccertificates.NewStaticCertKeyContent("serving", s.options.Certificate, s.options.Key)
-	if err != nil {
-		return fmt.Errorf("read certificate: %w", err)
-	}
 	serving := o.RecommendedOptions.SecureServing
 	serving.Listener = s.listener
-	serving.ServerCert.GeneratedCert = cert
+	serving.ServerCert.GeneratedCert = s.serving
 	serving.MinTLSVersion = "VersionTLS13"
 	o.RecommendedOptions.Features.EnablePriorityAndFairness = false
 	o.RecommendedOptions.Features.EnableProfiling = false

@@ -19,6 +19,9 @@ type Access struct {
 	Roots []byte
 	// Certificate and Key of the account, PEM.
 	Certificate, Key []byte
+	// CertificateFile and KeyFile hold them instead, for a certificate that is
+	// renewed: the files are read again when they change.
+	CertificateFile, KeyFile string
 	// Kubeconfig is a file that says all of it instead; the other fields are
 	// then empty.
 	Kubeconfig string
@@ -26,7 +29,7 @@ type Access struct {
 
 // config is the client configuration of an access.
 func (a Access) config() (*rest.Config, error) {
-	c := &rest.Config{Host: a.Server, TLSClientConfig: rest.TLSClientConfig{CAData: a.Roots, CertData: a.Certificate, KeyData: a.Key}}
+	c := &rest.Config{Host: a.Server, TLSClientConfig: rest.TLSClientConfig{CAData: a.Roots, CertData: a.Certificate, KeyData: a.Key, CertFile: a.CertificateFile, KeyFile: a.KeyFile}}
 	if a.Kubeconfig != "" {
 		var err error
 		if c, err = clientcmd.BuildConfigFromFlags("", a.Kubeconfig); err != nil {

@@ -40,6 +40,7 @@ type Options struct {
 type Server struct {
 	options  Options
 	listener net.Listener
+	serving  *serving
 	ready    chan struct{}
 	log      *slog.Logger
 }
@@ -67,7 +68,7 @@ func Open(o Options) (*Server, error) {
 	if err := privateDir(dir); err != nil {
 		return nil, fmt.Errorf("open API server: %w", err)
 	}
-	s := &Server{options: o, listener: o.Listener, ready: make(chan struct{}), log: o.Log}
+	s := &Server{options: o, listener: o.Listener, serving: &serving{cert: o.Certificate, key: o.Key}, ready: make(chan struct{}), log: o.Log}
 	if s.listener == nil {
 		if s.listener, err = listen(o.Address); err != nil {
 			return nil, fmt.Errorf("open API server: %w", err)

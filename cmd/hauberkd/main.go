@@ -34,6 +34,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	f.StringVar(&c.API, "listen", "127.0.0.1:7443", "address of the Kubernetes-style API")
 	f.StringVar(&c.Door, "node-listen", "127.0.0.1:7444", "address nodes talk to")
 	f.StringVar(&c.TrustDomain, "trust-domain", "hauberk.local", "trust domain of every identity issued here")
+	f.BoolVar(&c.InsecureGuardOff, "insecure-guard-off", false, "give identities to sandboxes without a Guard, to prove that checks notice")
 	if err := f.Parse(args); err != nil {
 		return err
 	}

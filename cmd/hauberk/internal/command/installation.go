@@ -80,13 +80,16 @@ func (i *installation) list(state, run string) ([]supervise.Program, error) {
 		"--name=" + i.node, "--door=" + i.door, "--gateway=" + i.gateway, "--mesh-link=" + link,
 		"--guest-agent=" + filepath.Join(i.programs, "hauberk-guest"),
 	}
+	daemon := []string{
+		"--state=" + filepath.Join(state, "control"), "--run=" + filepath.Join(run, "control"),
+		"--listen=" + i.api, "--node-listen=" + i.nodeListen, "--trust-domain=" + i.trustDomain,
+	}
 	if i.withoutGuard {
 		node = append(node, "--without-guard")
+		daemon = append(daemon, "--insecure-guard-off")
 	}
 	return []supervise.Program{
-		{Name: "hauberkd", Path: filepath.Join(i.programs, "hauberkd"), User: &control, Args: []string{
-			"--state=" + filepath.Join(state, "control"), "--run=" + filepath.Join(run, "control"),
-			"--listen=" + i.api, "--node-listen=" + i.nodeListen, "--trust-domain=" + i.trustDomain}},
+		{Name: "hauberkd", Path: filepath.Join(i.programs, "hauberkd"), User: &control, Args: daemon},
 		{Name: "hauberk-mesh", Path: filepath.Join(i.programs, "hauberk-mesh"), User: &mesh, Args: []string{"--link=" + link}},
 		// SIGTERM asks the node to end its sandboxes; killed, it leaves them
 		// to be adopted by the next.
