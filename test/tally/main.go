@@ -43,7 +43,7 @@ func run(args []string, stdout, stderr io.Writer) error {
 	case *sum:
 		return total(*record, *must, stdout)
 	case f.NArg() == 0:
-		return errors.New("name a command: tally -record DIR -- go test -json ./...")
+		return errors.New("no command: tally -record DIR -- go test -json PACKAGE")
 	}
 	if err := os.MkdirAll(*record, 0o755); err != nil {
 		return err
