@@ -1,0 +1,168 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/ttrpc"
+)
+
+// services are the names of the task service. The messages of version 3 are
+// those of version 2 with fields that nothing here uses.
+var services = []string{"containerd.task.v2.Task", "containerd.task.v3.Task"}
+
+// method makes a verb of the service callable.
+func method[Q, A any](f func(context.Context, *Q) (A, error)) ttrpc.Method {
+	return func(ctx context.Context, read func(any) error) (any, error) {
+		q := new(Q)
+		if err := read(q); err != nil {
+			return nil, err
+		}
+		return f(ctx, q)
+	}
+}
+
+func (s *service) methods() map[string]ttrpc.Method {
+	var _ task.TTRPCTaskService = s // no verb is missing
+	return map[string]ttrpc.Method{
+		"State": method(s.State), "Create": method(s.Create), "Start": method(s.Start), "Delete": method(s.Delete),
+		"Pids": method(s.Pids), "Pause": method(s.Pause), "Resume": method(s.Resume), "Checkpoint": method(s.Checkpoint),
+		"Kill": method(s.Kill), "Exec": method(s.Exec), "ResizePty": method(s.ResizePty), "CloseIO": method(s.CloseIO),
+		"Update": method(s.Update), "Wait": method(s.Wait), "Stats": method(s.Stats), "Connect": method(s.Connect),
+		"Shutdown": method(s.Shutdown),
+	}
+}
+
+// serve answers containerd on the socket that start opened, until it is told
+// to end or ctx ends. Then nothing of the container is left.
+func serve(ctx context.Context, a arguments, c config) error {
+	log, closeLog := openLog(a)
+	defer closeLog()
+	ln, err := net.FileListener(os.NewFile(3, "socket"))
+	if err != nil {
+		return fmt.Errorf("serve: descriptor 3: %w", err)
+	}
+	if u, ok := ln.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	ready := prepare(ctx, c, log)
+	s := &service{
+		args: a, conf: c, log: log, stop: stop,
+		events: startPublisher(os.Getenv(eventsAddress), a.namespace, log),
+		guests: ready.wait,
+	}
+	err = s.serve(ctx, ln)
+	err = errors.Join(err, s.close(), ready.close())
+	s.events.Close()
+	if err != nil {
+		log.Error("end", "err", err)
+	}
+	return errors.Join(err, removeSocket(a.bundle))
+}
+
+func (s *service) serve(ctx context.Context, ln net.Listener) error {
+	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(s.logged))
+	if err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	for _, name := range services {
+		server.RegisterService(name, &ttrpc.ServiceDesc{Methods: s.methods()})
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(context.WithoutCancel(ctx), ln) }()
+	select {
+	case err := <-ended:
+		return fmt.Errorf("serve: %w", err)
+	case <-ctx.Done():
+	}
+	// The answer to the call that ended us is on its way; others that wait
+	// for what will not come are cut off.
+	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	_ = server.Shutdown(bounded)
+	err = server.Close()
+	<-ended
+	return err
+}
+
+// logged writes down calls that fail, and all of them if asked to.
+func (s *service) logged(ctx context.Context, read ttrpc.Unmarshaler, info *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
+	began := time.Now()
+	out, err := m(ctx, read)
+	if err != nil {
+		s.log.Error("call", "method", info.FullMethod, "took", time.Since(began), "err", err)
+	} else {
+		s.log.Debug("call", "method", info.FullMethod, "took", time.Since(began))
+	}
+	return out, err
+}
+
+// preparing is the work that needs no request: it goes on while containerd
+// makes the container's files.
+type preparing struct {
+	done   chan struct{}
+	guests *guests
+	err    error
+}
+
+func prepare(ctx context.Context, c config, log *slog.Logger) *preparing {
+	p := &preparing{done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.guests, p.err = openGuests(ctx, c, log)
+	}()
+	return p
+}
+
+func (p *preparing) wait(ctx context.Context) (*guests, error) {
+	select {
+	case <-p.done:
+		return p.guests, p.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (p *preparing) close() error {
+	<-p.done
+	if p.guests == nil {
+		return nil
+	}
+	return p.guests.Close()
+}
+
+// openLog opens the fifo that containerd copies to its own log. Nothing waits
+// for its reader: what does not fit is dropped.
+func openLog(a arguments) (*slog.Logger, func()) {
+	level := slog.LevelInfo
+	if a.debug {
+		level = slog.LevelDebug
+	}
+	var w io.Writer = io.Discard
+	end := func() {}
+	// Both ways, so that a reader that leaves and comes back finds it open.
+	if fd, err := unix.Open(filepath.Join(a.bundle, "log"), unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0); err == nil {
+		w, end = dropping(fd), func() { _ = unix.Close(fd) }
+	}
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: level})).With("shim", a.id), end
+}
+
+// dropping is a descriptor that is never waited for.
+type dropping int
+
+func (d dropping) Write(b []byte) (int, error) {
+	_, _ = unix.Write(int(d), b)
+	return len(b), nil
+}

@@ -1,0 +1,214 @@
+package shim
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"google.golang.org/protobuf/proto"
+
+	bootstrap "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+
+	"hauberk.dev/internal/atomicfile"
+)
+
+const (
+	defaultSockets = "/run/containerd/s"
+	scheme         = "unix://"
+	maxBootstrap   = 1 << 20
+	maxConfig      = 4 << 20
+	// sandboxID is the annotation by which the CRI says whose pod a container
+	// belongs to.
+	sandboxID = "io.kubernetes.cri.sandbox-id"
+	// eventsAddress is the variable that names containerd's ttrpc socket.
+	eventsAddress = "TTRPC_ADDRESS"
+)
+
+// readBootstrap reads what containerd says on standard input. Since 2.4 these
+// are parameters that repeat the flags; before, nothing or the runtime's
+// options, which a parser of protobuf may well take for parameters. So they
+// count only if they say the same as the flags, and nil is an older caller.
+func readBootstrap(stdin io.Reader, a arguments) (*bootstrap.BootstrapParams, error) {
+	raw, err := readBounded(stdin, maxBootstrap)
+	if err != nil {
+		return nil, fmt.Errorf("read parameters: %w", err)
+	}
+	p := &bootstrap.BootstrapParams{}
+	if proto.Unmarshal(raw, p) != nil || p.GetInstanceID() != a.id || p.GetNamespace() != a.namespace {
+		return nil, nil
+	}
+	return p, nil
+}
+
+// socketPath is where the shim of a container listens: short, for a socket's
+// name may have 108 bytes.
+func socketPath(a arguments, p *bootstrap.BootstrapParams) (string, error) {
+	dir := p.GetSocketDir()
+	if dir == "" {
+		dir = defaultSockets
+	}
+	if !filepath.IsAbs(dir) {
+		return "", fmt.Errorf("read parameters: socket directory %q: want an absolute path", dir)
+	}
+	path := filepath.Join(dir, fmt.Sprintf("%x", sha256.Sum256([]byte(filepath.Join(a.address, a.namespace, a.id)))))
+	if len(path) > 106 {
+		return "", fmt.Errorf("read parameters: socket directory %q: sockets in it would have names of more than 106 bytes", dir)
+	}
+	return path, nil
+}
+
+// answer is what containerd reads on standard output.
+func answer(p *bootstrap.BootstrapParams, socket string) ([]byte, error) {
+	address := scheme + socket
+	if p == nil {
+		return []byte(address), nil
+	}
+	return proto.Marshal(&bootstrap.BootstrapResult{Version: 3, Address: address, Protocol: "ttrpc"})
+}
+
+// start starts the process that serves, and says where it listens.
+func start(a arguments, stdin io.Reader, stdout io.Writer) error {
+	p, err := readBootstrap(stdin, a)
+	if err != nil {
+		return err
+	}
+	if err := alone(a); err != nil {
+		return err
+	}
+	socket, err := socketPath(a, p)
+	if err != nil {
+		return err
+	}
+	ln, err := listen(socket)
+	if err != nil {
+		return err
+	}
+	if ln != nil { // else it is served already
+		events := p.GetContainerdTtrpcAddress()
+		if events == "" {
+			events = os.Getenv(eventsAddress)
+		}
+		if err := spawn(a, socket, events, ln); err != nil {
+			return errors.Join(err, os.Remove(socket))
+		}
+	}
+	out, err := answer(p, socket)
+	if err == nil {
+		_, err = stdout.Write(out)
+	}
+	return err
+}
+
+// alone refuses a container that belongs to another's pod: a machine gets its
+// disks before it runs.
+func alone(a arguments) error {
+	raw, err := readFile(filepath.Join(a.bundle, "config.json"), maxConfig)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // the sandbox service starts a shim before there is one
+	}
+	if err != nil {
+		return fmt.Errorf("read bundle: %w", err)
+	}
+	var spec struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	if err := json.Unmarshal(raw, &spec); err != nil {
+		return fmt.Errorf("read bundle: config.json: %w", err)
+	}
+	if pod := spec.Annotations[sandboxID]; pod != "" && pod != a.id {
+		return fmt.Errorf("start shim: annotation %s %q: a pod of more than one container is not supported", sandboxID, pod)
+	}
+	return nil
+}
+
+// listen opens the socket of a shim. It returns nil if a shim serves it: then
+// containerd asks for the same one again.
+func listen(socket string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(socket), 0o711); err != nil {
+		return nil, fmt.Errorf("open socket: %w", err)
+	}
+	for range 2 {
+		ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+		if err == nil {
+			ln.SetUnlinkOnClose(false)
+			if err := os.Chmod(socket, 0o600); err != nil {
+				return nil, errors.Join(fmt.Errorf("open socket: %w", err), ln.Close())
+			}
+			f, err := ln.File()
+			return f, errors.Join(err, ln.Close())
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("open socket: %w", err)
+		}
+		conn, err := net.Dial("unix", socket)
+		if err == nil {
+			return nil, conn.Close()
+		}
+		// Nobody listens: its shim was killed.
+		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("open socket: %w", err)
+		}
+	}
+	return nil, fmt.Errorf("open socket: %s is taken again and again", socket)
+}
+
+// spawn starts this program anew, to serve the socket, and leaves it to
+// itself.
+func spawn(a arguments, socket, events string, ln *os.File) error {
+	defer ln.Close()
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("start shim: %w", err)
+	}
+	args := []string{"-namespace", a.namespace, "-id", a.id, "-address", a.address, "-bundle", a.bundle}
+	if a.debug {
+		args = append(args, "-debug")
+	}
+	cmd := exec.Command(self, args...)
+	cmd.Dir = a.bundle
+	cmd.Env = append(os.Environ(), eventsAddress+"="+events)
+	cmd.ExtraFiles = []*os.File{ln}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("start shim: %w", err)
+	}
+	err = errors.Join(
+		atomicfile.Write(filepath.Join(a.bundle, "shim.pid"), []byte(strconv.Itoa(cmd.Process.Pid)), 0o644),
+		atomicfile.Write(filepath.Join(a.bundle, addressFile), []byte(scheme+socket), 0o644))
+	if err != nil {
+		err = errors.Join(fmt.Errorf("start shim: %w", err), cmd.Process.Kill())
+		_ = cmd.Wait() // it was killed
+		return err
+	}
+	return cmd.Process.Release()
+}
+
+// addressFile of a bundle says where its shim listens.
+const addressFile = "address"
+
+// removeSocket removes the socket that a bundle names.
+func removeSocket(bundle string) error {
+	raw, err := readFile(filepath.Join(bundle, addressFile), 4096)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	socket, ok := strings.CutPrefix(strings.TrimSpace(string(raw)), scheme)
+	fi, err := os.Lstat(socket)
+	if !ok || err != nil || fi.Mode().Type() != fs.ModeSocket {
+		return nil // gone, or none of ours
+	}
+	return os.Remove(socket)
+}
