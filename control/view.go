@@ -114,9 +114,13 @@ func (c *Control) instances(namespace string) []admin.Instance {
 		if g.Programs == 0 {
 			guard = "absent"
 		}
+		phase := cmp.Or(i.status.Phase, wire.PhasePending)
+		if _, revoked := c.book.Revoked(k.Name, "", "", ""); revoked && phase == wire.PhaseRunning {
+			phase = wire.PhaseContained // revoked already, its node is about to say so
+		}
 		out = append(out, admin.Instance{
 			Name: k.Name, Namespace: k.Namespace, Workload: i.workload, Application: i.application, Node: i.node,
-			Phase: cmp.Or(string(i.status.Phase), string(wire.PhasePending)), Reason: i.status.Reason, Message: i.status.Message,
+			Phase: string(phase), Reason: i.status.Reason, Message: i.status.Message,
 			Address: i.address.String(), Image: i.spec.Image, Digest: i.digest, Identity: i.identity, Serial: i.status.Serial,
 			StartedAt: i.status.StartedAt, ReadyMillis: i.status.ReadyMillis, Guard: guard, ExitCode: i.status.ExitCode,
 		})

@@ -147,21 +147,26 @@ func (b *bank) contained(ctx context.Context, instance string) bool {
 	return false
 }
 
-// recorded waits for an incident of an instance, or for a denial of it in the
-// ledger after a mark, and says which.
+// recorded waits for an incident of an instance that every enforcement point
+// has receipted, or for a denial of it in the ledger after a mark, and says
+// which.
 func (b *bank) recorded(ctx context.Context, instance string, mark uint64) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 5*time.Second, errors.New("there is no record of the attack"))
 	defer cancel()
 	for {
 		list, err := b.Client.Incidents(ctx, b.namespace)
 		if err == nil {
+			open := false
 			for _, i := range list {
-				if i.Instance == instance {
+				if i.Instance == instance && i.State != "Contained" {
+					open = true
+				}
+				if i.Instance == instance && i.State == "Contained" {
 					return fmt.Sprintf("incident %s: rule %q, %s, contained in %d ms", i.Name, i.Rule, i.Detail, i.ContainedMillis), nil
 				}
 			}
 			var text string
-			if text, err = b.denial(ctx, instance, mark); text != "" {
+			if text, err = b.denial(ctx, instance, mark); text != "" && !open {
 				return text, nil
 			}
 		}
