@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: help up down check build $(PROGRAMS) generate test lint bench clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,12 @@ hauberk-guest: BUILDFLAGS := -trimpath
 $(PROGRAMS):
 	go build $(BUILDFLAGS) -ldflags '$(LDFLAGS)' -o bin/$@ ./cmd/$@
 
+KUBECTL := -X k8s.io/component-base/version.gitVersion=v1.37.2 -X k8s.io/component-base/version.gitMajor=1 \
+	-X k8s.io/component-base/version.gitMinor=37 -X k8s.io/client-go/pkg/version.gitVersion=v1.37.2
+
+kubectl: ## build a kubectl of the API's version into bin/
+	cd test/kubectl && go build -ldflags '$(KUBECTL)' -o ../../bin/kubectl .
+
 generate: ## rewrite generated code, CRDs and eBPF objects (clang)
 	go generate ./...
 
@@ -47,9 +53,9 @@ lint: ## gofmt, vet, staticcheck, govulncheck
 	scripts/lint
 
 bench: ## measure, and print the conditions with the figures (root)
-	scripts/setup test
+	scripts/setup bench
 	$(MAKE) build
-	scripts/bench
+	go run ./bench
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build
