@@ -7,6 +7,7 @@
 package contain
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -91,7 +92,7 @@ func (i Incident) Elapsed() time.Duration {
 	if err != nil || i.Done.IsZero() {
 		return 0
 	}
-	return i.Done.Sub(seen)
+	return max(0, i.Done.Sub(seen)) // two machines' clocks may differ
 }
 
 // ErrUnknown is returned for an epoch that the book never issued.
@@ -104,7 +105,7 @@ type Book struct {
 	mu        sync.Mutex
 	epoch     plan.Epoch
 	incidents map[string]*Incident // by name
-	byEpoch   map[uint64]*Incident
+	open      map[string]*Incident // by name, those that wait for receipts
 	byVictim  map[string]*Incident // by instance
 	watchers  map[chan struct{}]struct{}
 }
@@ -114,7 +115,7 @@ func New(rec Recorder) *Book {
 	return &Book{
 		rec:       rec,
 		incidents: map[string]*Incident{},
-		byEpoch:   map[uint64]*Incident{},
+		open:      map[string]*Incident{},
 		byVictim:  map[string]*Incident{},
 		watchers:  map[chan struct{}]struct{}{},
 	}
@@ -144,7 +145,10 @@ func (b *Book) Replay(kind string, body json.RawMessage) error {
 		if err := json.Unmarshal(body, &r); err != nil {
 			return fmt.Errorf("replay receipt: %w", err)
 		}
-		b.receiptLocked(r)
+		for _, i := range b.owedLocked(r) {
+			i.take(r)
+			b.settleLocked(i)
+		}
 	case KindRevoke:
 		var r revocation
 		if err := json.Unmarshal(body, &r); err != nil {
@@ -214,33 +218,39 @@ func (b *Book) Revoke(ctx context.Context, what, value, why string) (uint64, err
 	return r.Epoch, nil
 }
 
-// Receipt records that an enforcement point has applied an epoch. A receipt
-// given twice is accepted once.
-func (b *Book) Receipt(ctx context.Context, r node.Receipt) (i Incident, complete bool, err error) {
+// Receipt records that an enforcement point has applied an epoch, and returns
+// the incidents that are complete with it. Epochs add up, so a receipt counts
+// for every incident up to its epoch to which the point still owes one; a
+// sandbox answers only for its own instance. A receipt given twice is accepted
+// once.
+func (b *Book) Receipt(ctx context.Context, r node.Receipt) (complete []Incident, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if r.Epoch > b.epoch.Number {
-		return Incident{}, false, fmt.Errorf("receipt of %s on %s: epoch %d: %w", r.Point, r.Node, r.Epoch, ErrUnknown)
+		return nil, fmt.Errorf("receipt of %s on %s: epoch %d: %w", r.Point, r.Node, r.Epoch, ErrUnknown)
 	}
-	in := b.byEpoch[r.Epoch]
-	if in == nil || in.has(r) {
-		return Incident{}, false, nil
+	if r.At.IsZero() {
+		return nil, fmt.Errorf("receipt of %s on %s: it does not say when", r.Point, r.Node)
 	}
 	body, err := json.Marshal(r)
 	if err != nil {
-		return Incident{}, false, fmt.Errorf("receipt of %s on %s: %w", r.Point, r.Node, err)
+		return nil, fmt.Errorf("receipt of %s on %s: %w", r.Point, r.Node, err)
 	}
-	err = b.rec.Record(ctx, Record{
-		Kind: KindReceipt, Namespace: in.Namespace, Application: in.Spec.Application, Workload: in.Spec.Workload,
-		Instance: in.Spec.Instance, Incident: in.Name, Body: body,
-		Text: fmt.Sprintf("%s on %s: %s (epoch %d)", r.Point, r.Node, r.Act, r.Epoch),
-	})
-	if err != nil {
-		return Incident{}, false, fmt.Errorf("receipt of %s on %s: record: %w", r.Point, r.Node, err)
+	for _, in := range b.owedLocked(r) {
+		err = b.rec.Record(ctx, Record{
+			Kind: KindReceipt, Namespace: in.Namespace, Application: in.Spec.Application, Workload: in.Spec.Workload,
+			Instance: in.Spec.Instance, Incident: in.Name, Body: body,
+			Text: fmt.Sprintf("%s on %s: %s (epoch %d)", r.Point, r.Node, r.Act, r.Epoch),
+		})
+		if err != nil {
+			return complete, fmt.Errorf("receipt of %s on %s: record: %w", r.Point, r.Node, err)
+		}
+		in.take(r)
+		if b.settleLocked(in) {
+			complete = append(complete, in.copy())
+		}
 	}
-	before := in.State()
-	b.receiptLocked(r)
-	return in.copy(), before == Containing && in.State() == Contained, nil
+	return complete, nil
 }
 
 // Epoch returns the current epoch.
@@ -260,7 +270,7 @@ func (b *Book) Incidents() []Incident {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	all := make([]Incident, 0, len(b.incidents))
-	for _, i := range slices.SortedFunc(maps.Values(b.incidents), func(x, y *Incident) int { return int(x.Epoch) - int(y.Epoch) }) {
+	for _, i := range slices.SortedFunc(maps.Values(b.incidents), func(x, y *Incident) int { return cmp.Compare(x.Epoch, y.Epoch) }) {
 		all = append(all, i.copy())
 	}
 	return all
@@ -311,7 +321,7 @@ func (b *Book) tellLocked() {
 
 func (b *Book) addLocked(i *Incident) {
 	b.incidents[i.Name] = i
-	b.byEpoch[i.Epoch] = i
+	b.open[i.Name] = i
 	b.byVictim[i.Spec.Instance] = i
 	b.epoch.Number = max(b.epoch.Number, i.Epoch)
 	if !slices.Contains(b.epoch.Instances, i.Spec.Instance) {
@@ -319,20 +329,49 @@ func (b *Book) addLocked(i *Incident) {
 	}
 }
 
-func (b *Book) receiptLocked(r node.Receipt) {
-	i := b.byEpoch[r.Epoch]
-	if i == nil || i.has(r) {
-		return
+// settleLocked says whether the incident is contained, and waits for nothing
+// more of it if so.
+func (b *Book) settleLocked(i *Incident) bool {
+	if i.State() != Contained {
+		return false
 	}
-	i.Receipts = append(i.Receipts, r)
-	for _, p := range i.Needs {
-		if !slices.ContainsFunc(i.Receipts, func(r node.Receipt) bool { return r.Point == p.Kind && r.Node == p.Node }) {
-			return
+	delete(b.open, i.Name)
+	return true
+}
+
+// owedLocked are the incidents that the receipt counts for, oldest first.
+func (b *Book) owedLocked(r node.Receipt) []*Incident {
+	var owed []*Incident
+	for _, i := range b.open {
+		if i.owes(r) {
+			owed = append(owed, i)
 		}
 	}
-	if i.Done.IsZero() {
-		i.Done = r.At
+	slices.SortFunc(owed, func(x, y *Incident) int { return cmp.Compare(x.Epoch, y.Epoch) })
+	return owed
+}
+
+// owes tells whether the incident waits for this very receipt.
+func (i *Incident) owes(r node.Receipt) bool {
+	return i.Epoch <= r.Epoch && slices.Contains(i.Needs, Point{r.Point, r.Node}) &&
+		(r.Point != "sandbox" || r.Instance == i.Spec.Instance) && !i.has(r)
+}
+
+// take notes a receipt. The incident is done when the slowest of the points it
+// needs was, whichever receipt arrives last.
+func (i *Incident) take(r node.Receipt) {
+	i.Receipts = append(i.Receipts, r)
+	var last time.Time
+	for _, p := range i.Needs {
+		n := slices.IndexFunc(i.Receipts, func(r node.Receipt) bool { return r.Point == p.Kind && r.Node == p.Node })
+		if n < 0 {
+			return
+		}
+		if at := i.Receipts[n].At; at.After(last) {
+			last = at
+		}
 	}
+	i.Done = last
 }
 
 func (b *Book) revokeLocked(r revocation) error {

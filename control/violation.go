@@ -114,7 +114,7 @@ func (c *Control) receipt(ctx context.Context, node string, r wire.Receipt, keys
 	if err := evidence.VerifyReceipt(r, keys...); err != nil {
 		return err
 	}
-	if _, _, err := c.book.Receipt(ctx, r); err != nil {
+	if _, err := c.book.Receipt(ctx, r); err != nil {
 		return err
 	}
 	c.look()
