@@ -90,7 +90,9 @@ func TestRefusals(t *testing.T) {
 		refuse bool // the error is the control plane's own
 	}{
 		{"its own words", func(w http.ResponseWriter, _ *http.Request) { refuse(w, "NotReleased", "no release", "release it") }, "no release", true},
-		{"a proxy's words", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "bad\x1b[2Jgateway", http.StatusBadGateway) }, `502 Bad Gateway: "bad\x1b[2Jgateway"`, false},
+		{"a proxy's words", func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "bad\x1b[2Jgateway", http.StatusBadGateway)
+		}, `502 Bad Gateway: "bad\x1b[2Jgateway"`, false},
 		{"no JSON", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") }, "read answer to /v1/status", false},
 		{"cut off", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Length", "100")
