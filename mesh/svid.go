@@ -70,11 +70,6 @@ func (v *svid) wait(ctx context.Context) (identity, error) {
 	return v.current()
 }
 
-func (v *svid) source() (id.Credential, error) {
-	i, err := v.current()
-	return i.cred, err
-}
-
 // run obtains certificates until ctx ends: the next at half the life of the
 // last, spread a little so that sandboxes started together do not ask together.
 func (v *svid) run(ctx context.Context, p *Proxy, instance string, name func() string) {
