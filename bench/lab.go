@@ -1,0 +1,358 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"hauberk.dev/api/guestproto"
+	wire "hauberk.dev/api/node"
+	"hauberk.dev/guard"
+	"hauberk.dev/image"
+	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/netns"
+	"hauberk.dev/vm"
+	"hauberk.dev/vm/qemu"
+)
+
+const (
+	guestMiB = 160 // what a node gives a sandbox unless told otherwise
+	// firstUser of the machines made here; no node uses these.
+	firstUser = 0x48430000
+	busybox   = "/bin/busybox"
+)
+
+// workload says one word when it runs, and then idles.
+var workload = []string{"/bin/busybox", "sh", "-c", "echo up; exec /bin/busybox sleep 3600"}
+
+// lab is what machines are made of here: the same parts as a node uses, put
+// together in the same order.
+type lab struct {
+	n          int
+	bin, dir   string
+	log        io.Writer
+	conditions conditions
+
+	driver   *qemu.Driver
+	template vm.TemplateSpec
+	image    image.Image
+	made     int
+}
+
+func openLab(ctx context.Context, bin string, n int, log io.Writer) (_ *lab, err error) {
+	l := &lab{n: n, log: log, conditions: surroundings(ctx)}
+	if l.bin, err = filepath.Abs(bin); err != nil {
+		return nil, err
+	}
+	if l.dir, err = os.MkdirTemp("", "hauberk-bench-"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	// The proxies measured run as other users and look for their files here.
+	if err := os.Chmod(l.dir, 0o711); err != nil {
+		return nil, err
+	}
+	if err := l.guest(); err != nil {
+		return nil, err
+	}
+	if l.image, err = pack(ctx, filepath.Join(l.dir, "images")); err != nil {
+		return nil, err
+	}
+	return l, l.monitor(ctx)
+}
+
+// guest prepares kernel, agent and Guard as a node does.
+func (l *lab) guest() error {
+	installed, err := kernel.Find("/", kernel.Flavour)
+	if err != nil {
+		return err
+	}
+	k, err := kernel.Prepare(filepath.Join(l.dir, "kernel"), installed, kernel.SandboxModules()...)
+	if err != nil {
+		return err
+	}
+	types, err := os.ReadFile(k.Types)
+	if err != nil {
+		return err
+	}
+	module, err := os.ReadFile(filepath.Join(installed.Modules, "kernel/fs/overlayfs/overlay.ko"))
+	if err != nil {
+		return err
+	}
+	overlay, err := kernel.Types(module)
+	if err != nil {
+		return err
+	}
+	bundle, err := guard.Link(bytes.NewReader(types), bytes.NewReader(overlay), k.BuildID)
+	if err != nil {
+		return err
+	}
+	initrd, err := k.Initrd(filepath.Join(l.bin, "hauberk-guest"), bundle)
+	l.template = vm.TemplateSpec{
+		Kernel: vm.Blob{Path: k.Kernel, Digest: k.KernelDigest}, Initrd: vm.Blob{Path: initrd.Path, Digest: initrd.Digest},
+		MemoryMiB: guestMiB, CPUs: 1, TrustDomain: "bench.local",
+	}
+	l.conditions.GuestKernel, l.conditions.GuestMiB = k.Release, guestMiB
+	return err
+}
+
+// monitor finds out what boots a guest and makes the template.
+func (l *lab) monitor(ctx context.Context) error {
+	run := filepath.Join(l.dir, "vm")
+	if err := os.Mkdir(run, 0o711); err != nil {
+		return err
+	}
+	found, err := qemu.Probe(ctx, qemu.ProbeConfig{Kernel: l.template.Kernel, Cache: filepath.Join(l.dir, "accelerator.json"), Run: run, UID: firstUser, GID: firstUser})
+	if err != nil {
+		return err
+	}
+	l.conditions.Accelerator = string(found.Accelerator)
+	if l.conditions.QEMU, err = qemu.Version(ctx); err != nil {
+		return err
+	}
+	if l.driver, err = qemu.Open(ctx, qemu.Config{Run: run, UID: firstUser, GID: firstUser, Accelerator: found.Accelerator}); err != nil {
+		return err
+	}
+	_, err = l.driver.Template(ctx, l.template, func(line string) { fmt.Fprintln(l.log, "bench:", line) })
+	return err
+}
+
+func (l *lab) Close() error {
+	var err error
+	if l.driver != nil {
+		err = l.driver.Close()
+	}
+	return errors.Join(err, os.RemoveAll(l.dir))
+}
+
+// pack makes an image that holds a static busybox and nothing else.
+func pack(ctx context.Context, dir string) (image.Image, error) {
+	program, err := os.ReadFile(busybox)
+	if err != nil {
+		return image.Image{}, fmt.Errorf("read the workload: %w: apt-get install busybox-static", err)
+	}
+	var archive bytes.Buffer
+	w := tar.NewWriter(&archive)
+	var errs []error
+	for _, name := range []string{"./", "./bin/", "./etc/", "./proc/", "./sys/", "./dev/", "./tmp/"} {
+		errs = append(errs, w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755}))
+	}
+	errs = append(errs, w.WriteHeader(&tar.Header{Name: "./bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(len(program))}))
+	_, err = w.Write(program)
+	if err := errors.Join(append(errs, err, w.Close())...); err != nil {
+		return image.Image{}, err
+	}
+	return image.Pack(ctx, &archive, dir)
+}
+
+// lap is one step of a launch.
+type lap struct {
+	step string
+	took time.Duration
+}
+
+// sandbox is a machine with a workload in it.
+type sandbox struct {
+	ns      *netns.Namespace
+	tap     *os.File
+	machine *vm.Machine
+	channel *vm.Channel
+	process *vm.Process
+
+	id      string
+	address netip.Addr
+	laps    []lap
+}
+
+// step is one step of a launch.
+type step struct {
+	name string
+	run  func() error
+}
+
+// steps runs some and notes how long each took.
+func (s *sandbox) steps(all ...step) error {
+	for _, one := range all {
+		began := time.Now()
+		if err := one.run(); err != nil {
+			return fmt.Errorf("launch %s: %s: %w", s.id, one.name, err)
+		}
+		s.laps = append(s.laps, lap{one.name, time.Since(began)})
+	}
+	return nil
+}
+
+// total is from the machine's start to the workload's first word.
+func (s *sandbox) total() (d time.Duration) {
+	for _, l := range s.laps {
+		if l.step != stepNetwork {
+			d += l.took
+		}
+	}
+	return d
+}
+
+func (s *sandbox) user() uint32 {
+	b := s.address.As4()
+	return firstUser + uint32(b[2])<<8 + uint32(b[3])
+}
+
+func (s *sandbox) mac() net.HardwareAddr {
+	b := s.address.As4()
+	return net.HardwareAddr{0x02, 0x48, b[0], b[1], b[2], b[3]}
+}
+
+// stepNetwork is done before the clock of a launch starts, as on a node.
+const stepNetwork = "namespace, tap and its rules"
+
+// launch starts a sandbox as node's sandbox.Launch does, by clone or cold.
+func (l *lab) launch(ctx context.Context, cold bool) (s *sandbox, err error) {
+	l.made++
+	s = &sandbox{id: fmt.Sprintf("bench-%d", l.made), address: netip.AddrFrom4([4]byte{10, 88, byte(l.made >> 8), byte(l.made)})}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.stop(context.WithoutCancel(ctx)))
+		}
+	}()
+	err = s.steps(step{stepNetwork, func() (err error) {
+		if s.ns, err = netns.Create(filepath.Join(l.dir, "netns"), s.id); err != nil {
+			return err
+		}
+		s.tap, err = s.ns.Tap(netns.Guest{Address: s.address, MAC: s.mac(), Owner: int(s.user())})
+		return err
+	}})
+	if err == nil {
+		err = l.machine(ctx, s, cold)
+	}
+	if err == nil {
+		err = s.own(ctx)
+	}
+	if err == nil {
+		err = s.fill(ctx)
+	}
+	return s, err
+}
+
+// machine starts the machine and opens the channel.
+func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
+	root, err := os.Open(l.image.Path)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	spec := vm.Spec{
+		ID: s.id, Template: l.template, UID: s.user(), GID: s.user(),
+		Disks:    []vm.Disk{{File: root, Serial: "root"}},
+		Networks: []vm.Network{{Tap: s.tap, MAC: s.mac()}},
+	}
+	return s.steps(
+		step{"image verified", func() error { return image.Verify(l.image.Path, l.image.ErofsSHA256) }},
+		step{"machine runs", func() (err error) {
+			if cold {
+				s.machine, err = l.driver.Boot(ctx, spec)
+				return err
+			}
+			t, err := l.driver.Template(ctx, l.template, nil)
+			if err == nil {
+				s.machine, err = l.driver.Clone(ctx, t, spec)
+			}
+			return err
+		}},
+		step{"agent answers", func() error {
+			c, hello, err := s.machine.Channel(ctx, nil)
+			if err != nil {
+				return err
+			}
+			s.channel = c
+			if hello.Guard != guestproto.GuardAttached {
+				return fmt.Errorf("the Guard is not attached: %q", hello.GuardText)
+			}
+			return nil
+		}},
+	)
+}
+
+// own makes the machine one of its own, with its disk and its network.
+func (s *sandbox) own(ctx context.Context) error {
+	seed := guestproto.Reseed{UnixNanos: time.Now().UnixNano(), Hostname: s.id}
+	var ids [16]byte
+	rand.Read(seed.Entropy[:]) // never fails
+	rand.Read(ids[:])
+	seed.MachineID = hex.EncodeToString(ids[:])
+	seed.BootID = fmt.Sprintf("%x-%x-%x-%x-%x", ids[:4], ids[4:6], ids[6:8], ids[8:10], ids[10:])
+	return s.steps(
+		step{"entropy, clock, names", func() error { return s.channel.Reseed(ctx, seed) }},
+		step{"devices found", func() error { return s.channel.Rescan(ctx) }},
+		step{"root mounted", func() error {
+			_, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: "root", UpperBytes: guestMiB << 18})
+			return err
+		}},
+		step{"network set", func() error {
+			return s.channel.Network(ctx, guestproto.Network{MAC: [6]byte(s.mac()), Address: s.address.As4(), Prefix: 32, Gateway: netns.Gateway.As4(), MTU: 1500})
+		}},
+	)
+}
+
+// fill puts the policy in force and lets the workload run.
+func (s *sandbox) fill(ctx context.Context) error {
+	var c guard.Compiled
+	return s.steps(
+		step{"policy compiled", func() (err error) {
+			c, err = guard.Compile(wire.Guard{Generation: 1}, guard.CompileFacts{Gateway: netns.Gateway})
+			return err
+		}},
+		step{"policy in force", func() error {
+			_, err := s.channel.GuardPolicy(ctx, c.Generation, c.Blob)
+			return err
+		}},
+		step{"Guard heard", func() error {
+			_, err := s.channel.GuardStatus(ctx)
+			return err
+		}},
+		step{"container made", func() (err error) {
+			s.process, err = s.channel.Create(ctx, guestproto.Create{Hostname: s.id, PidsMax: 4096, KeepLog: true,
+				Files:   []guestproto.File{{Path: "/etc/hostname", Mode: 0o644, Data: []byte(s.id + "\n")}},
+				Program: guestproto.Program{Args: workload, Env: []string{"PATH=/bin"}}})
+			return err
+		}},
+		step{"first process started", func() error { return s.process.Start(ctx) }},
+		step{"workload's first word", func() error {
+			_, err := io.ReadFull(s.process.Stdout(), make([]byte, 1))
+			return err
+		}},
+	)
+}
+
+// stop ends the sandbox, however far it came.
+func (s *sandbox) stop(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	var errs []error
+	if s.machine != nil {
+		errs = append(errs, s.machine.Kill(ctx))
+	}
+	if s.channel != nil {
+		errs = append(errs, s.channel.Close())
+	}
+	if s.tap != nil {
+		errs = append(errs, s.tap.Close())
+	}
+	if s.ns != nil {
+		errs = append(errs, s.ns.Delete())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,117 @@
+// Command bench measures Hauberk on the machine it runs on and prints the
+// figures together with the conditions under which they came about.
+//
+// It judges nothing: a slow machine or a busy neighbour is no failure, so no
+// figure is compared with a bar here; docs/figures.md does that in words. Where
+// a rival is named, it was measured in the same run, turn by turn with us. What
+// bench starts has ended when it ends. It needs root.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// most bounds a whole run; figures of parts that were done are still printed.
+const most = 8 * time.Minute
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// part is something to measure. What it measured before it failed counts.
+type part struct {
+	name string
+	run  func(context.Context, *lab) ([]figure, error)
+}
+
+// parts in the order of running: what a neighbour disturbs most comes first.
+var parts = []part{
+	{"launch", launches}, {"memory", memories}, {"mesh", hops}, {"records", records}, {"system", system},
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
+	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	format := flags.String("o", "table", "how figures are printed: table or json")
+	only := flags.String("only", "", "parts to run, separated by commas (default all): "+names())
+	n := flags.Int("n", 12, "launches of each kind, and violations")
+	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	wanted, err := choose(*only)
+	switch {
+	case err != nil:
+		return err
+	case flags.NArg() > 0 || *n < 2 || *format != "table" && *format != "json":
+		return fmt.Errorf("unexpected argument %q, -n below 2 or unknown -o %q; see -h", flags.Args(), *format)
+	case os.Geteuid() != 0:
+		return errors.New("run as root: machines, taps and network namespaces are made")
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, most, fmt.Errorf("not done within %v", most))
+	defer cancel()
+	l, err := openLab(ctx, *bin, *n, stderr)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Close()) }()
+	r := report{Conditions: l.conditions}
+	var errs []error
+	for _, p := range wanted {
+		fmt.Fprintf(stderr, "bench: %s\n", p.name)
+		figures, err := p.run(ctx, l)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("measure %s: %w", p.name, err))
+		}
+		for _, f := range figures {
+			f.Part = p.name
+			r.Figures = append(r.Figures, f)
+		}
+	}
+	r.LoadAfter = load()
+	if *format == "json" {
+		e := json.NewEncoder(stdout)
+		e.SetIndent("", "  ")
+		return errors.Join(append(errs, e.Encode(r))...)
+	}
+	return errors.Join(append(errs, r.print(stdout))...)
+}
+
+func names() string {
+	var all []string
+	for _, p := range parts {
+		all = append(all, p.name)
+	}
+	return strings.Join(all, ",")
+}
+
+func choose(only string) ([]part, error) {
+	if only == "" {
+		return parts, nil
+	}
+	var wanted []part
+	for name := range strings.SplitSeq(only, ",") {
+		i := slices.IndexFunc(parts, func(p part) bool { return p.name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("no part %q; there are %s", name, names())
+		}
+		wanted = append(wanted, parts[i])
+	}
+	return wanted, nil
+}
