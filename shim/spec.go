@@ -72,7 +72,7 @@ type linux struct {
 	} `json:"namespaces"`
 	Resources struct {
 		Devices []deviceRule `json:"devices"`
-		Memory struct {
+		Memory  struct {
 			Limit int64 `json:"limit"`
 		} `json:"memory"`
 		Pids struct {

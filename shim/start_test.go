@@ -1,0 +1,235 @@
+package shim
+
+import (
+	"bytes"
+	"encoding/hex"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+
+	bootstrap "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+)
+
+var caller = arguments{namespace: "k8s.io", id: "web-1", address: "/run/containerd/containerd.sock"}
+
+// TestStartProtocol compares, byte for byte, what a caller of each kind reads.
+func TestStartProtocol(t *testing.T) {
+	params := func(id, dir string) []byte {
+		p := &bootstrap.BootstrapParams{InstanceID: id, Namespace: "k8s.io", ContainerdVersion: "2.4.2"}
+		if dir != "" {
+			p.SocketDir = &dir
+		}
+		raw, err := proto.Marshal(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return raw
+	}
+	for what, c := range map[string]struct {
+		stdin []byte
+		want  string // hexadecimal if it is a message
+	}{
+		"1.6 says nothing":      {nil, "unix:///run/containerd/s/SUM"},
+		"1.6 says options":      {[]byte("\x0a\x03abc\x12\x00"), "unix:///run/containerd/s/SUM"},
+		"2.4":                   {params("web-1", ""), "0803 1259 HEX(unix:///run/containerd/s/SUM) 1a05 7474727063"},
+		"2.4 with a directory":  {params("web-1", "/run/x"), "0803 124e HEX(unix:///run/x/SUM) 1a05 7474727063"},
+		"parameters of another": {params("web-2", ""), "unix:///run/containerd/s/SUM"},
+	} {
+		t.Run(what, func(t *testing.T) {
+			p, err := readBootstrap(bytes.NewReader(c.stdin), caller)
+			if err != nil {
+				t.Fatal(err)
+			}
+			socket, err := socketPath(caller, p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := answer(p, socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := golden(t, c.want); string(got) != want {
+				t.Errorf("answer %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+// sum is the SHA-256 of "/run/containerd/containerd.sock/k8s.io/web-1", by
+// another program.
+const sum = "f584ec2740b3f1866089a3d3cc055d405fab7e0faf16258890f45bf7d733bad4"
+
+// golden spells an answer out.
+func golden(t *testing.T, s string) string {
+	t.Helper()
+	s = strings.ReplaceAll(s, "SUM", sum)
+	before, rest, ok := strings.Cut(s, "HEX(")
+	if !ok {
+		return s
+	}
+	text, after, _ := strings.Cut(rest, ")")
+	out := ""
+	for _, part := range []string{before, hex.EncodeToString([]byte(text)), after} {
+		raw, err := hex.DecodeString(strings.ReplaceAll(part, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		out += string(raw)
+	}
+	return out
+}
+
+func TestSocketDirectoryRefused(t *testing.T) {
+	for _, dir := range []string{"relative", "/" + strings.Repeat("x", 60)} {
+		if path, err := socketPath(caller, &bootstrap.BootstrapParams{SocketDir: &dir}); err == nil {
+			t.Errorf("socket at %s", path)
+		}
+	}
+}
+
+func TestArguments(t *testing.T) {
+	a, err := parseArguments(strings.Fields("-namespace default -address /run/c.sock -publish-binary /usr/bin/containerd -id a.b-c -debug start"), io.Discard)
+	want := arguments{action: "start", namespace: "default", id: "a.b-c", address: "/run/c.sock", publish: "/usr/bin/containerd", debug: true}
+	if err != nil || a != want {
+		t.Errorf("%+v, %v", a, err)
+	}
+	for _, line := range []string{
+		"-namespace default -id x stop", "-namespace default -id x start now", "-id x start", "-namespace default start",
+		"-namespace default -id ../x start", "-namespace a/b -id x start", "-namespace default -id x -unknown start",
+		"-namespace default -id " + strings.Repeat("x", 77) + " start",
+	} {
+		if a, err := parseArguments(strings.Fields(line), io.Discard); err == nil {
+			t.Errorf("%s: %+v", line, a)
+		}
+	}
+}
+
+func TestEnvironment(t *testing.T) {
+	for value, want := range map[string]string{"": defaultRun, "/x/run": "/x/run", "run": "", "/x/../run": ""} {
+		c, err := environment(func(name string) string {
+			if name == "HAUBERK_SHIM_RUN" {
+				return value
+			}
+			return ""
+		})
+		if (err == nil) != (want != "") || c.run != want {
+			t.Errorf("%q: %+v, %v", value, c, err)
+		}
+	}
+}
+
+// TestListenTwice: a living shim keeps its socket, a dead one's is taken.
+func TestListenTwice(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s", "socket")
+	first, err := listen(socket)
+	if err != nil || first == nil {
+		t.Fatal(first, err)
+	}
+	if again, err := listen(socket); err != nil || again != nil {
+		t.Errorf("a socket that is served was opened again: %v, %v", again, err)
+	}
+	first.Close()
+	second, err := listen(socket)
+	if err != nil || second == nil {
+		t.Fatalf("the socket of a dead shim was not taken: %v", err)
+	}
+	defer second.Close()
+	ln, err := net.FileListener(second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln.Close()
+	if fi, err := os.Stat(socket); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", fi, err)
+	}
+}
+
+// TestRemoveNothing: deletion without anything made is no error, and leaves
+// alone what is not a socket.
+func TestRemoveNothing(t *testing.T) {
+	bundle, run := t.TempDir(), t.TempDir()
+	other := filepath.Join(bundle, "file")
+	if err := os.WriteFile(other, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bundle, addressFile), []byte(scheme+other), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a := caller
+	a.bundle = bundle
+	for range 2 {
+		r, err := remove(t.Context(), a, config{run: run})
+		if err != nil || r.ExitStatus != 137 || r.Pid != 0 {
+			t.Errorf("%+v, %v", r, err)
+		}
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAlone(t *testing.T) {
+	a := caller
+	a.bundle = t.TempDir()
+	for text, want := range map[string]string{
+		`{"annotations": {"io.kubernetes.cri.sandbox-id": "web-1"}}`: "",
+		`{}`: "",
+		`{"annotations": {"io.kubernetes.cri.sandbox-id": "pod-7"}}`: "annotation io.kubernetes.cri.sandbox-id",
+		`{`: "config.json",
+	} {
+		if err := os.WriteFile(filepath.Join(a.bundle, "config.json"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := alone(a); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}
+
+// FuzzBootstrap: parameters count only if they say what the flags say.
+func FuzzBootstrap(f *testing.F) {
+	raw, err := proto.Marshal(&bootstrap.BootstrapParams{InstanceID: caller.id, Namespace: caller.namespace})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		p, err := readBootstrap(bytes.NewReader(raw), caller)
+		if err != nil || p == nil {
+			return
+		}
+		if p.GetInstanceID() != caller.id || p.GetNamespace() != caller.namespace {
+			t.Errorf("took %q", raw)
+		}
+		if socket, err := socketPath(caller, p); err == nil && (len(socket) > 106 || !filepath.IsAbs(socket)) {
+			t.Errorf("socket %q", socket)
+		}
+	})
+}
+
+func FuzzArguments(f *testing.F) {
+	f.Add("-namespace\x00default\x00-id\x00x\x00start")
+	f.Add("-info")
+	f.Fuzz(func(t *testing.T, line string) {
+		a, err := parseArguments(strings.Split(line, "\x00"), io.Discard)
+		if err == nil && !a.info && !a.version && (strings.ContainsAny(a.id+a.namespace, "/\x00") || a.id == "" || a.namespace == "") {
+			t.Errorf("took %q: %+v", line, a)
+		}
+	})
+}
+
+func FuzzJournal(f *testing.F) {
+	f.Add([]byte(`{"version": 1, "id": "x", "machine": "c-0", "run": "/run/hauberk-shim/vm"}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		j, err := parseJournal(raw)
+		if err == nil && (strings.ContainsAny(j.Machine, "/\x00") || !filepath.IsAbs(j.Run)) {
+			t.Errorf("took %q", raw)
+		}
+	})
+}
