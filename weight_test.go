@@ -165,8 +165,8 @@ func mainDirs(root string) (names []string, err error) {
 
 func hasMain(f source) bool {
 	return slices.ContainsFunc(f.Decls, func(d ast.Decl) bool {
-		fn, ok := d.(*ast.FuncDecl)
-		return ok && fn.Recv == nil && fn.Name.Name == "main"
+		name, ok := function(d)
+		return ok && name == "main"
 	})
 }
 

@@ -84,11 +84,20 @@ func starts(f source) (findings []string) {
 		return nil
 	}
 	for _, d := range f.Decls {
-		if fn, ok := d.(*ast.FuncDecl); ok && fn.Recv == nil && fn.Name.Name == "init" {
+		if name, ok := function(d); ok && name == "init" {
 			findings = append(findings, f.path+": func init runs before anybody asked")
 		}
 	}
 	return findings
+}
+
+// function is the name of a declaration that is a function and no method.
+func function(d ast.Decl) (name string, ok bool) {
+	fn, ok := d.(*ast.FuncDecl)
+	if !ok || fn.Recv != nil {
+		return "", false
+	}
+	return fn.Name.Name, true
 }
 
 func generated(f source) bool { return ast.IsGenerated(f.File) }
