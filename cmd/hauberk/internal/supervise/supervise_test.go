@@ -150,6 +150,7 @@ func TestKilledSupervisor(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
 	await(t, func() bool { return exists(dir, "asked.up") && exists(dir, "left.up") && exists(dir, "asked.pid") && exists(dir, "left.pid") })
 	asked, err := Find(dir, "asked")
 	if err != nil || asked == nil {
