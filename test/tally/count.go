@@ -143,10 +143,13 @@ func (c *count) report(w io.Writer, required []test) error {
 	}
 	for _, t := range required {
 		if got := c.result[t]; got != "pass" {
-			if got == "" {
+			switch got {
+			case "": // never ran
 				got = "absent"
+				n["fail"]++
+			case "skip":
+				n["fail"]++
 			}
-			n["fail"]++
 			errs = append(errs, fmt.Errorf("%s %s must pass: it is %s: %w", t.pkg, t.name, got, errFailed))
 		}
 	}

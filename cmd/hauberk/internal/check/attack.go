@@ -32,7 +32,7 @@ import (
 // attacks are the ways in which an intruder would go on.
 func (b *bank) attacks() []Check {
 	inside := func(name string, args ...string) func(context.Context) (string, error) {
-		return func(ctx context.Context) (string, error) { return b.attack(ctx, name, args...) }
+		return func(ctx context.Context) (string, error) { return b.attack(ctx, "", name, args...) }
 	}
 	return []Check{
 		{"drop-and-execute", inside("drop-and-execute")},
@@ -40,7 +40,7 @@ func (b *bank) attacks() []Check {
 		{"reverse-shell", inside("reverse-shell")},
 		{"ld-preload", inside("ld-preload")},
 		{"write-protected-file", inside("write-protected", "/etc/passwd")},
-		{"unlisted-destination", inside("exfiltrate")},
+		{"unlisted-destination", func(ctx context.Context) (string, error) { return b.attack(ctx, "203.0.113.7", "exfiltrate") }},
 		{"unsigned-image", b.unsigned},
 		{"stolen-svid", b.stolen},
 		{"around-the-proxy", b.around},
@@ -55,10 +55,11 @@ type outcome struct {
 }
 
 // attack runs an attack in the assistant's sandbox. It is stopped if the
-// intruder did not get what was wanted and if there is a record of the try. A
-// sandbox that is frozen in the act tells nothing any more; then the record
+// intruder did not get what was wanted and if there is a record of the try: an
+// incident or, for what is only refused, a denial that says the words. A
+// sandbox that is frozen in the act tells nothing any more; then its incident
 // alone counts.
-func (b *bank) attack(ctx context.Context, name string, args ...string) (string, error) {
+func (b *bank) attack(ctx context.Context, words, name string, args ...string) (string, error) {
 	all, err := b.running(ctx, assistant)
 	if err != nil {
 		return "", err
@@ -74,16 +75,16 @@ func (b *bank) attack(ctx context.Context, name string, args ...string) (string,
 		if err := json.Unmarshal(said, &o); err != nil {
 			return "", fmt.Errorf("the attack said %.200q: %w", said, err)
 		}
+	} else {
+		words = ""
 	}
 	if o.Succeeded {
 		return o.Seen, errors.New("the attack worked")
 	}
-	record, err := b.recorded(ctx, victim.Name, mark)
+	record, err := b.recorded(ctx, victim.Name, mark, words)
 	switch {
-	case err != nil && ran != nil:
-		return "", errors.Join(ran, err)
 	case err != nil:
-		return o.Seen, err
+		return o.Seen, errors.Join(ran, err)
 	case ran != nil:
 		return record, nil
 	}
@@ -113,16 +114,15 @@ func (b *bank) mark(ctx context.Context) (uint64, error) {
 // been contained, which no command survives.
 func (b *bank) tell(ctx context.Context, i admin.Instance, args []string) ([]byte, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
+	watched := make(chan struct{})
+	defer func() { <-watched }()
 	defer cancel(nil)
 	go func() {
-		for ctx.Err() == nil {
-			if b.contained(ctx, i.Name) {
-				// What it wrote before it froze is still on its way.
-				time.Sleep(time.Second)
-				cancel(errFrozen)
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
+		defer close(watched)
+		b.untilContained(ctx, i.Name)
+		// What it wrote before it froze is still on its way.
+		wait(ctx, time.Second)
+		cancel(errFrozen)
 	}()
 	var out, errs bytes.Buffer
 	_, err := b.Client.Exec(ctx, admin.Exec{Namespace: b.namespace, Workload: i.Workload, Instance: i.Name, Args: args}, client.Stdio{Out: &out, Err: &errs})
@@ -133,6 +133,19 @@ func (b *bank) tell(ctx context.Context, i admin.Instance, args []string) ([]byt
 }
 
 var errFrozen = errors.New("the sandbox was frozen in the act")
+
+func (b *bank) untilContained(ctx context.Context, instance string) {
+	for ctx.Err() == nil && !b.contained(ctx, instance) {
+		wait(ctx, 50*time.Millisecond)
+	}
+}
+
+func wait(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
 
 func (b *bank) contained(ctx context.Context, instance string) bool {
 	list, err := b.Client.Incidents(ctx, b.namespace)
@@ -148,9 +161,9 @@ func (b *bank) contained(ctx context.Context, instance string) bool {
 }
 
 // recorded waits for an incident of an instance that every enforcement point
-// has receipted, or for a denial of it in the ledger after a mark, and says
-// which.
-func (b *bank) recorded(ctx context.Context, instance string, mark uint64) (string, error) {
+// has receipted, or for a denial of it in the ledger after a mark that says the
+// words, and tells which. Without words only an incident counts.
+func (b *bank) recorded(ctx context.Context, instance string, mark uint64, words string) (string, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 5*time.Second, errors.New("there is no record of the attack"))
 	defer cancel()
 	for {
@@ -166,7 +179,7 @@ func (b *bank) recorded(ctx context.Context, instance string, mark uint64) (stri
 				}
 			}
 			var text string
-			if text, err = b.denial(ctx, instance, mark); text != "" && !open {
+			if text, err = b.denial(ctx, instance, mark, words); text != "" && !open {
 				return text, nil
 			}
 		}
@@ -179,8 +192,11 @@ func (b *bank) recorded(ctx context.Context, instance string, mark uint64) (stri
 	}
 }
 
-// denial finds a refusal of an instance in the ledger.
-func (b *bank) denial(ctx context.Context, instance string, mark uint64) (string, error) {
+// denial finds a refusal of an instance in the ledger that says the words.
+func (b *bank) denial(ctx context.Context, instance string, mark uint64, words string) (string, error) {
+	if words == "" {
+		return "", nil
+	}
 	page, err := b.Client.Ledger(ctx, mark, 1000)
 	if err != nil {
 		return "", err
@@ -190,7 +206,7 @@ func (b *bank) denial(ctx context.Context, instance string, mark uint64) (string
 		if err := json.Unmarshal(p.Entry, &e); err != nil {
 			return "", err
 		}
-		if e.Instance == instance && (e.Kind == "guard.denial" || e.Kind == "mesh.denial") {
+		if e.Instance == instance && (e.Kind == "guard.denial" || e.Kind == "mesh.denial") && strings.Contains(e.Text, words) {
 			return fmt.Sprintf("ledger entry %d: %s", p.Index, e.Text), nil
 		}
 	}
@@ -203,7 +219,7 @@ func (b *bank) around(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return b.attack(ctx, "bypass", net.JoinHostPort(all[bookkeep].Address, "12200"))
+	return b.attack(ctx, "", "bypass", net.JoinHostPort(all[bookkeep].Address, "12200"))
 }
 
 // unsigned offers the gate an image without its evidence, then asks to launch
@@ -313,7 +329,7 @@ func (b *bank) stolen(ctx context.Context) (string, error) {
 		}
 		seen = append(seen, c.what+": "+refusal)
 	}
-	record, err := b.recorded(ctx, all[bookkeep].Name, mark)
+	record, err := b.recorded(ctx, all[bookkeep].Name, mark, "certificate")
 	if err != nil {
 		return strings.Join(seen, "; "), err
 	}

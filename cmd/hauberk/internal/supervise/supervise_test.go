@@ -55,7 +55,9 @@ func start(t *testing.T, s *Supervisor) (end func(cause error)) {
 func TestStopsInReverseOrder(t *testing.T) {
 	dir := t.TempDir()
 	end := start(t, house(dir, nil, program(dir, "first", 0), program(dir, "second", 0), program(dir, "third", 0)))
-	await(t, func() bool { return exists(dir, "first.up") && exists(dir, "second.up") && exists(dir, "third.up") && exists(dir, "second.pid") })
+	await(t, func() bool {
+		return exists(dir, "first.up") && exists(dir, "second.up") && exists(dir, "third.up") && exists(dir, "second.pid")
+	})
 	p, err := Find(dir, "second")
 	if err != nil || p == nil {
 		t.Fatalf("find second: %v, %v", p, err)
@@ -151,7 +153,9 @@ func TestKilledSupervisor(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-	await(t, func() bool { return exists(dir, "asked.up") && exists(dir, "left.up") && exists(dir, "asked.pid") && exists(dir, "left.pid") })
+	await(t, func() bool {
+		return exists(dir, "asked.up") && exists(dir, "left.up") && exists(dir, "asked.pid") && exists(dir, "left.pid")
+	})
 	asked, err := Find(dir, "asked")
 	if err != nil || asked == nil {
 		t.Fatal(asked, err)
