@@ -159,10 +159,11 @@ func pack(ctx context.Context, dir string) (image.Image, error) {
 	return image.Pack(ctx, &archive, dir)
 }
 
-// lap is one step of a launch.
+// lap is one step of a launch. spent is the processor time of the machine: it
+// says what the step costs when neighbours make everything take longer.
 type lap struct {
-	step string
-	took time.Duration
+	step        string
+	took, spent time.Duration
 }
 
 // sandbox is a machine with a workload in it.
@@ -176,6 +177,7 @@ type sandbox struct {
 	id      string
 	address netip.Addr
 	laps    []lap
+	spent   time.Duration
 }
 
 // step is one step of a launch.
@@ -191,9 +193,26 @@ func (s *sandbox) steps(all ...step) error {
 		if err := one.run(); err != nil {
 			return fmt.Errorf("launch %s: %s: %w", s.id, one.name, err)
 		}
-		s.laps = append(s.laps, lap{one.name, time.Since(began)})
+		took, before := time.Since(began), s.spent
+		if s.machine != nil {
+			s.spent = processor(s.machine.PID())
+		}
+		s.laps = append(s.laps, lap{one.name, took, s.spent - before})
 	}
 	return nil
+}
+
+// processor is the processor time that the threads of a process have had; of
+// those that have ended nothing is known.
+func processor(pid int) (sum time.Duration) {
+	threads, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid)) // the pattern is good
+	for _, name := range threads {
+		var ns int64
+		if _, err := fmt.Sscan(text(name), &ns); err == nil {
+			sum += time.Duration(ns)
+		}
+	}
+	return sum
 }
 
 // total is from the machine's start to the workload's first word.

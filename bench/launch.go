@@ -25,8 +25,8 @@ func launches(ctx context.Context, l *lab) ([]figure, error) {
 	} else if err := s.stop(ctx); err != nil {
 		return nil, err
 	}
-	var clone, cold, net, runc []float64
-	steps := map[string][]float64{}
+	var clone, spent, cold, runc []float64
+	took, cost := map[string][]float64{}, map[string][]float64{}
 	var order []string
 	var errs []error
 	for i := range l.n {
@@ -35,20 +35,20 @@ func launches(ctx context.Context, l *lab) ([]figure, error) {
 			errs = append(errs, err)
 			break
 		}
-		clone = append(clone, ms(s.total()))
+		clone, spent = append(clone, ms(s.total())), append(spent, ms(s.spent))
 		for _, lap := range s.laps {
-			if len(steps[lap.step]) == 0 {
+			if len(took[lap.step]) == 0 {
 				order = append(order, lap.step)
 			}
-			steps[lap.step] = append(steps[lap.step], ms(lap.took))
+			took[lap.step], cost[lap.step] = append(took[lap.step], ms(lap.took)), append(cost[lap.step], ms(lap.spent))
 		}
 		errs = append(errs, s.stop(ctx))
-		took, err := rival.run(ctx)
+		word, err := rival.run(ctx)
 		if err != nil {
 			errs = append(errs, err)
 			break
 		}
-		runc = append(runc, ms(took))
+		runc = append(runc, ms(word))
 		if i%3 != 0 {
 			continue // a cold boot takes seconds
 		}
@@ -63,11 +63,13 @@ func launches(ctx context.Context, l *lab) ([]figure, error) {
 	b := spread("cold boot to first word", "ms", "", cold)
 	c := spread("template clone to first word", "ms", "", clone)
 	c.Note = c.ratio(b) + ", " + c.ratio(r)
-	net = steps[stepNetwork]
-	out := []figure{c, b, r, spread("before that: "+stepNetwork, "ms", "not in the sum above", net)}
+	out := []figure{c, b, r,
+		spread("processor time of the clone's machine", "ms", "what is left of the time if no neighbour takes any", spent),
+		spread("before that: "+stepNetwork, "ms", "not in the sums above", took[stepNetwork])}
 	for _, step := range order {
 		if step != stepNetwork {
-			out = append(out, spread("of the clone: "+step, "ms", "", steps[step]))
+			note := fmt.Sprintf("of which %s ms processor time", number(spread("", "", "", cost[step]).P50))
+			out = append(out, spread("of the clone: "+step, "ms", note, took[step]))
 		}
 	}
 	return out, errors.Join(errs...)
