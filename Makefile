@@ -55,7 +55,7 @@ lint: ## gofmt, vet, staticcheck, govulncheck
 bench: ## measure, and print the conditions with the figures (root)
 	scripts/setup bench
 	$(MAKE) build
-	go run ./bench
+	scripts/bench
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

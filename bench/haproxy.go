@@ -17,7 +17,7 @@ import (
 // TCP to the callee.
 type haproxy struct {
 	process *exec.Cmd
-	said    *tail
+	said    *beginning
 	server  net.Listener
 	front   string
 }
@@ -40,7 +40,7 @@ listen callee
 `
 
 func openHAProxy(ctx context.Context, l *lab, ca *authority) (_ *haproxy, err error) {
-	h := &haproxy{said: &tail{}}
+	h := &haproxy{said: &beginning{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("open haproxy: %w: %s", err, h.said), h.Close())

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
 )
 
@@ -138,7 +139,7 @@ func (r *runc) run(ctx context.Context) (took time.Duration, err error) {
 		return 0, err
 	}
 	defer word.Close()
-	said := &tail{}
+	said := &beginning{}
 	c.Stdout, c.Stderr = out, said
 	began := time.Now()
 	if err := c.Start(); err != nil {
@@ -158,12 +159,23 @@ func (r *runc) run(ctx context.Context) (took time.Duration, err error) {
 	return took, nil
 }
 
-// tail keeps the first bytes of what a program says.
-type tail struct{ b []byte }
+// beginning keeps the first bytes of what a program says.
+type beginning struct {
+	mu sync.Mutex
+	b  []byte
+}
 
-func (t *tail) Write(p []byte) (int, error) {
-	t.b = append(t.b, p[:min(len(p), 1024-min(1024, len(t.b)))]...)
+func (t *beginning) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = append(t.b, p[:min(len(p), beginningBytes-len(t.b))]...)
 	return len(p), nil
 }
 
-func (t *tail) String() string { return string(t.b) }
+func (t *beginning) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return string(t.b)
+}
+
+const beginningBytes = 1024

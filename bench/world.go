@@ -26,7 +26,7 @@ type world struct {
 	ca     *authority
 	dir    string
 	proxy  *exec.Cmd
-	said   *tail
+	said   *beginning
 	link   *link.Link
 	door   *os.File
 	boxes  map[string]*box
@@ -42,7 +42,7 @@ type box struct {
 }
 
 func openWorld(ctx context.Context, l *lab, ca *authority) (_ *world, err error) {
-	w := &world{ca: ca, dir: filepath.Join(l.dir, "mesh"), said: &tail{}, boxes: map[string]*box{}}
+	w := &world{ca: ca, dir: filepath.Join(l.dir, "mesh"), said: &beginning{}, boxes: map[string]*box{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("open mesh: %w: %s", err, w.said), w.Close())
