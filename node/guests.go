@@ -26,7 +26,7 @@ import (
 // templateUser runs the machines that templates are made of.
 const templateUser = uidBase - 1
 
-// standard is the size of sandbox whose template is made at start.
+// standard is the size of sandbox whose template is made first.
 var standard = spec.Sandbox{Class: "vm", MemoryMiB: 160, CPUs: 1}
 
 // guests makes and finds the machines of a node: what they boot from, what
@@ -42,8 +42,8 @@ type guests struct {
 	machines, namespaces, consoles, images string
 }
 
-// openGuests prepares kernel, agent and Guard, finds out what really boots a
-// guest, and makes the first template.
+// openGuests prepares kernel, agent and Guard, and finds out what really boots
+// a guest.
 func openGuests(ctx context.Context, n *Node) (*guests, error) {
 	g := &guests{
 		n: n, machines: filepath.Join(n.conf.Run, "vm"), namespaces: filepath.Join(n.conf.Run, "netns"),
@@ -73,8 +73,7 @@ func openGuests(ctx context.Context, n *Node) (*guests, error) {
 	}
 	sum := sha256.Sum256([]byte(g.driver.CommandLine()))
 	g.measurement.CommandLine = hex.EncodeToString(sum[:])
-	_, err = g.template(ctx, standard)
-	return g, err
+	return g, nil
 }
 
 // prepare unpacks the kernel, links the Guard to it and builds the initramfs.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	api "hauberk.dev/api/mesh"
@@ -55,7 +56,8 @@ func newMeshPart(n *Node) *meshPart {
 
 // run keeps a link to the mesh until ctx ends.
 func (m *meshPart) run(ctx context.Context) error {
-	if err := m.openGateway(); err != nil {
+	// In use it may be by the mesh, for the process of this node before.
+	if err := m.openGateway(); err != nil && !errors.Is(err, syscall.EADDRINUSE) {
 		return err
 	}
 	defer m.close()
@@ -111,7 +113,7 @@ func (m *meshPart) session(ctx context.Context) error {
 func (m *meshPart) say(ctx context.Context, l *link.Link) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*meshTime)
 	defer cancel()
-	if err := l.SetGateway(ctx, m.gateway); err != nil {
+	if err := m.sayGateway(ctx, l); err != nil {
 		return err
 	}
 	m.mu.Lock()
@@ -129,6 +131,26 @@ func (m *meshPart) say(ctx context.Context, l *link.Link) error {
 	return m.sayPlan(ctx, l)
 }
 
+// sayGateway hands the gateway over. A mesh that has outlived a process of
+// this node serves that one's until it is given another: it is given one that
+// nobody knows, so that the address is free to be opened here.
+func (m *meshPart) sayGateway(ctx context.Context, l *link.Link) error {
+	if m.gateway == nil {
+		other, err := listenFile("127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer other.Close()
+		if err := l.SetGateway(ctx, other); err != nil {
+			return err
+		}
+		if err := m.openGateway(); err != nil {
+			return err
+		}
+	}
+	return l.SetGateway(ctx, m.gateway)
+}
+
 // sayPlan sends the published ports and the plan. A port that cannot be opened
 // keeps back neither the plan nor the other ports.
 func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
@@ -142,10 +164,20 @@ func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
 	}
 	published, failed := m.publishLocked(p)
 	m.mu.Unlock()
-	m.n.note(failed)
 	if err := l.SetPublish(ctx, published); err != nil {
 		return err
 	}
+	if errors.Is(failed, syscall.EADDRINUSE) {
+		// Perhaps by this mesh, for the process of this node before; it has
+		// just let go of what it was not given again.
+		m.mu.Lock()
+		published, failed = m.publishLocked(p)
+		m.mu.Unlock()
+		if err := l.SetPublish(ctx, published); err != nil {
+			return err
+		}
+	}
+	m.n.note(failed)
 	return l.SetPlan(ctx, *p)
 }
 
@@ -207,7 +239,9 @@ func (m *meshPart) openGateway() error {
 func (m *meshPart) close() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.gateway.Close()
+	if m.gateway != nil {
+		m.gateway.Close()
+	}
 	for _, p := range m.published {
 		p.Listener.Close()
 	}

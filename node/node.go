@@ -74,8 +74,8 @@ type Node struct {
 	wg     sync.WaitGroup
 }
 
-// Open prepares a node: it joins the control plane, prepares kernel and
-// template, and reads the journal. It runs nothing until Run.
+// Open prepares a node: it joins the control plane, prepares the kernel, and
+// reads the journal. It runs nothing until Run.
 func Open(ctx context.Context, c Config) (*Node, error) {
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("open node: user %d may not make namespaces: run hauberk-node as root", os.Geteuid())
@@ -109,11 +109,17 @@ func Open(ctx context.Context, c Config) (*Node, error) {
 }
 
 // Run serves until ctx ends, then stops every sandbox, or leaves them if the
-// node is told to keep them.
+// node is told to keep them. It leaves them too when a part of the node failed:
+// that is the node's fault and not the workloads'.
 func (n *Node) Run(ctx context.Context) error {
 	adopted, err := n.adopt(ctx)
 	if err != nil {
 		return err
+	}
+	if adopted == 0 {
+		if _, err := n.guests.template(ctx, standard); err != nil {
+			return err
+		}
 	}
 	n.slog.Info("node is up", "name", n.conf.Name, "accelerator", n.guests.accelerator, "adopted", adopted)
 	err = run.All(ctx,
@@ -124,9 +130,20 @@ func (n *Node) Run(ctx context.Context) error {
 		run.Task{Name: "door", Run: n.serveDoor},
 		run.Task{Name: "renew", Run: n.keys.renewLoop},
 		run.Task{Name: "bypass", Run: n.bypassLoop},
+		run.Task{Name: "template", Run: n.makeTemplate},
 	)
-	n.shutdown()
+	n.shutdown(n.conf.KeepSandboxes || err != nil)
 	return errors.Join(err, n.guests.Close())
+}
+
+// makeTemplate makes the first template while what was adopted is looked after.
+// One that was not made is made again at the next launch, which then tells why.
+func (n *Node) makeTemplate(ctx context.Context) error {
+	if _, err := n.guests.template(ctx, standard); err != nil {
+		n.note(err)
+	}
+	<-ctx.Done()
+	return nil
 }
 
 // adopt takes over what an earlier process left, and removes what nobody owns.
@@ -441,16 +458,16 @@ func (n *Node) roots() []byte {
 }
 
 // shutdown ends all instances, or leaves them for the next process.
-func (n *Node) shutdown() {
+func (n *Node) shutdown(keep bool) {
 	n.mu.Lock()
 	n.closed = true
 	for _, a := range n.actors {
-		if !n.conf.KeepSandboxes {
+		if !keep {
 			a.end()
 		}
 	}
 	n.mu.Unlock()
-	if n.conf.KeepSandboxes {
+	if keep {
 		close(n.keep)
 	}
 	n.wg.Wait()
