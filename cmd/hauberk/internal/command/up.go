@@ -72,66 +72,82 @@ What is already running stays; up can be run again at any time.`,
 	return c
 }
 
-// ensure starts the installation unless it runs.
+// ensure starts the installation unless it runs. A control plane that answers
+// proves nothing: it may be on its way out after a supervisor that was killed.
 func (s *session) ensure(ctx context.Context, i *installation) error {
-	if st, err := s.client().Status(ctx); err == nil {
-		return s.running(ctx, i, st)
-	}
-	if p, err := supervise.Find(s.run, "supervisor"); err != nil {
+	p, err := supervise.Find(s.run, "supervisor")
+	if err != nil {
 		return err
-	} else if p == nil {
-		if err := i.check(); err != nil {
-			return err
-		}
+	}
+	if p != nil {
+		_ = p.Release()
+		return s.running(ctx, i)
+	}
+	if _, err := s.endLeft(ctx, syscall.SIGUSR1); err != nil {
+		return err
+	}
+	if err := i.check(); err != nil {
+		return err
 	}
 	if err := i.prepare(s.state, s.run); err != nil {
 		return err
 	}
-	died, err := s.detach(i)
+	pid, died, err := s.detach(i)
 	if err != nil {
 		return err
 	}
 	if err := s.ready(ctx, died); err != nil {
-		// Nothing half done: what this command started ends with it.
-		_, stop := supervise.Stop(context.WithoutCancel(ctx), s.run, "supervisor", syscall.SIGTERM, 2*supervise.Grace)
-		return errors.Join(err, stop)
+		// Nothing half done: what this command started ends with it, and
+		// nothing else.
+		if p, _ := supervise.Find(s.run, "supervisor"); p != nil && p.Pid == pid {
+			_, stop := supervise.Stop(context.WithoutCancel(ctx), s.run, "supervisor", syscall.SIGTERM, 2*supervise.Grace)
+			err = errors.Join(err, stop)
+		}
+		return err
 	}
 	return nil
 }
 
 // running accepts an installation that runs if it is the one that was asked
 // for.
-func (s *session) running(ctx context.Context, i *installation, st admin.Status) error {
+func (s *session) running(ctx context.Context, i *installation) error {
+	if err := s.ready(ctx, nil); err != nil {
+		return err
+	}
+	st, err := s.client().Status(ctx)
+	if err != nil {
+		return err
+	}
 	for _, n := range st.Nodes {
 		if n.GuardOff != i.withoutGuard {
 			return &admin.Error{Message: fmt.Sprintf("node %s is running with --without-guard=%v", n.Name, n.GuardOff), Fix: "stop it first: hauberk down"}
 		}
 	}
 	s.progress().Say("already running since %s", st.StartedAt.Local().Format(time.DateTime))
-	return s.ready(ctx, nil)
+	return nil
 }
 
 // detach starts the supervisor in a session of its own. The channel yields if
 // it dies while this command runs.
-func (s *session) detach(i *installation) (died <-chan error, err error) {
+func (s *session) detach(i *installation) (pid int, died <-chan error, err error) {
 	out, err := os.OpenFile(s.log("supervisor"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	defer out.Close()
 	self, err := os.Executable()
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
 	cmd := exec.Command(self, append([]string{"supervise", "--state=" + s.state, "--run=" + s.run}, i.arguments()...)...)
 	cmd.Stdout, cmd.Stderr, cmd.Dir = out, out, "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start supervisor: %w", err)
+		return 0, nil, fmt.Errorf("start supervisor: %w", err)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	return ended, nil
+	return cmd.Process.Pid, ended, nil
 }
 
 func (s *session) logDir() string { return filepath.Join(s.state, "log") }
@@ -210,14 +226,31 @@ plane. What was released, recorded and configured stays in the state directory.`
 	return c
 }
 
-// stop ends the supervisor, and with it the programs; and programs that have
-// outlived a supervisor that was killed.
+// stop ends the supervisor, and with it the programs.
 func (s *session) stop(ctx context.Context, signal syscall.Signal) error {
 	end := s.progress().Step("stopping")
 	found, err := supervise.Stop(ctx, s.run, "supervisor", signal, 4*supervise.Grace)
 	if err != nil {
 		return err
 	}
+	left, err := s.endLeft(ctx, signal)
+	if err != nil {
+		return err
+	}
+	// It holds an administrator's key, and what it opens is gone.
+	_ = os.Remove(filepath.Join(s.run, "control", "kubeconfig"))
+	if !found && !left {
+		s.progress().Say("nothing was running")
+	}
+	if signal == syscall.SIGTERM {
+		return end(s.endSandboxes(ctx))
+	}
+	return end(nil)
+}
+
+// endLeft ends programs that have outlived a supervisor that was killed, as
+// the signal would have made it do. It says whether there were any.
+func (s *session) endLeft(ctx context.Context, signal syscall.Signal) (found bool, err error) {
 	for _, name := range []string{"hauberk-node", "hauberk-mesh", "hauberkd"} {
 		last := syscall.SIGTERM
 		if signal == syscall.SIGUSR1 && name == "hauberk-node" {
@@ -225,19 +258,13 @@ func (s *session) stop(ctx context.Context, signal syscall.Signal) error {
 		}
 		left, err := supervise.Stop(ctx, s.run, name, last, supervise.Grace)
 		if err != nil {
-			return err
+			return found, err
 		}
 		found = found || left
 		_ = os.Remove(filepath.Join(s.run, name+".pid")) // a killed supervisor has not
 	}
 	_ = os.Remove(filepath.Join(s.run, "supervisor.pid"))
-	if !found {
-		s.progress().Say("nothing was running")
-	}
-	if signal == syscall.SIGTERM {
-		return end(s.endSandboxes(ctx))
-	}
-	return end(nil)
+	return found, nil
 }
 
 // endSandboxes ends what a node that was killed has left running.
