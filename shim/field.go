@@ -135,17 +135,17 @@ func below(path string) bool {
 }
 
 func refusal(path string, known int, v any) error {
-	said, err := json.Marshal(v)
-	if err != nil || len(said) > 128 {
-		said = nil
+	name := path
+	if said, err := json.Marshal(v); err == nil && len(said) <= 128 {
+		name += " " + string(said)
 	}
 	switch {
 	case known < 0:
-		return fmt.Errorf("%.256q %s: this shim does not know the field", path, said)
+		return fmt.Errorf("%.256q: this shim does not know the field", name)
 	case fields[known].note == "":
-		return fmt.Errorf("%s %s: not possible in a sandbox", path, said)
+		return fmt.Errorf("%s: not possible in a sandbox", name)
 	}
-	return fmt.Errorf("%s %s: not possible in a sandbox: %s", path, said, fields[known].note)
+	return fmt.Errorf("%s: not possible in a sandbox: %s", name, fields[known].note)
 }
 
 // empty says whether a value asks for nothing.

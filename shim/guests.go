@@ -81,7 +81,7 @@ func openGuests(ctx context.Context, c config, log *slog.Logger) (*guests, error
 		return nil, err
 	}
 	if found.Notice != "" {
-		log.Warn(found.Notice)
+		log.Debug(found.Notice) // true of every container: not worth a line each
 	}
 	g.driver, err = qemu.Open(ctx, qemu.Config{Run: c.machines(), UID: uidBase, GID: uidBase, Accelerator: found.Accelerator})
 	return g, err

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/api/types"
 
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/api/node"
@@ -86,14 +87,15 @@ func (r *running) finish(status int) (first bool) {
 
 // sandbox is a container and its machine.
 type sandbox struct {
-	id      string
-	bundle  string
-	names   streams
-	size    size
-	log     *slog.Logger
-	publish func(*running, exit)
-	made    chan struct{} // closed when create has ended
-	err     error         // of create; read after made
+	id     string
+	bundle string
+	names  streams
+	size   size
+	log    *slog.Logger
+	exited func(*running, exit)
+	oom    func()        // the guest's kernel killed for want of memory; must not block
+	made   chan struct{} // closed when create has ended
+	err    error         // of create; read after made
 
 	first   *running
 	machine *vm.Machine
@@ -162,6 +164,10 @@ func (b *sandbox) connect(ctx context.Context) error {
 		return err
 	}
 	b.channel = c
+	c.OutOfMemory(func(_, kills uint32) {
+		b.log.Warn("out of memory", "container", b.id, "kills", kills)
+		b.oom()
+	})
 	if hello.Guard != guestproto.GuardAttached {
 		return fmt.Errorf("boot %s: the Guard is not attached: %q", b.id, hello.GuardText)
 	}
@@ -234,7 +240,7 @@ func (b *sandbox) watch(r *running, p *vm.Process) {
 	r.announcing.Lock()
 	if r.finish(status) {
 		_, status, at := r.state()
-		b.publish(r, exit{status, at})
+		b.exited(r, exit{status, at})
 	}
 	r.announcing.Unlock()
 	if r == b.first {
@@ -389,9 +395,9 @@ func (b *sandbox) find(exec string) (*running, bool) {
 }
 
 // created is the event of a container that is made.
-func (b *sandbox) created() *events.TaskCreate {
+func (b *sandbox) created(rootfs []*types.Mount) *events.TaskCreate {
 	return &events.TaskCreate{
-		ContainerID: b.id, Bundle: b.bundle, Pid: b.pid(),
+		ContainerID: b.id, Bundle: b.bundle, Pid: b.pid(), Rootfs: rootfs,
 		IO: &events.TaskIO{Stdin: b.names.Stdin, Stdout: b.names.Stdout, Stderr: b.names.Stderr, Terminal: b.names.Terminal},
 	}
 }

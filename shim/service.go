@@ -82,7 +82,8 @@ func (s *service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.
 		return again(ctx, b, r, names)
 	}
 	b := &sandbox{
-		id: r.ID, bundle: r.Bundle, names: names, log: s.log, publish: s.exited,
+		id: r.ID, bundle: r.Bundle, names: names, log: s.log, exited: s.exited,
+		oom:  func() { s.events.publish(&events.TaskOOM{ContainerID: r.ID}) },
 		made: make(chan struct{}), ended: make(chan struct{}), execs: map[string]*running{},
 	}
 	s.sandbox = b
@@ -162,7 +163,7 @@ func (s *service) create(ctx context.Context, b *sandbox, r *task.CreateTaskRequ
 		return err
 	}
 	b.first.io.run(b.first.guest)
-	s.events.publish(b.created())
+	s.events.publish(b.created(r.Rootfs))
 	go b.watch(b.first, b.first.guest)
 	return nil
 }

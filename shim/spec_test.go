@@ -67,14 +67,14 @@ func TestConfigurationRefuses(t *testing.T) {
 		value any
 		want  string
 	}{
-		{"hooks", object{"prestart": list{object{"path": "/bin/true"}}}, "hooks "},
+		{"hooks", object{"prestart": list{object{"path": "/bin/true"}}}, "hooks"},
 		{"domainname", "x", `domainname "x"`},
 		{"root.readonly", true, "root.readonly true"},
-		{"root.readOnly", true, `"root.readOnly" true: this shim does not know the field`},
-		{"invented", 1, `"invented" 1: this shim does not know the field`},
-		{"linux.invented.deep", "x", `"linux.invented"`},
-		{"linux.resources.invented", "x", `"linux.resources.invented"`},
-		{"linux.resources.memory.reservation", 5, `"linux.resources.memory.reservation" 5`},
+		{"root.readOnly", true, `"root.readOnly true": this shim does not know the field`},
+		{"invented", 1, `"invented 1": this shim does not know the field`},
+		{"linux.invented.deep", "x", `"linux.invented {`},
+		{"linux.resources.invented", "x", `"linux.resources.invented`},
+		{"linux.resources.memory.reservation", 5, `"linux.resources.memory.reservation 5"`},
 		{"linux.resources.memory.limit", 5, "linux.resources.memory.limit 5"},
 		{"linux.resources.pids.limit", -7, "linux.resources.pids.limit -7"},
 		{"linux.resources.cpu", object{"quota": 100000}, "linux.resources.cpu.period 0"},
@@ -82,10 +82,10 @@ func TestConfigurationRefuses(t *testing.T) {
 		{"linux.resources.cpu.cpus", "0-1", "linux.resources.cpu.cpus"},
 		{"linux.resources.devices", list{object{"allow": true, "access": "rwm"}}, "linux.resources.devices[0].allow"},
 		{"linux.resources.devices", list{object{"allow": true, "type": "c", "major": 10, "minor": 200}}, "linux.resources.devices[0].allow"},
-		{"linux.devices", list{object{"path": "/dev/fuse"}}, "linux.devices "},
-		{"linux.seccomp", object{"defaultAction": "SCMP_ACT_ERRNO"}, "linux.seccomp "},
-		{"linux.sysctl", object{"kernel.shmmax": "1"}, "linux.sysctl "},
-		{"linux.uidMappings", list{object{"size": 1}}, "linux.uidMappings "},
+		{"linux.devices", list{object{"path": "/dev/fuse"}}, "linux.devices"},
+		{"linux.seccomp", object{"defaultAction": "SCMP_ACT_ERRNO"}, "linux.seccomp"},
+		{"linux.sysctl", object{"kernel.shmmax": "1"}, "linux.sysctl"},
+		{"linux.uidMappings", list{object{"size": 1}}, "linux.uidMappings"},
 		{"linux.rootfsPropagation", "shared", `linux.rootfsPropagation "shared"`},
 		{"linux.maskedPaths", list{"/proc/../etc/shadow"}, "linux.maskedPaths"},
 		{"linux.readonlyPaths", list{"/data"}, "linux.readonlyPaths"},
@@ -107,7 +107,7 @@ func TestConfigurationRefuses(t *testing.T) {
 		{"process.capabilities", nil, "process.capabilities.bounding"},
 		{"process.capabilities.bounding", list{"CAP_KILL"}, "process.capabilities.bounding: CAP_CHOWN cannot be taken"},
 		{"process.capabilities.effective", list{"CAP_SYS_ADMIN"}, `process.capabilities.effective: "CAP_SYS_ADMIN"`},
-		{"windows", object{"layerFolders": list{"x"}}, "windows "},
+		{"windows", object{"layerFolders": list{"x"}}, "windows"},
 	} {
 		_, err := parseConfiguration(edit(t, ctrRun(t), c.path, c.value))
 		if err == nil || !strings.Contains(err.Error(), c.want) {

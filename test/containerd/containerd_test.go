@@ -1,0 +1,499 @@
+package containerd_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	bootstrap "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	"github.com/containerd/containerd/api/runtime/task/v2"
+	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
+	mount "github.com/containerd/containerd/api/types"
+	types "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+)
+
+// TestContainerd is what a user of containerd does, in one containerd.
+func TestContainerd(t *testing.T) {
+	w := newWorld(t)
+	t.Run("run", w.testRun)
+	t.Run("input", w.testInput)
+	t.Run("terminal", w.testTerminal)
+	t.Run("detached", w.testDetached)
+	t.Run("events", w.testEvents)
+	t.Run("refused", w.testRefused)
+	t.Run("not run", w.testNotRun)
+	t.Run("limits", w.testLimits)
+	t.Run("service", w.testService)
+	t.Run("shim killed", w.testShimKilled)
+	t.Run("machine killed", w.testMachineKilled)
+	t.Run("containerd killed", w.testContainerdKilled)
+	t.Run("killed while created", w.testKilledWhileCreated)
+	t.Run("newer caller", w.testNewerCaller)
+}
+
+func (w *world) testRun(t *testing.T) {
+	began := time.Now()
+	out, err := w.run(t, "", []string{"--rm", "--env", "COLOUR=red"}, "run", "sh", "-c", "echo $COLOUR; hostname; pwd; id -u; uname -r; echo wrong >&2; exit 7")
+	var failed *ctrError
+	if !errors.As(err, &failed) || code(err) != 7 || failed.said != "wrong\n" {
+		t.Errorf("ended with %v, want exit code 7 and an error", err)
+	}
+	lines := strings.Split(out, "\n")
+	if len(lines) != 6 || !slices.Equal(lines[:4], []string{"red", "run", "/", "0"}) || !strings.Contains(lines[4], "cloud") {
+		t.Errorf("printed %q", out)
+	}
+	first := time.Since(began)
+	began = time.Now()
+	if _, err := w.run(t, "", []string{"--rm"}, "again", "true"); err != nil {
+		t.Error(err)
+	}
+	t.Logf("ctr run took %v, and %v with everything prepared", first.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	// More than all buffers on the way hold.
+	out, err = w.run(t, "", []string{"--rm"}, "much", "sh", "-c", "head -c 3000000 /dev/zero | tr '\\0' x")
+	if err != nil || len(out) != 3000000 {
+		t.Errorf("%d bytes of 3000000, %v", len(out), err)
+	}
+}
+
+func (w *world) testInput(t *testing.T) {
+	text := strings.Repeat("0123456789\n", 30000)
+	out, err := w.run(t, text, []string{"--rm"}, "input", "sh", "-c", "wc -c; echo end")
+	if err != nil || strings.Fields(out)[0] != strconv.Itoa(len(text)) || !strings.HasSuffix(out, "end\n") {
+		t.Errorf("printed %q, %v", out, err)
+	}
+}
+
+func (w *world) testTerminal(t *testing.T) {
+	script, err := exec.LookPath("script")
+	if err != nil {
+		t.Skip("script (bsdutils) makes the terminal: ", err)
+	}
+	line := "stty rows 33 cols 101; ctr -a " + w.path("c.sock") + " run --rm -t --runtime " + runtimeName + " " + imageName +
+		" terminal sh -c 'tty; stty size; echo out >&2; exit 4'"
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, script, "-qec", line, os.DevNull).Output()
+	if code(err) != 4 || !strings.Contains(strings.ReplaceAll(string(out), "\r", ""), "/dev/pts/0\n33 101\nout\n") {
+		t.Errorf("printed %q, %v", out, err)
+	}
+}
+
+func (w *world) testDetached(t *testing.T) {
+	pid := w.detach(t, "stays", "sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.1; done")
+	if line, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline"); err != nil || !strings.HasPrefix(string(line), "/usr/bin/qemu") {
+		t.Errorf("process %d is %q, %v", pid, line, err)
+	}
+	inside := func(id string, args ...string) (string, error) {
+		return w.ctr(t.Context(), "", append([]string{"task", "exec", "--exec-id", id, "stays"}, args...)...)
+	}
+	if out, err := inside("one", "sh", "-c", "hostname; cat /proc/1/comm; exit 5"); code(err) != 5 || out != "stays\nsh\n" {
+		t.Errorf("exec printed %q, %v", out, err)
+	}
+	if out, err := w.ctr(t.Context(), "abc", "task", "exec", "--exec-id", "two", "stays", "cat"); err != nil || out != "abc" {
+		t.Errorf("exec printed %q, %v", out, err)
+	}
+	// The Guard is there: what was written does not run.
+	if out, err := inside("three", "sh", "-c", "cp /bin/busybox /tmp/x && /tmp/x echo ran"); code(err) != 126 || out != "" {
+		t.Errorf("a written program: %q, %v, want exit code 126", out, err)
+	}
+	if out, err := inside("four", "ip", "-o", "link"); err != nil || strings.Count(out, "\n") != 1 || !strings.Contains(out, "lo:") {
+		t.Errorf("interfaces: %q, %v", out, err)
+	}
+	out := w.must(t, "", "task", "metrics", "stays")
+	for _, name := range []string{"pids.current", "cpu.usage_usec", "memory.usage "} {
+		_, rest, _ := strings.Cut(out, name)
+		if f := strings.Fields(rest); len(f) == 0 || f[0] == "0" {
+			t.Errorf("no %s in %q", name, out)
+		}
+	}
+	w.must(t, "", "task", "pause", "stays")
+	w.becomes(t, "stays", "PAUSED")
+	w.must(t, "", "task", "resume", "stays")
+	w.becomes(t, "stays", "RUNNING")
+	w.must(t, "", "task", "kill", "-s", "TERM", "stays")
+	w.becomes(t, "stays", "STOPPED")
+	if _, err := w.ctr(t.Context(), "", "task", "rm", "stays"); err != nil && !strings.Contains(err.Error(), "code 3") {
+		t.Error(err)
+	}
+	w.must(t, "", "container", "rm", "stays")
+
+	w.detach(t, "frozen", "sleep", "1000")
+	w.must(t, "", "task", "pause", "frozen")
+	w.discard(t, "frozen")
+}
+
+// listen collects the topics of a container's events until the last is heard.
+func (w *world) listen(t *testing.T, id string) (until func(last string) []string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	cmd := exec.CommandContext(ctx, "ctr", "-a", w.path("c.sock"), "events")
+	pipe, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	topics := make(chan string, 1000)
+	go func() {
+		for s := bufio.NewScanner(pipe); s.Scan(); {
+			if _, rest, ok := strings.Cut(s.Text(), " /tasks/"); ok && strings.Contains(rest, `"`+id+`"`) {
+				topics <- "/tasks/" + strings.Fields(rest)[0]
+			}
+		}
+	}()
+	t.Cleanup(func() { cancel(); cmd.Wait() })
+	time.Sleep(500 * time.Millisecond) // ctr does not say when it listens
+	return func(last string) (heard []string) {
+		t.Helper()
+		late := time.After(20 * time.Second)
+		for len(heard) == 0 || heard[len(heard)-1] != last {
+			select {
+			case topic := <-topics:
+				heard = append(heard, topic)
+			case <-late:
+				t.Fatalf("heard only %q", heard)
+			}
+		}
+		return heard
+	}
+}
+
+// testEvents reads what containerd tells of one container's life.
+func (w *world) testEvents(t *testing.T) {
+	until := w.listen(t, "told")
+	w.detach(t, "told", "sleep", "1000")
+	w.must(t, "", "task", "exec", "--exec-id", "e", "told", "true")
+	w.must(t, "", "task", "pause", "told")
+	w.must(t, "", "task", "resume", "told")
+	w.discard(t, "told")
+	got := until("/tasks/delete")
+	want := strings.Fields("/tasks/create /tasks/start /tasks/exec-added /tasks/exec-started /tasks/exit /tasks/paused /tasks/resumed /tasks/exit /tasks/delete")
+	if !slices.Equal(got, want) {
+		t.Errorf("heard %q, want %q", got, want)
+	}
+}
+
+// testRefused asks for what a sandbox cannot do: the error names the field, and
+// nothing is left.
+func (w *world) testRefused(t *testing.T) {
+	for want, flags := range map[string][]string{
+		`linux.namespaces: no "network"`:                 {"--net-host"},
+		"root.readonly true":                             {"--read-only"},
+		"linux.seccomp":                                  {"--seccomp"},
+		"process.capabilities.bounding: CAP_CHOWN":       {"--cap-drop", "CAP_CHOWN"},
+		`process.capabilities.bounding: "CAP_SYS_ADMIN"`: {"--cap-add", "CAP_SYS_ADMIN"},
+		`mounts[7]: "bind" at "/x"`:                      {"--mount", "type=bind,src=/etc,dst=/x,options=rbind:ro"},
+		`linux.namespaces[4].path "/proc/1/ns/net"`:      {"--with-ns", "network:/proc/1/ns/net"},
+		"linux.resources.memory.limit 4096":              {"--memory-limit", "4096"},
+		"linux.devices":                                  {"--device", "/dev/fuse"},
+		`linux.rootfsPropagation "shared"`:               {"--rootfs-propagation", "shared"},
+		`process.apparmorProfile "unconfined-by-us"`:     {"--apparmor-profile", "unconfined-by-us"},
+		`open output "binary:///bin/true?id=x"`:          {"--log-uri", "binary:///bin/true?id=x"},
+	} {
+		_, err := w.run(t, "", append(flags, "-d"), "refused", "true")
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v, want %q", flags, err, want)
+		}
+		w.ctr(t.Context(), "", "container", "rm", "refused") // ctr may have removed it
+	}
+	if left := w.machines(t); len(left) > 0 {
+		t.Errorf("run directories: %q", left)
+	}
+}
+
+func (w *world) testNotRun(t *testing.T) {
+	_, err := w.run(t, "", []string{"-d"}, "nothing", "/no/such/program")
+	if err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("a program that is not there: %v", err)
+	}
+	w.discard(t, "nothing")
+}
+
+func (w *world) testLimits(t *testing.T) {
+	out, err := w.run(t, "", []string{"--rm", "--memory-limit", "67108864", "--cwd", "/work/here"}, "limits", "sh", "-c", "pwd; cat /sys/fs/cgroup/memory.max /proc/meminfo")
+	f := strings.Fields(out)
+	if err != nil || len(f) < 4 || f[0] != "/work/here" || f[1] != "67108864" {
+		t.Fatalf("printed %q, %v", out, err)
+	}
+	if kb, err := strconv.Atoi(f[3]); err != nil || kb > 160<<10 || kb < 96<<10 {
+		t.Errorf("the machine has %s kB", f[3])
+	}
+	until := w.listen(t, "greedy")
+	_, err = w.run(t, "", []string{"--rm", "--memory-limit", "33554432"}, "greedy", "sh", "-c", "exec dd if=/dev/zero of=/dev/shm/x bs=64k")
+	if code(err) != 137 {
+		t.Errorf("more memory than allowed: %v, want exit code 137", err)
+	}
+	if heard := until("/tasks/delete"); !slices.Contains(heard, "/tasks/oom") {
+		t.Errorf("heard %q, without /tasks/oom", heard)
+	}
+}
+
+// dial connects to the shim of a container as containerd does.
+func (w *world) dial(t *testing.T, id string) *ttrpc.Client {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(w.bundle(id), "address"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("unix", strings.TrimPrefix(string(raw), "unix://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := ttrpc.NewClient(conn)
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func (w *world) bundle(id string) string {
+	return filepath.Join(w.path("state"), "io.containerd.runtime.v2.task", space, id)
+}
+
+// testService speaks with a shim directly: both versions, a second create,
+// calls beside one that waits.
+func (w *world) testService(t *testing.T) {
+	pid := w.detach(t, "spoken", "sleep", "1000")
+	c := w.dial(t, "spoken")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	const v2, v3 = "containerd.task.v2.Task", "containerd.task.v3.Task"
+	ended := make(chan *task.WaitResponse, 1)
+	go func() {
+		var r task.WaitResponse
+		if err := w.dial(t, "spoken").Call(ctx, v3, "Wait", &task.WaitRequest{ID: "spoken"}, &r); err != nil {
+			t.Error(err)
+		}
+		ended <- &r
+	}()
+	var state task.StateResponse
+	for _, version := range []string{v2, v3} {
+		if err := c.Call(ctx, version, "State", &task.StateRequest{ID: "spoken"}, &state); err != nil || state.Status != types.Status_RUNNING || int(state.Pid) != pid {
+			t.Errorf("%s: %v, %v", version, &state, err)
+		}
+	}
+	again := &task.CreateTaskRequest{ID: "spoken", Bundle: state.Bundle, Stdin: state.Stdin, Stdout: state.Stdout, Stderr: state.Stderr}
+	for range 2 {
+		var r task.CreateTaskResponse
+		if err := c.Call(ctx, v2, "Create", again, &r); err != nil || int(r.Pid) != pid {
+			t.Errorf("create again: %v, %v", &r, err)
+		}
+	}
+	for name, r := range map[string]*task.CreateTaskRequest{
+		"AlreadyExists":      {ID: "spoken", Bundle: "/elsewhere"},
+		"FailedPrecondition": {ID: "other", Bundle: state.Bundle},
+	} {
+		if err := c.Call(ctx, v2, "Create", r, &task.CreateTaskResponse{}); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("create %v: %v, want %s", r, err, name)
+		}
+	}
+	if err := c.Call(ctx, v2, "Delete", &task.DeleteRequest{ID: "spoken"}, &task.DeleteResponse{}); err == nil || !strings.Contains(err.Error(), "has not ended") {
+		t.Errorf("delete of what runs: %v", err)
+	}
+	if left := w.machines(t); len(left) != 1 {
+		t.Errorf("%d machines: %q", len(left), left)
+	}
+	w.must(t, "", "task", "kill", "-s", "KILL", "spoken")
+	if r := <-ended; r.ExitStatus != 137 || r.ExitedAt == nil {
+		t.Errorf("wait: %v", r)
+	}
+	w.discard(t, "spoken")
+}
+
+// gone waits until processes have ended and no run directory is left.
+func (w *world) gone(t *testing.T, pids ...int) {
+	t.Helper()
+	w.await(t, "the end of everything", w.server.exited, func(context.Context) error {
+		for _, pid := range pids {
+			if raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat"); err == nil && !strings.Contains(string(raw), ") Z ") {
+				return errors.New("process " + strconv.Itoa(pid) + " lives")
+			}
+		}
+		if left := w.machines(t); len(left) > 0 {
+			return errors.New("run directories: " + strings.Join(left, " "))
+		}
+		return nil
+	})
+}
+
+func (w *world) shim(t *testing.T, id string) int {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(w.bundle(id), "shim.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(string(raw))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pid
+}
+
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// testShimKilled: containerd calls the shim to delete, which ends the machine.
+func (w *world) testShimKilled(t *testing.T) {
+	machine := w.detach(t, "orphan", "sleep", "1000")
+	address, err := os.ReadFile(filepath.Join(w.bundle("orphan"), "address"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	shim := w.shim(t, "orphan")
+	kill(t, shim)
+	w.gone(t, shim, machine)
+	w.becomes(t, "orphan", "")
+	if _, err := os.Stat(strings.TrimPrefix(string(address), "unix://")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+	// The same container can be started anew.
+	w.must(t, "", "task", "start", "-d", "orphan")
+	w.becomes(t, "orphan", "RUNNING")
+	w.machines(t)
+	w.discard(t, "orphan")
+}
+
+// testMachineKilled: the shim tells of it as of any other end.
+func (w *world) testMachineKilled(t *testing.T) {
+	machine := w.detach(t, "crashed", "sleep", "1000")
+	kill(t, machine)
+	w.becomes(t, "crashed", "STOPPED")
+	w.gone(t, machine)
+	w.discard(t, "crashed")
+}
+
+// testContainerdKilled: containers go on, and the next containerd has them.
+func (w *world) testContainerdKilled(t *testing.T) {
+	pid := w.detach(t, "survives", "sleep", "1000")
+	w.stop(t, syscall.SIGKILL)
+	w.serve(t)
+	w.becomes(t, "survives", "RUNNING")
+	if now, _, err := w.status(t.Context(), "survives"); err != nil || now != pid {
+		t.Errorf("process %d, %v, want %d", now, err, pid)
+	}
+	if out := w.must(t, "", "task", "exec", "--exec-id", "x", "survives", "echo", "here"); out != "here\n" {
+		t.Errorf("printed %q", out)
+	}
+	w.discard(t, "survives")
+}
+
+// testKilledWhileCreated kills the shim at moments of a start; whatever was
+// made by then goes.
+func (w *world) testKilledWhileCreated(t *testing.T) {
+	for _, after := range []time.Duration{20, 300, 800, 1300, 1800, 2300, 2800} {
+		done := make(chan error, 1)
+		go func() {
+			_, err := w.run(t, "", []string{"-d"}, "cut", "sleep", "1000")
+			done <- err
+		}()
+		pidFile := filepath.Join(w.bundle("cut"), "shim.pid")
+		w.await(t, "the shim", w.server.exited, func(context.Context) error { _, err := os.Stat(pidFile); return err })
+		time.Sleep(after * time.Millisecond)
+		made := len(w.machines(t))
+		shim := w.shim(t, "cut")
+		kill(t, shim)
+		err := <-done
+		t.Logf("killed after %v ms, with %d machines: %v", int(after), made, err)
+		w.gone(t, shim)
+		w.becomes(t, "cut", "")
+		w.ctr(t.Context(), "", "container", "rm", "cut") // ctr may have removed it
+	}
+}
+
+// testNewerCaller starts a shim as containerd 2.4 does: parameters on standard
+// input, version 3 of the service. The container is killed before it starts.
+func (w *world) testNewerCaller(t *testing.T) {
+	bundle := t.TempDir()
+	raw, err := os.ReadFile("../../shim/testdata/ctr-run.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bundle, "config.json"), raw, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Join(bundle, "files")
+	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("cp", busybox, filepath.Join(root, "bin/sleep")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	address := w.startNewer(t, bundle)
+	conn, err := net.Dial("unix", strings.TrimPrefix(address, "unix://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := ttrpc.NewClient(conn)
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	call := func(verb string, request, reply any) {
+		t.Helper()
+		if err := c.Call(ctx, "containerd.task.v3.Task", verb, request, reply); err != nil {
+			t.Fatalf("%s: %v", verb, err)
+		}
+	}
+	mounts := []*mount.Mount{{Type: "bind", Source: root, Options: []string{"rbind", "ro"}}}
+	var made taskv3.CreateTaskResponse
+	call("Create", &taskv3.CreateTaskRequest{ID: "newer", Bundle: bundle, Rootfs: mounts}, &made)
+	w.machines(t)
+	var state taskv3.StateResponse
+	call("State", &taskv3.StateRequest{ID: "newer"}, &state)
+	if state.Status != types.Status_CREATED || state.Pid != made.Pid || made.Pid == 0 {
+		t.Errorf("%v after %v", &state, &made)
+	}
+	call("Kill", &taskv3.KillRequest{ID: "newer", Signal: 9, All: true}, &emptypb.Empty{})
+	var ended taskv3.WaitResponse
+	call("Wait", &taskv3.WaitRequest{ID: "newer"}, &ended)
+	var gone taskv3.DeleteResponse
+	call("Delete", &taskv3.DeleteRequest{ID: "newer"}, &gone)
+	if ended.ExitStatus != 137 || gone.ExitStatus != 137 {
+		t.Errorf("%v, %v, want status 137", &ended, &gone)
+	}
+	var who taskv3.ConnectResponse
+	call("Connect", &taskv3.ConnectRequest{ID: "newer"}, &who)
+	call("Shutdown", &taskv3.ShutdownRequest{ID: "newer"}, &emptypb.Empty{})
+	w.gone(t, int(who.ShimPid))
+	if _, err := os.Stat(strings.TrimPrefix(address, "unix://")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+}
+
+// startNewer starts a shim with parameters and gives its address.
+func (w *world) startNewer(t *testing.T, bundle string) string {
+	t.Helper()
+	sockets := w.path("s")
+	params, err := proto.Marshal(&bootstrap.BootstrapParams{InstanceID: "newer", Namespace: space, SocketDir: &sockets})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(w.path("bin/containerd-shim-hauberk-v2"), "-namespace", space, "-id", "newer", "-address", w.path("c.sock"), "start")
+	cmd.Dir, cmd.Stdin = bundle, bytes.NewReader(params)
+	cmd.Env = append(os.Environ(), "HAUBERK_SHIM_STATE="+w.path("shim"), "HAUBERK_SHIM_RUN="+w.path("run"))
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var result bootstrap.BootstrapResult
+	if err := proto.Unmarshal(out, &result); err != nil || result.Version != 3 || result.Protocol != "ttrpc" || !strings.HasPrefix(result.Address, "unix://"+sockets+"/") {
+		t.Fatalf("%v, %v", &result, err)
+	}
+	return result.Address
+}
