@@ -64,6 +64,7 @@ type Control struct {
 	hub      *hub
 	denials  denials
 	wake     chan struct{}
+	filled   chan struct{} // closed once there is a world
 
 	mu    sync.Mutex
 	world world // of the last round
@@ -92,7 +93,7 @@ func Open(ctx context.Context, c Config) (_ *Control, err error) {
 	p := &Control{
 		conf: c, now: c.Now, started: c.Now(),
 		slog: slog.New(slog.NewTextHandler(c.Log, nil)),
-		wake: make(chan struct{}, 1), retries: map[key]retry{},
+		wake: make(chan struct{}, 1), filled: make(chan struct{}), retries: map[key]retry{},
 		orders: map[string]planGeneration{}, booted: map[string]bool{},
 		shown: map[string]int{}, owned: map[key]string{},
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"regexp"
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/evidence"
@@ -31,7 +32,19 @@ func (d *door) handler() http.Handler {
 	mux.HandleFunc("POST "+wire.PathReceipt, d.receipt)
 	mux.HandleFunc("GET "+wire.PathWatch, d.watch)
 	mux.Handle(wire.PathRegistry, d.registry)
-	return mux
+	return d.afterFill(mux)
+}
+
+// afterFill lets calls wait until the control plane knows its instances:
+// before that it would disown every one of them.
+func (d *door) afterFill(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-d.c.filled:
+			next.ServeHTTP(w, r)
+		case <-r.Context().Done():
+		}
+	})
 }
 
 // none is the answer of a call that has nothing to say.
@@ -55,7 +68,13 @@ func handle[In, Out any](f func(ctx context.Context, node string, in In) (Out, e
 		}
 		out, err := f(r.Context(), node, in)
 		if err != nil {
-			refuse(w, http.StatusConflict, "Refused", err)
+			// Only what was decided is a refusal. What went wrong here, such as
+			// a full disk, the node must try again.
+			status := http.StatusInternalServerError
+			if own := (*wire.Error)(nil); errors.As(err, &own) {
+				status = http.StatusConflict
+			}
+			refuse(w, status, "Failed", err)
 			return
 		}
 		w.Header().Set("Content-Type", "application/json")
@@ -91,10 +110,29 @@ func refuse(w http.ResponseWriter, status int, reason string, err error) {
 }
 
 func (d *door) hello(_ context.Context, node string, in wire.Hello) (none, error) {
-	return none{}, d.c.hub.hello(node, in)
+	if err := d.c.hub.hello(node, in); err != nil {
+		return none{}, &wire.Error{Reason: "HelloRefused", Message: err.Error()}
+	}
+	return none{}, nil
 }
 
+// maxMessage bounds what a node says of an instance, in bytes.
+const maxMessage = 16 << 10
+
+var reasonPattern = regexp.MustCompile(`^([A-Z][A-Za-z0-9]{0,62})?$`)
+
 func (d *door) status(_ context.Context, node string, in wire.Status) (none, error) {
+	for n, i := range in.Instances {
+		switch i.Phase {
+		case wire.PhasePending, wire.PhaseRunning, wire.PhaseRefused, wire.PhaseFailed, wire.PhaseExited, wire.PhaseContained:
+		default:
+			return none{}, &wire.Error{Reason: "StatusInvalid", Message: fmt.Sprintf("status of %s: instance %q: phase %.40q is unknown", node, i.ID, i.Phase)}
+		}
+		if !reasonPattern.MatchString(i.Reason) {
+			return none{}, &wire.Error{Reason: "StatusInvalid", Message: fmt.Sprintf("status of %s: instance %q: reason %.80q is not one CamelCase word", node, i.ID, i.Reason)}
+		}
+		in.Instances[n].Message = clip(i.Message, maxMessage)
+	}
 	d.c.hub.status(node, in)
 	return none{}, nil
 }

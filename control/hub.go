@@ -91,16 +91,21 @@ func sameButHeartbeat(a, b wire.InstanceStatus) bool {
 		a.Guard.Generation == b.Guard.Generation && a.Guard.Lost == b.Guard.Lost
 }
 
-// snapshot returns the state of every node and the last word on every
-// instance.
-func (h *hub) snapshot() (map[string]nodeState, map[string]wire.InstanceStatus, map[string]time.Time) {
+// word names what one node says of one instance. A node's word on an instance
+// of another node is nothing anybody asks for.
+type word struct{ node, instance string }
+
+// snapshot returns the state of every node and its last words.
+func (h *hub) snapshot() (map[string]nodeState, map[word]wire.InstanceStatus, map[string]time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	nodes, statuses, seen := map[string]nodeState{}, map[string]wire.InstanceStatus{}, map[string]time.Time{}
+	nodes, statuses, seen := map[string]nodeState{}, map[word]wire.InstanceStatus{}, map[string]time.Time{}
 	for name, r := range h.nodes {
 		nodes[name] = nodeState{hello: r.hello, ready: r.said && h.now().Sub(r.seen) < lostAfter}
 		seen[name] = r.seen
-		maps.Copy(statuses, r.statuses)
+		for id, s := range r.statuses {
+			statuses[word{name, id}] = s
+		}
 	}
 	return nodes, statuses, seen
 }

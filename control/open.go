@@ -225,7 +225,7 @@ func (c *Control) issue(ctx context.Context, node string, in wire.CSR) (wire.Cer
 
 // recordRefusal notes an identity that was not issued, once in a while.
 func (c *Control) recordRefusal(ctx context.Context, instanceName string, why error) error {
-	if _, now := c.denials.admit(instanceName+"\x00identity\x00"+why.Error(), c.now()); !now {
+	if _, now := c.denials.admit(instanceName, "identity\x00"+why.Error(), c.now()); !now {
 		return nil
 	}
 	k, i, ok := c.instance(instanceName)

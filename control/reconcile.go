@@ -53,12 +53,15 @@ func (c *Control) reconcileLoop(ctx context.Context) error {
 
 // reconcile does one round: read, decide, act, order.
 func (c *Control) reconcile(ctx context.Context) (again time.Duration, err error) {
+	var errs []error
+	if err := c.orderEpoch(); err != nil {
+		errs = append(errs, err)
+	}
 	w, err := c.read(ctx)
 	if err != nil {
-		return 0, err
+		return 0, errors.Join(append(errs, err)...)
 	}
 	c.publish(w)
-	var errs []error
 	if err := c.recordApplications(ctx, w); err != nil {
 		errs = append(errs, err)
 	}
@@ -85,6 +88,28 @@ func (c *Control) reconcile(ctx context.Context) (again time.Duration, err error
 		return 0, errors.Join(append(errs, err)...)
 	}
 	c.publish(w)
+	c.forget(w)
+	errs = append(errs, c.order(w))
+	return again, errors.Join(errs...)
+}
+
+// orderEpoch sends a new epoch out before anything else is looked at, with the
+// orders as they were: a revocation waits for no store and no disk.
+func (c *Control) orderEpoch() error {
+	c.mu.Lock()
+	w := c.world
+	c.mu.Unlock()
+	old := w.epoch.Number
+	if w.epoch = c.book.Epoch(); w.epoch.Number == old {
+		return nil
+	}
+	c.publish(w)
+	return c.order(w)
+}
+
+// order tells every node what it should be doing.
+func (c *Control) order(w world) error {
+	var errs []error
 	for node := range w.nodes {
 		orders, err := c.desiredFor(w, node)
 		if err != nil {
@@ -93,7 +118,13 @@ func (c *Control) reconcile(ctx context.Context) (again time.Duration, err error
 		}
 		c.hub.order(node, orders)
 	}
-	return again, errors.Join(errs...)
+	return errors.Join(errs...)
+}
+
+// forget drops what is remembered of workloads and applications that are gone.
+func (c *Control) forget(w world) {
+	maps.DeleteFunc(c.retries, func(k key, _ retry) bool { _, ok := w.workloads[k]; return !ok })
+	maps.DeleteFunc(c.owned, func(k key, _ string) bool { _, ok := w.applications[k]; return !ok })
 }
 
 // publish makes a world the one that questions are answered from.
@@ -110,7 +141,7 @@ func (c *Control) read(ctx context.Context) (world, error) {
 		guards: map[key]guardPolicy{}, access: map[key]spec.AccessPolicy{}, releases: map[key]spec.ReleasePolicy{},
 		instances: map[key]instance{}, epoch: c.book.Epoch(),
 	}
-	var statuses map[string]wire.InstanceStatus
+	var statuses map[word]wire.InstanceStatus
 	w.nodes, statuses, _ = c.hub.snapshot()
 	err := errors.Join(
 		each(ctx, c.store, func(o *v1alpha1.Application) { w.applications[keyOf(o)] = o.Spec }),
@@ -142,7 +173,7 @@ func keyOf(o kube.Object) key { return key{o.GetNamespace(), o.GetName()} }
 
 // instanceOf joins an Instance object with the last word of its node, which is
 // newer than the object's status.
-func instanceOf(o *v1alpha1.Instance, statuses map[string]wire.InstanceStatus) instance {
+func instanceOf(o *v1alpha1.Instance, statuses map[word]wire.InstanceStatus) instance {
 	address, _ := netip.ParseAddr(o.Spec.Address) // the API let only addresses in
 	i := instance{
 		workload: o.Spec.Workload, application: o.Spec.Application, node: o.Spec.Node, repository: o.Spec.Repository,
@@ -155,7 +186,11 @@ func instanceOf(o *v1alpha1.Instance, statuses map[string]wire.InstanceStatus) i
 	if o.Status.StartedAt != nil {
 		i.status.StartedAt = o.Status.StartedAt.Time
 	}
-	if s, ok := statuses[o.Name]; ok && !i.final() {
+	if o.Status.ExitCode != nil {
+		code := int(*o.Status.ExitCode)
+		i.status.ExitCode = &code
+	}
+	if s, ok := statuses[word{o.Spec.Node, o.Name}]; ok && !i.final() {
 		i.status, i.observed = s, true
 	}
 	return i
@@ -239,7 +274,7 @@ func guardDigest(g wire.Guard) string {
 func (c *Control) act(ctx context.Context, w *world, k key, wl workload, rel release.Release, d decision) error {
 	for _, ik := range d.remove {
 		i := w.instances[ik]
-		if i.final() && i.status.Phase != wire.PhaseExited || i.status.ExitCode != nil && *i.status.ExitCode != 0 {
+		if i.final() { // a good exit too: one that exits at once must not spin
 			r := c.retries[k]
 			c.retries[k] = retry{r.failures + 1, c.now()}
 		}
@@ -333,18 +368,27 @@ func (c *Control) ticket(ctx context.Context, k key, wl workload, repository, di
 	return evidence.SignTicket(t, c.tickets)
 }
 
-// renewTickets signs again what is past half its life.
+// renewTicket signs again what is past half its life, as it was: the guest
+// still is the one it was. A ticket that was never signed here is not renewed,
+// however its object came to be.
 func (c *Control) renewTicket(ctx context.Context, w world, k key, i instance) error {
-	t, err := evidence.VerifyTicket(i.ticket, c.now(), []evidence.Key{c.tickets.Key()})
-	if err == nil && c.now().Before(t.NotBefore.Add(t.NotAfter.Sub(t.NotBefore)/2)) {
-		return nil
-	}
 	wl, ok := w.workloads[key{k.Namespace, i.workload}]
-	n, known := w.nodes[i.node]
-	if !ok || !known || i.final() || i.deleting {
+	if !ok || i.final() || i.deleting {
 		return nil
 	}
-	raw, err := c.ticket(ctx, key{k.Namespace, i.workload}, wl, i.repository, i.digest, k.Name, i.node, n.hello.Measurement)
+	t, err := evidence.VerifyTicket(i.ticket, c.now(), []evidence.Key{c.tickets.Key()})
+	if expired := (*evidence.ExpiredError)(nil); errors.As(err, &expired) {
+		t, err = evidence.VerifyTicket(i.ticket, expired.From, []evidence.Key{c.tickets.Key()})
+	} else if err == nil && c.now().Before(t.NotBefore.Add(t.NotAfter.Sub(t.NotBefore)/2)) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("renew ticket of instance %s: %w: delete the instance", k, err)
+	}
+	if t.Instance != k.Name || t.Namespace != k.Namespace || t.Workload != i.workload || t.Digest != i.digest || t.Repository != i.repository || t.Node != i.node {
+		return fmt.Errorf("renew ticket of instance %s: ticket %s is for %s/%s with %s on %s: delete the instance", k, t.ID, t.Namespace, t.Instance, t.Digest, t.Node)
+	}
+	raw, err := c.ticket(ctx, key{k.Namespace, i.workload}, wl, i.repository, i.digest, k.Name, i.node, t.Measurement)
 	if err != nil {
 		return err
 	}
@@ -406,7 +450,9 @@ func setInstanceStatus(o *v1alpha1.Instance, s wire.InstanceStatus) {
 	if g := o.Status.Guard; g != nil {
 		before.Guard = wire.GuardHeartbeat{Generation: uint64(g.Generation), Lost: uint64(g.Lost)}
 	}
-	if sameButHeartbeat(before, s) && o.Status.Guard != nil {
+	g := s.Guard
+	silent := g.At.IsZero() // not heard yet; what was heard once stays
+	if sameButHeartbeat(before, s) && (silent || o.Status.Guard != nil) && o.Status.Phase != "" {
 		return // a beat alone is not written: it would change every object every few seconds
 	}
 	o.Status.Phase, o.Status.Reason, o.Status.Message = string(s.Phase), s.Reason, s.Message
@@ -418,9 +464,10 @@ func setInstanceStatus(o *v1alpha1.Instance, s wire.InstanceStatus) {
 		code := int32(*s.ExitCode)
 		o.Status.ExitCode = &code
 	}
-	g := s.Guard
-	o.Status.Guard = &v1alpha1.GuardHeartbeat{At: kube.MicroTime{Time: g.At}, Generation: int64(g.Generation), Digest: g.Digest,
-		Programs: int32(g.Programs), Sequence: int64(g.Sequence), Lost: int64(g.Lost)}
+	if !silent {
+		o.Status.Guard = &v1alpha1.GuardHeartbeat{At: kube.MicroTime{Time: g.At}, Generation: int64(g.Generation), Digest: g.Digest,
+			Programs: int32(g.Programs), Sequence: int64(g.Sequence), Lost: int64(g.Lost)}
+	}
 	kube.SetCondition(o, v1alpha1.ConditionReady, s.Phase == wire.PhaseRunning, orElse(s.Reason, string(s.Phase)), s.Message)
 }
 

@@ -93,6 +93,12 @@ func (c *Control) reconcileAfterFill(ctx context.Context) error {
 	if err := c.store.Filled(ctx); err != nil {
 		return err
 	}
+	w, err := c.read(ctx)
+	if err != nil {
+		return err
+	}
+	c.publish(w)
+	close(c.filled)
 	c.slog.Info("control plane is up", "api", c.api.URL(), "door", c.conf.Door, "trustDomain", c.conf.TrustDomain)
 	return c.reconcileLoop(ctx)
 }

@@ -22,7 +22,7 @@ func (c *Control) status() admin.Status {
 	head := c.log.Checkpoint()
 	s := admin.Status{
 		Version: version.String(), TrustDomain: c.conf.TrustDomain, StartedAt: c.started,
-		API: "https://" + c.conf.API, Kubeconfig: c.kubeconfigPath(),
+		API: c.api.URL(), Kubeconfig: c.kubeconfigPath(),
 		Ledger: admin.Ledger{Size: head.Size, Root: base64.StdEncoding.EncodeToString(head.Root[:])},
 	}
 	for name, n := range nodes {
@@ -61,7 +61,7 @@ func (c *Control) links(w world, nodes map[string]nodeState) []admin.Link {
 		}
 	}
 	for _, i := range w.instances {
-		if i.status.Phase == wire.PhaseRunning && i.status.Guard.Programs == 0 {
+		if i.status.Phase == wire.PhaseRunning && (i.status.Guard.Programs == 0 || !nodes[i.node].ready) {
 			withoutGuard++
 		}
 	}
@@ -88,7 +88,7 @@ func (c *Control) links(w world, nodes map[string]nodeState) []admin.Link {
 		link("launch", len(nodes) > 0, ready > 0, fmt.Sprintf("%d of %d nodes ready, %d instances running", ready, len(nodes), running)),
 		link("node attestation", false, false, "no TPM quote is asked of nodes yet"),
 		link("boot", len(nodes) > 0, guardOff == 0, fmt.Sprintf("guest measured by hauberk-node; %d nodes boot without the Guard", guardOff)),
-		link("guard", running > 0, withoutGuard == 0, fmt.Sprintf("%d running instances without an attached Guard", withoutGuard)),
+		link("guard", running > 0, withoutGuard == 0, fmt.Sprintf("%d running instances whose Guard is not attached or not heard", withoutGuard)),
 		link("identity", running > 0, true, "certificates of minutes, against a live ticket and a Guard heartbeat"),
 		link("talk", len(w.access) > 0, true, fmt.Sprintf("%d access policies; nobody may call where there is none", len(w.access))),
 		link("enclave", false, false, "no sandbox class with a TEE is adopted"),

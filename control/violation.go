@@ -1,10 +1,14 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,39 +21,59 @@ import (
 // quietDenial is how long the same denial of an instance is only counted.
 const quietDenial = 10 * time.Second
 
-// maxQuiet bounds how many denials are remembered for counting.
+// maxDenials bounds how many different denials of one instance are recorded in
+// that time. What a denial says is chosen by who is denied.
+const maxDenials = 32
+
+// maxQuiet bounds how many instances' denials are counted.
 const maxQuiet = 4096
 
 // denials counts repeated denials, so that a flood fills no ledger. A critical
 // one is never held back: it opens an incident.
 type denials struct {
 	mu   sync.Mutex
-	seen map[string]*repeat
+	seen map[string]*flood
 }
 
-type repeat struct {
+// flood is what one instance was denied lately.
+type flood struct {
 	since time.Time
+	what  map[string]bool
 	held  int
 }
 
-// admit says whether a denial is to be recorded now, and how many equal ones
-// were held back before it.
-func (d *denials) admit(what string, now time.Time) (held int, ok bool) {
+// admit says whether a denial is to be recorded now, and how many of the
+// instance were held back before it.
+func (d *denials) admit(instance, what string, now time.Time) (held int, ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.seen == nil || len(d.seen) >= maxQuiet {
-		d.seen = map[string]*repeat{}
-	}
-	r := d.seen[what]
-	if r != nil && now.Sub(r.since) < quietDenial {
-		r.held++
+	f := d.seen[instance]
+	if f == nil || now.Sub(f.since) >= quietDenial {
+		if f != nil {
+			held = f.held
+		}
+		f = d.beginLocked(instance, now)
+	} else if f.what[what] || len(f.what) >= maxDenials {
+		f.held++
 		return 0, false
 	}
-	if r != nil {
-		held = r.held
-	}
-	d.seen[what] = &repeat{since: now}
+	f.what[what] = true
 	return held, true
+}
+
+func (d *denials) beginLocked(instance string, now time.Time) *flood {
+	if d.seen == nil {
+		d.seen = map[string]*flood{}
+	}
+	if len(d.seen) >= maxQuiet {
+		maps.DeleteFunc(d.seen, func(_ string, f *flood) bool { return now.Sub(f.since) >= quietDenial })
+	}
+	if len(d.seen) >= maxQuiet {
+		clear(d.seen)
+	}
+	f := &flood{since: now, what: map[string]bool{}}
+	d.seen[instance] = f
+	return f
 }
 
 // violation acts on a report of a node: a critical one opens an incident, any
@@ -62,7 +86,7 @@ func (c *Control) violation(ctx context.Context, node string, r wire.Report) err
 	if r.Severity == spec.SeverityCritical && r.Denied || r.Cause == "bypass" {
 		return c.openIncident(ctx, k, i, r)
 	}
-	held, now := c.denials.admit(r.Instance+"\x00"+r.Rule+"\x00"+r.Detail, c.now())
+	held, now := c.denials.admit(r.Instance, r.Rule+"\x00"+r.Detail, c.now())
 	if !now {
 		return nil
 	}
@@ -70,6 +94,7 @@ func (c *Control) violation(ctx context.Context, node string, r wire.Report) err
 	if !r.Denied {
 		verb = "would be refused (audit)"
 	}
+	r.Rule, r.Detail = clip(r.Rule, maxRule), clip(r.Detail, maxDetail)
 	text := fmt.Sprintf("%s: %s by rule %q: %s", k.Name, verb, r.Rule, r.Detail)
 	if held > 0 {
 		text += fmt.Sprintf(" (and %d times more before)", held)
@@ -82,7 +107,31 @@ func (c *Control) violation(ctx context.Context, node string, r wire.Report) err
 		Workload: i.workload, Instance: k.Name, Text: text, Body: body})
 }
 
+// What an Incident may hold of a node's words, in bytes.
+const (
+	maxRule   = 4096
+	maxDetail = 16384
+)
+
+// clip cuts foreign words to what the API and the ledger take.
+func clip(s string, most int) string {
+	if s = strings.ToValidUTF8(s, "\uFFFD"); len(s) <= most {
+		return s
+	}
+	return strings.ToValidUTF8(s[:most-len("…")], "") + "…"
+}
+
+// causes are the words an Incident knows; of any other the Guard is the
+// nearest.
+var causes = []string{"guard", "bypass", "attestation", "person"}
+
 func (c *Control) openIncident(ctx context.Context, k key, i instance, r wire.Report) error {
+	if !slices.Contains(causes, r.Cause) {
+		r.Cause, r.Rule = "guard", r.Cause+": "+r.Rule
+	}
+	if r.Observed.IsZero() {
+		r.Observed = c.now()
+	}
 	nodes, _, _ := c.hub.snapshot()
 	needs := []contain.Point{{Kind: "sandbox", Node: i.node}}
 	for name, n := range nodes {
@@ -90,10 +139,10 @@ func (c *Control) openIncident(ctx context.Context, k key, i instance, r wire.Re
 			needs = append(needs, contain.Point{Kind: "mesh", Node: name})
 		}
 	}
-	slices.SortFunc(needs, func(a, b contain.Point) int { return len(a.Kind+a.Node) - len(b.Kind+b.Node) })
+	slices.SortFunc(needs, func(a, b contain.Point) int { return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Node, b.Node)) })
 	_, fresh, err := c.book.Open(ctx, k.Namespace, spec.Incident{
 		Instance: k.Name, Workload: i.workload, Application: i.application, Node: i.node,
-		Identity: i.identity, Cause: r.Cause, Rule: r.Rule, Detail: r.Detail,
+		Identity: i.identity, Cause: r.Cause, Rule: clip(r.Rule, maxRule), Detail: clip(r.Detail, maxDetail),
 		Observed: r.Observed.UTC().Format(time.RFC3339Nano),
 	}, needs)
 	if err != nil {
@@ -112,9 +161,13 @@ func (c *Control) receipt(ctx context.Context, node string, r wire.Receipt, keys
 		return &wire.Error{Reason: "ForeignReceipt", Message: fmt.Sprintf("receipt of %s: it speaks for node %q", node, r.Node)}
 	}
 	if err := evidence.VerifyReceipt(r, keys...); err != nil {
-		return err
+		return &wire.Error{Reason: "ReceiptInvalid", Message: err.Error()}
 	}
-	if _, err := c.book.Receipt(ctx, r); err != nil {
+	_, err := c.book.Receipt(ctx, r)
+	if errors.Is(err, contain.ErrUnknown) {
+		return &wire.Error{Reason: "EpochUnknown", Message: err.Error()}
+	}
+	if err != nil {
 		return err
 	}
 	c.look()
