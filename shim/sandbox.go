@@ -92,7 +92,7 @@ type sandbox struct {
 	names  streams
 	size   size
 	log    *slog.Logger
-	exited func(*running, exit)
+	exited func(*sandbox, *running, exit)
 	oom    func()        // the guest's kernel killed for want of memory; must not block
 	made   chan struct{} // closed when create has ended
 	err    error         // of create; read after made
@@ -102,6 +102,8 @@ type sandbox struct {
 	channel *vm.Channel
 	policy  guard.Compiled
 	ended   chan struct{} // closed when the machine is gone after the end of the first process
+
+	pausing sync.Mutex // held while the machine is paused or resumed
 
 	mu     sync.Mutex
 	execs  map[string]*running
@@ -240,7 +242,7 @@ func (b *sandbox) watch(r *running, p *vm.Process) {
 	r.announcing.Lock()
 	if r.finish(status) {
 		_, status, at := r.state()
-		b.exited(r, exit{status, at})
+		b.exited(b, r, exit{status, at})
 	}
 	r.announcing.Unlock()
 	if r == b.first {
@@ -284,6 +286,9 @@ func (b *sandbox) start(ctx context.Context, r *running, told func()) error {
 	if p, _, _ := r.state(); p != phaseCreated {
 		return errNotCreated
 	}
+	if b.isPaused() {
+		return errPaused
+	}
 	if r == b.first {
 		if err := r.process().Start(ctx); err != nil {
 			return err // its end was heard of
@@ -319,20 +324,20 @@ func (b *sandbox) exec(ctx context.Context, r *running) error {
 	return nil
 }
 
-var errNotCreated = errors.New("it was started before")
+var (
+	errNotCreated = errors.New("it was started before")
+	errPaused     = errors.New("the sandbox is paused")
+)
 
 // kill signals a process, or all of the container. What a guest does not do in
 // time is done to its machine.
 func (b *sandbox) kill(ctx context.Context, r *running, s syscall.Signal, all bool) error {
-	b.mu.Lock()
-	paused := b.paused
-	b.mu.Unlock()
 	fatal := s == syscall.SIGKILL && (r == b.first || all)
-	if paused {
+	if b.isPaused() {
 		if fatal {
 			return b.machine.Kill(ctx)
 		}
-		return errors.New("the sandbox is paused")
+		return errPaused
 	}
 	p := r.process()
 	if p == nil {
@@ -370,8 +375,8 @@ func (b *sandbox) insist() {
 
 // pause freezes the machine, or lets it go on.
 func (b *sandbox) pause(ctx context.Context, paused bool) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	b.pausing.Lock()
+	defer b.pausing.Unlock()
 	act := b.machine.Resume
 	if paused {
 		act = b.machine.Pause
@@ -379,8 +384,16 @@ func (b *sandbox) pause(ctx context.Context, paused bool) error {
 	if err := act(ctx); err != nil {
 		return err
 	}
+	b.mu.Lock()
 	b.paused = paused
+	b.mu.Unlock()
 	return nil
+}
+
+func (b *sandbox) isPaused() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.paused
 }
 
 // find gives the container's first process, or an exec.

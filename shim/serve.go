@@ -48,8 +48,9 @@ func (s *service) methods() map[string]ttrpc.Method {
 func serve(ctx context.Context, a arguments, c config) error {
 	log, closeLog := openLog(a)
 	defer closeLog()
-	ln, err := net.FileListener(os.NewFile(3, "socket"))
-	if err != nil {
+	given := os.NewFile(3, "socket")
+	ln, err := net.FileListener(given)
+	if err = errors.Join(err, given.Close()); err != nil { // no child shall have it
 		return fmt.Errorf("serve: descriptor 3: %w", err)
 	}
 	if u, ok := ln.(*net.UnixListener); ok {

@@ -169,14 +169,11 @@ func (s *service) create(ctx context.Context, b *sandbox, r *task.CreateTaskRequ
 }
 
 // exited tells of the end of a process.
-func (s *service) exited(r *running, e exit) {
+func (s *service) exited(b *sandbox, r *running, e exit) {
 	id := r.id
 	if id == "" {
 		id = r.container
 	}
-	s.mu.Lock()
-	b := s.sandbox
-	s.mu.Unlock()
 	s.events.publish(&events.TaskExit{
 		ContainerID: r.container, ID: id, Pid: b.pid(), ExitStatus: uint32(e.status), ExitedAt: timestamppb.New(e.at),
 	})
@@ -195,7 +192,7 @@ func (s *service) Start(ctx context.Context, r *task.StartRequest) (*task.StartR
 		}
 		s.events.publish(&events.TaskExecStarted{ContainerID: r.ID, ExecID: r.ExecID, Pid: b.pid()})
 	})
-	if errors.Is(err, errNotCreated) {
+	if errors.Is(err, errNotCreated) || errors.Is(err, errPaused) {
 		return nil, status.Errorf(codes.FailedPrecondition, "start %q %q: %v", r.ID, r.ExecID, err)
 	}
 	if err != nil {
@@ -308,15 +305,12 @@ func (s *service) State(_ context.Context, r *task.StateRequest) (*task.StateRes
 		ID: b.id, Bundle: b.bundle, Pid: b.pid(), ExecID: r.ExecID, ExitStatus: uint32(code),
 		Stdin: n.Stdin, Stdout: n.Stdout, Stderr: n.Stderr, Terminal: n.Terminal,
 	}
-	b.mu.Lock()
-	paused := b.paused
-	b.mu.Unlock()
 	switch {
 	case ph == phaseStopped:
 		out.Status, out.ExitedAt = types.Status_STOPPED, timestamppb.New(at)
 	case ph == phaseCreated:
 		out.Status = types.Status_CREATED
-	case paused:
+	case b.isPaused():
 		out.Status = types.Status_PAUSED
 	default:
 		out.Status = types.Status_RUNNING
@@ -438,10 +432,7 @@ func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsR
 	if ph, _, _ := p.state(); ph == phaseStopped {
 		return nil, status.Errorf(codes.FailedPrecondition, "read statistics of %q: it has ended", r.ID)
 	}
-	b.mu.Lock()
-	paused := b.paused
-	b.mu.Unlock()
-	if paused {
+	if b.isPaused() {
 		return nil, status.Errorf(codes.FailedPrecondition, "read statistics of %q: it is paused", r.ID)
 	}
 	st, err := b.channel.Stats(ctx)
