@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +35,7 @@ const maxYAML = 4 << 20
 
 const (
 	runningWithin = 5 * time.Minute
+	answersWithin = time.Minute
 	pollEvery     = 200 * time.Millisecond
 	// faultFor is how long a fault must last: what was contained may be about
 	// to be replaced.
@@ -169,7 +171,15 @@ func (d *Deployer) Deploy(ctx context.Context, x *Example) error {
 	if err := d.apply(ctx, x, "workloads", func(doc *document) bool { return doc.Kind == "Workload" }); err != nil {
 		return err
 	}
-	return d.running(ctx, x)
+	if err := d.running(ctx, x); err != nil {
+		return err
+	}
+	for _, door := range x.Doors() {
+		if err := d.answers(ctx, door); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (d *Deployer) apply(ctx context.Context, x *Example, what string, pass func(*document) bool) error {
@@ -333,6 +343,46 @@ func (d *Deployer) running(ctx context.Context, x *Example) error {
 		case <-time.After(pollEvery):
 		}
 	}
+}
+
+// answers waits until what is behind a door that speaks HTTP answers: a process
+// that has been started may not be listening yet.
+func (d *Deployer) answers(ctx context.Context, door Door) error {
+	if !strings.HasPrefix(door.URL, "http:") {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, answersWithin)
+	defer cancel()
+	end := d.Progress.Step("waiting for %s to answer at %s", door.Workload, door.URL)
+	for {
+		err := ask(ctx, door.URL)
+		if err == nil {
+			return end(nil)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s to answer at %s within %v: %w", door.Workload, door.URL, answersWithin, err)
+		case <-time.After(pollEvery):
+		}
+	}
+}
+
+// ask says what a server's own faults are; any other answer will do.
+func ask(ctx context.Context, url string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	said, err := io.ReadAll(io.LimitReader(resp.Body, 1<<10))
+	if resp.StatusCode >= http.StatusInternalServerError {
+		return fmt.Errorf("%s: %q", resp.Status, said)
+	}
+	return err
 }
 
 func replicas(doc *document) int {
