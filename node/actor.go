@@ -48,6 +48,7 @@ type body interface {
 // launched is what Launch says of a success.
 type launched struct {
 	process uint32
+	env     []string
 	ready   time.Duration
 }
 
@@ -64,6 +65,7 @@ func (e *RefusalError) Unwrap() error { return e.Err }
 // actor runs one instance from its order to its end.
 type actor struct {
 	n    *Node
+	id   string // of the instance
 	body body
 
 	guard chan wire.Guard // newest policy wanted; capacity 1
@@ -71,7 +73,8 @@ type actor struct {
 	keep  chan struct{}   // closed when the node ends and leaves it running
 	once  sync.Once
 	done  chan struct{}
-	ice   chan struct{} // closed when the instance is frozen
+	ice   chan struct{} // closed when the instance is to be frozen
+	began chan struct{} // closed when the launch or adoption has ended, well or not
 
 	containing sync.Mutex // held by contain, so that a second call waits for the first
 
@@ -79,14 +82,15 @@ type actor struct {
 	entry     entry
 	heartbeat wire.GuardHeartbeat
 	serial    string
-	frozen    bool
+	frozen    bool   // nothing moves in it any more, or soon
+	held      bool   // by this process: it is certain that nothing does
 	receipted bool   // this process has given the receipt of its containment
 	asked     uint64 // newest policy generation handed to want
 }
 
 func newActor(n *Node, e entry, b body) *actor {
-	return &actor{n: n, body: b, entry: e, guard: make(chan wire.Guard, 1),
-		stop: make(chan struct{}), keep: n.keep, done: make(chan struct{}), ice: make(chan struct{})}
+	return &actor{n: n, id: e.Instance.ID, body: b, entry: e, guard: make(chan wire.Guard, 1),
+		stop: make(chan struct{}), keep: n.keep, done: make(chan struct{}), ice: make(chan struct{}), began: make(chan struct{})}
 }
 
 // end says that the instance is no longer wanted.
@@ -104,15 +108,13 @@ func (a *actor) want(g wire.Guard) {
 	a.guard <- g
 }
 
-// set changes the entry and writes it before anybody can act on the change.
+// set changes the entry and writes it before anybody can act on the change. If
+// it cannot be written it holds nevertheless: a full disk does not make an
+// instance run that has ended.
 func (a *actor) set(change func(*entry)) error {
 	a.mu.Lock()
-	e := a.entry
-	change(&e)
-	err := a.n.journal.put(e)
-	if err == nil {
-		a.entry = e
-	}
+	change(&a.entry)
+	err := a.n.journal.put(a.entry)
 	a.mu.Unlock()
 	a.n.said()
 	return err
@@ -132,6 +134,7 @@ func (a *actor) status() wire.InstanceStatus {
 func (a *actor) run(ctx context.Context, adopt bool) {
 	defer close(a.done)
 	err := a.start(ctx, adopt)
+	close(a.began)
 	if err == nil {
 		err = a.live(ctx)
 	}
@@ -142,48 +145,80 @@ func (a *actor) run(ctx context.Context, adopt bool) {
 	}
 	if err != nil {
 		a.n.note(a.fail(err))
-		a.clean()
+		a.n.note(a.clean())
 		select {
 		case <-a.stop:
 		case <-a.keep:
 			return
 		}
 	}
-	a.clean()
-	a.n.note(a.n.journal.remove(a.entry.Instance.ID))
+	// What could not be ended stays in the journal, so that it is found again.
+	err = a.clean()
+	for try := 1; err != nil && try < cleanTries; try++ {
+		time.Sleep(cleanPause)
+		err = a.clean()
+	}
+	if err == nil {
+		err = a.n.journal.remove(a.id)
+	}
+	a.n.note(err)
+}
+
+// A sandbox that cannot be ended is tried again so often.
+const (
+	cleanTries = 3
+	cleanPause = 300 * time.Millisecond
+)
+
+// current is the entry as it is now.
+func (a *actor) current() entry {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.entry
 }
 
 // start launches or adopts, and gives up when the instance is not wanted any
-// more.
+// more or is contained meanwhile.
 func (a *actor) start(ctx context.Context, adopt bool) error {
+	e := a.current()
+	if !adopt && e.Contained {
+		return &RefusalError{"Revoked", fmt.Errorf("launch of %s: it is revoked", a.id)}
+	}
+	ice := a.ice
+	if adopt {
+		ice = nil // what is contained is adopted too, and stays frozen
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go func() {
 		select {
 		case <-a.stop:
 		case <-a.keep:
+		case <-ice:
 		case <-ctx.Done():
 		}
 		cancel()
 	}()
 	if adopt {
-		if a.entry.Phase != wire.PhaseRunning && a.entry.Phase != wire.PhaseContained {
-			return &RefusalError{"Interrupted", fmt.Errorf("launch of %s was interrupted by a restart of the node", a.entry.Instance.ID)}
+		if e.Phase != wire.PhaseRunning && e.Phase != wire.PhaseContained {
+			return &RefusalError{"Interrupted", fmt.Errorf("launch of %s was interrupted by a restart of the node", a.id)}
 		}
-		return a.body.Adopt(ctx, a.entry)
+		return a.body.Adopt(ctx, e)
 	}
 	release, err := a.n.launchSlot(ctx, a.stop)
 	if err != nil {
 		return err
 	}
 	defer release()
-	l, err := a.body.Launch(ctx, a.entry.Instance)
+	l, err := a.body.Launch(ctx, e.Instance)
 	if err != nil {
 		return err
 	}
 	return a.set(func(e *entry) {
-		e.Phase, e.StartedAt, e.Process = wire.PhaseRunning, a.n.now(), l.process
-		e.Reason, e.Message = "", ""
+		e.StartedAt, e.Process, e.Env = a.n.now(), l.process, l.env
+		if !e.Contained { // it may have been just now
+			e.Phase, e.Reason, e.Message = wire.PhaseRunning, "", ""
+		}
 		e.ReadyMillis = max(1, l.ready.Milliseconds())
 	})
 }
@@ -208,7 +243,7 @@ func (a *actor) live(ctx context.Context) error {
 				continue // nothing moves in there; a new policy has no meaning
 			}
 			if err := a.body.Enforce(ctx, g); err != nil {
-				a.n.note(fmt.Errorf("enforce policy on %s: %w", a.entry.Instance.ID, err))
+				a.n.note(fmt.Errorf("enforce policy on %s: %w", a.id, err))
 				a.n.violation(a, wire.Report{Severity: spec.SeverityWarning, Cause: "guard", Rule: "policy",
 					Detail: fmt.Sprintf("policy generation %d was refused and the one before stays in force: %v", g.Generation, err)})
 				continue
@@ -239,6 +274,8 @@ func (a *actor) beat(ctx context.Context, missed *int) {
 	if err != nil {
 		select {
 		case <-a.body.Died():
+			return
+		case <-a.ice:
 			return
 		default:
 		}
@@ -301,47 +338,75 @@ func (a *actor) fail(err error) error {
 }
 
 // clean ends everything of the instance, whatever state it is in.
-func (a *actor) clean() {
+func (a *actor) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), graceTime+30*time.Second)
 	defer cancel()
-	a.n.mesh.remove(ctx, a.entry.Instance.ID)
+	a.n.mesh.remove(ctx, a.id)
 	grace := graceTime
 	if a.isFrozen() {
 		grace = 0
 	}
-	a.n.note(a.body.Stop(ctx, grace))
+	return a.body.Stop(ctx, grace)
 }
 
 // contain freezes the machine and cuts its connections, at once and once. The
-// journal says so before it happens, so that a restart keeps it frozen.
+// journal says so before it happens, so that a restart keeps it frozen. Only
+// when it is certain that nothing moves any more is the error nil; until then
+// it can be called again.
 func (a *actor) contain(ctx context.Context, reason string) error {
 	a.containing.Lock()
 	defer a.containing.Unlock()
 	a.mu.Lock()
-	if a.frozen {
-		a.mu.Unlock()
-		return nil
-	}
+	fresh, held := !a.frozen, a.held
 	a.frozen = true
 	a.mu.Unlock()
-	close(a.ice)
-	recorded := a.set(func(e *entry) {
-		e.Contained, e.Phase, e.Reason, e.Message = true, wire.PhaseContained, "Contained", reason
-	})
+	if held {
+		return nil
+	}
+	launching := true
+	select {
+	case <-a.began:
+		launching = false
+	default:
+	}
+	if fresh {
+		close(a.ice)
+		a.n.note(a.set(func(e *entry) {
+			e.Contained, e.Phase, e.Reason, e.Message = true, wire.PhaseContained, "Contained", reason
+		}))
+	}
 	ctx, cancel := context.WithTimeout(ctx, freezeTime)
 	defer cancel()
-	frozen := make(chan error, 1)
-	go func() { frozen <- a.body.Freeze(ctx) }()
-	a.n.mesh.remove(ctx, a.entry.Instance.ID)
-	if err := errors.Join(recorded, <-frozen); err != nil {
-		return fmt.Errorf("contain %s: %w", a.entry.Instance.ID, err)
+	err := a.freeze(ctx)
+	if launching {
+		// A launch under way gives up now; what it made meanwhile is frozen too.
+		select {
+		case <-a.began:
+			err = a.freeze(ctx)
+		case <-ctx.Done():
+			err = errors.Join(err, errors.New("its launch does not end"))
+		}
 	}
+	if err != nil {
+		return fmt.Errorf("contain %s: %w", a.id, err)
+	}
+	a.mu.Lock()
+	a.held = true
+	a.mu.Unlock()
 	return nil
 }
 
-// receiptDue says whether the receipt of an epoch is still owed, and notes
+// freeze stops the machine and cuts it off, both at once.
+func (a *actor) freeze(ctx context.Context) error {
+	frozen := make(chan error, 1)
+	go func() { frozen <- a.body.Freeze(ctx) }()
+	a.n.mesh.remove(ctx, a.id)
+	return <-frozen
+}
+
+// receiptDue says whether the receipt of the containment is still owed, and notes
 // that it is given.
-func (a *actor) receiptDue(epoch uint64) bool {
+func (a *actor) receiptDue() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.receipted {
@@ -362,6 +427,9 @@ func (a *actor) guardWanted() uint64 {
 func (a *actor) containedBy(e plan.Epoch) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	i := a.entry.Instance
+	return revokes(e, a.entry.Instance)
+}
+
+func revokes(e plan.Epoch, i wire.Instance) bool {
 	return slices.Contains(e.Instances, i.ID) || slices.Contains(e.Identities, i.Identity) || slices.Contains(e.Digests, i.Digest)
 }

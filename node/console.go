@@ -94,11 +94,18 @@ func (c *console) copyTo(ctx context.Context, w io.Writer, follow bool) error {
 		if _, err := io.Copy(w, f); err != nil {
 			return fmt.Errorf("read console: %w", err)
 		}
-		if !follow || ended {
+		if !follow {
 			return nil
 		}
+		before := f
 		if f, err = reopened(f, c.path); err != nil {
 			return err
+		}
+		if f != before {
+			continue // what the new file has is not waited for
+		}
+		if ended {
+			return nil
 		}
 		select {
 		case <-changed:

@@ -48,7 +48,7 @@ func (n *Node) logs(w http.ResponseWriter, r *http.Request) {
 	}
 	c, ok := a.body.(interface{ Console() *console })
 	if !ok || c.Console() == nil {
-		refuse(w, http.StatusNotFound, "NoLogs", fmt.Errorf("instance %q has written nothing yet", a.entry.Instance.ID))
+		refuse(w, http.StatusNotFound, "NoLogs", fmt.Errorf("instance %q has written nothing yet", a.id))
 		return
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")

@@ -23,9 +23,11 @@ type entry struct {
 	Message   string        `json:"message,omitempty"`
 	StartedAt time.Time     `json:"startedAt,omitzero"`
 	// Process of the workload in the guest, to wait for it after a restart.
-	Process     uint32 `json:"process,omitempty"`
-	ReadyMillis int64  `json:"readyMillis,omitempty"`
-	ExitCode    *int   `json:"exitCode,omitempty"`
+	Process uint32 `json:"process,omitempty"`
+	// Env of the workload, for what is executed beside it.
+	Env         []string `json:"env,omitempty"`
+	ReadyMillis int64    `json:"readyMillis,omitempty"`
+	ExitCode    *int     `json:"exitCode,omitempty"`
 	// Contained is set before an instance is frozen.
 	Contained bool `json:"contained,omitempty"`
 	// Boot is the machine boot the entry was written in: an older one means
@@ -53,6 +55,9 @@ func openJournal(dir string) (*journal, error) {
 func (j *journal) path(id string) string { return filepath.Join(j.dir, id+".json") }
 
 func (j *journal) put(e entry) error {
+	if id := e.Instance.ID; id == "." || !filepath.IsLocal(id) || filepath.Base(id) != id {
+		return fmt.Errorf("journal %q: not a name of an instance", id)
+	}
 	e.Boot = j.boot
 	data, err := json.Marshal(e)
 	if err != nil {
@@ -86,7 +91,10 @@ func (j *journal) all() ([]entry, error) {
 		}
 		var e entry
 		if err := json.Unmarshal(data, &e); err != nil {
-			return nil, fmt.Errorf("read journal %s: %w", name, err)
+			return nil, fmt.Errorf("read journal %s: %w: its sandbox is ended if you remove the file", name, err)
+		}
+		if j.path(e.Instance.ID) != name {
+			return nil, fmt.Errorf("read journal %s: it is about instance %q: its sandbox is ended if you remove the file", name, e.Instance.ID)
 		}
 		all = append(all, e)
 	}

@@ -65,6 +65,7 @@ type Node struct {
 	keep    chan struct{} // closed to leave sandboxes running
 	news    chan struct{}
 	reports chan wire.Report
+	alarms  chan wire.Report // critical ones, which no flood of others may hold up
 
 	mu     sync.Mutex
 	actors map[string]*actor
@@ -83,7 +84,7 @@ func Open(ctx context.Context, c Config) (*Node, error) {
 	n := &Node{
 		conf: c, slog: slog.New(slog.NewTextHandler(c.Log, nil)),
 		slots: make(chan struct{}, max(1, runtime.NumCPU())), keep: make(chan struct{}),
-		news: make(chan struct{}, 1), reports: make(chan wire.Report, 1024), actors: map[string]*actor{},
+		news: make(chan struct{}, 1), reports: make(chan wire.Report, 1024), alarms: make(chan wire.Report, 256), actors: map[string]*actor{},
 	}
 	for _, dir := range []string{c.State, c.Run} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
@@ -125,7 +126,8 @@ func (n *Node) Run(ctx context.Context) error {
 	err = run.All(ctx,
 		run.Task{Name: "watch", Run: n.watchLoop},
 		run.Task{Name: "status", Run: n.statusLoop},
-		run.Task{Name: "reports", Run: n.reportLoop},
+		run.Task{Name: "reports", Run: func(ctx context.Context) error { return n.reportLoop(ctx, n.reports) }},
+		run.Task{Name: "alarms", Run: func(ctx context.Context) error { return n.reportLoop(ctx, n.alarms) }},
 		run.Task{Name: "mesh", Run: n.mesh.run},
 		run.Task{Name: "door", Run: n.serveDoor},
 		run.Task{Name: "renew", Run: n.keys.renewLoop},
@@ -154,7 +156,7 @@ func (n *Node) adopt(ctx context.Context) (int, error) {
 	}
 	for _, e := range left {
 		alive := e.Boot == n.journal.boot
-		if !alive {
+		if !alive && !e.Contained {
 			e.Phase = wire.PhasePending // makes start refuse it as interrupted
 		}
 		n.startActor(ctx, e, true)
@@ -228,7 +230,7 @@ func (n *Node) apply(ctx context.Context, d wire.Desired) {
 	if d.Epoch.Number < n.epoch.Number {
 		n.mu.Unlock()
 		n.note(fmt.Errorf("apply orders: epoch %d is older than %d in force: refused", d.Epoch.Number, n.epoch.Number))
-		return
+		return // restarting the node accepts a control plane that lost its ledger
 	}
 	fresh := d.Epoch.Number > n.epoch.Number
 	n.epoch, n.order = d.Epoch, d
@@ -246,7 +248,7 @@ func (n *Node) apply(ctx context.Context, d wire.Desired) {
 		n.enforceEpoch(ctx, d.Epoch, running)
 	}
 	for _, a := range running {
-		i, ok := wanted[a.entry.Instance.ID]
+		i, ok := wanted[a.id]
 		if !ok {
 			a.end()
 			continue
@@ -259,34 +261,73 @@ func (n *Node) apply(ctx context.Context, d wire.Desired) {
 	n.mesh.setPlan(d.Mesh)
 	for _, i := range wanted {
 		e := entry{Instance: i, Phase: wire.PhasePending}
+		if revokes(d.Epoch, i) { // its machine is gone; another must not take its place
+			e.Contained, e.Phase, e.Reason, e.Message = true, wire.PhaseContained, "Contained", fmt.Sprintf("revoked by epoch %d; its machine is gone", d.Epoch.Number)
+		}
 		if err := n.journal.put(e); err != nil {
 			n.note(fmt.Errorf("launch %s: %w", i.ID, err)) // asked again with the next order
 			continue
 		}
 		n.startActor(ctx, e, false)
+		if a, ok := n.find(i.ID); ok && e.Contained {
+			n.wg.Go(func() { n.hold(ctx, a, d.Epoch) })
+		}
 	}
 }
 
-// enforceEpoch cuts and freezes what a new epoch revokes and gives receipts.
+// enforceEpoch cuts and freezes what a new epoch revokes and gives receipts. It
+// returns after the first try; what failed is tried again until it is done.
 func (n *Node) enforceEpoch(ctx context.Context, e plan.Epoch, running []*actor) {
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		act, err := n.mesh.cut(ctx, e)
-		n.receipt(ctx, wire.Receipt{Epoch: e.Number, Point: "mesh", Act: act}, err)
-	})
-	for _, a := range running {
-		if !a.containedBy(e) {
-			continue
-		}
+	first := func(try func() bool) {
 		wg.Go(func() {
-			err := a.contain(ctx, fmt.Sprintf("revoked by epoch %d", e.Number))
-			if !a.receiptDue(e.Number) {
-				return
+			if !try() {
+				n.wg.Go(func() { insist(ctx, try) })
 			}
-			n.receipt(ctx, wire.Receipt{Epoch: e.Number, Instance: a.entry.Instance.ID, Point: "sandbox", Act: "paused"}, err)
 		})
 	}
+	first(func() bool {
+		if n.currentEpoch().Number > e.Number {
+			return true // the receipt of the newer one counts for this one too
+		}
+		act, err := n.mesh.cut(ctx, e)
+		n.receipt(ctx, wire.Receipt{Epoch: e.Number, Point: "mesh", Act: act}, err)
+		return err == nil
+	})
+	for _, a := range running {
+		if a.containedBy(e) {
+			first(func() bool { return n.tryHold(ctx, a, e) })
+		}
+	}
 	wg.Wait()
+}
+
+// hold contains an instance and gives the receipt, however long that takes.
+func (n *Node) hold(ctx context.Context, a *actor, e plan.Epoch) {
+	insist(ctx, func() bool { return n.tryHold(ctx, a, e) })
+}
+
+func (n *Node) tryHold(ctx context.Context, a *actor, e plan.Epoch) bool {
+	err := a.contain(ctx, fmt.Sprintf("revoked by epoch %d", e.Number))
+	if err == nil && !a.receiptDue() {
+		return true
+	}
+	n.receipt(ctx, wire.Receipt{Epoch: e.Number, Instance: a.id, Point: "sandbox", Act: "paused"}, err)
+	return err == nil
+}
+
+// insist tries until it succeeds or ctx ends.
+func insist(ctx context.Context, try func() bool) {
+	for pause := 50 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		if try() {
+			return
+		}
+	}
 }
 
 // receipt signs and sends what was done, and tries until it is heard.
@@ -325,17 +366,32 @@ func isRefusal(err error) bool {
 // violation contains the instance at once if the violation is critical, and
 // tells the control plane in any case.
 func (n *Node) violation(a *actor, r wire.Report) {
-	r.Instance = a.entry.Instance.ID
+	r.Instance = a.id
 	if r.Observed.IsZero() {
 		r.Observed = n.now().UTC()
 	}
+	to := n.reports
+	if critical(r) {
+		to = n.alarms
+	}
 	select {
-	case n.reports <- r:
+	case to <- r:
 	default:
 		n.note(fmt.Errorf("report violation of %s: the control plane does not keep up: %s", r.Instance, r.Rule))
 	}
 	if critical(r) {
-		n.wg.Go(func() { n.note(a.contain(context.Background(), r.Rule+": "+r.Detail)) })
+		n.wg.Go(func() {
+			err := a.contain(context.Background(), r.Rule+": "+r.Detail)
+			for pause := 50 * time.Millisecond; err != nil; pause = min(2*pause, 2*time.Second) {
+				n.note(err)
+				select {
+				case <-a.done:
+					return
+				case <-time.After(pause):
+				}
+				err = a.contain(context.Background(), r.Rule+": "+r.Detail)
+			}
+		})
 	}
 }
 
@@ -344,12 +400,12 @@ func critical(r wire.Report) bool {
 }
 
 // reportLoop sends violations in order and keeps one until it is heard.
-func (n *Node) reportLoop(ctx context.Context) error {
+func (n *Node) reportLoop(ctx context.Context, reports <-chan wire.Report) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case r := <-n.reports:
+		case r := <-reports:
 			for pause := 20 * time.Millisecond; ; pause = min(2*pause, 2*time.Second) {
 				err := n.uplink.call(ctx, wire.PathReport, r, nil)
 				if err == nil || isRefusal(err) {

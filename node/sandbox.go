@@ -79,9 +79,9 @@ func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error)
 	if err != nil {
 		return launched{}, fmt.Errorf("pull image: %w", err)
 	}
-	address, err := netip.ParseAddr(i.Address)
+	address, err := guestAddress(i.Address)
 	if err != nil {
-		return launched{}, &RefusalError{"AddressInvalid", fmt.Errorf("address %q: %w", i.Address, err)}
+		return launched{}, &RefusalError{"AddressInvalid", err}
 	}
 	if err := s.openConsole(); err != nil {
 		return launched{}, err
@@ -105,7 +105,7 @@ func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error)
 	if err := s.spawn(ctx, i, img); err != nil {
 		return launched{}, err
 	}
-	return launched{process: s.process.ID(), ready: time.Since(began)}, nil
+	return launched{process: s.process.ID(), env: s.env, ready: time.Since(began)}, nil
 }
 
 // checkTicket verifies the permission to launch, field by field.
@@ -127,6 +127,19 @@ func (s *sandbox) checkTicket(i wire.Instance) error {
 		return fmt.Errorf("ticket of %s: it demands another guest than this node boots: ticket %+v, node %+v", i.ID, t.Measurement, s.g.measurement)
 	}
 	return nil
+}
+
+// guestAddress reads the address of a guest. It makes the guest's user and
+// hardware address too, so it must be one of a guest.
+func guestAddress(text string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(text)
+	if err != nil {
+		return a, fmt.Errorf("address %q: %w", text, err)
+	}
+	if !plan.Guests.Contains(a) {
+		return a, fmt.Errorf("address %s is not in %s, where guests are", a, plan.Guests)
+	}
+	return a, nil
 }
 
 func guestMAC(a netip.Addr) net.HardwareAddr {
@@ -378,7 +391,7 @@ func (s *sandbox) watch() {
 
 // Adopt takes over a machine that an earlier process of this node started.
 func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
-	address, err := netip.ParseAddr(e.Instance.Address)
+	address, err := guestAddress(e.Instance.Address)
 	if err != nil {
 		return fmt.Errorf("adopt %s: %w", s.id, err)
 	}
@@ -407,9 +420,13 @@ func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
 		if p.Process != e.Process {
 			continue
 		}
-		if s.process, err = s.channel.Attach(ctx, p); err != nil {
+		own, err := s.channel.Attach(ctx, p)
+		if err != nil {
 			return err
 		}
+		s.mu.Lock()
+		s.process, s.env = own, e.Env
+		s.mu.Unlock()
 		s.watch()
 	}
 	if s.process == nil {
@@ -447,7 +464,13 @@ func (s *sandbox) Freeze(ctx context.Context) error {
 	if m == nil {
 		return nil // it never ran
 	}
-	return m.Pause(ctx)
+	err := m.Pause(ctx)
+	select {
+	case <-m.Done():
+		return nil // and never will again
+	default:
+		return err
+	}
 }
 
 // Stop ends everything in reverse order of making.
@@ -464,7 +487,9 @@ func (s *sandbox) Stop(ctx context.Context, grace time.Duration) error {
 		s.cancel()
 	}
 	if s.machine != nil {
-		errs = append(errs, s.machine.Kill(ctx))
+		if err := s.machine.Kill(ctx); err != nil {
+			return err // its network stays while it may live
+		}
 	}
 	if s.channel != nil {
 		s.channel.Close()

@@ -28,11 +28,13 @@ const (
 type uplink struct {
 	base string // https://host:port
 	http *http.Client
+	// quiet is how long the watch may be silent.
+	quiet time.Duration
 }
 
 func newUplink(address string, conf *tls.Config) *uplink {
 	return &uplink{
-		base: "https://" + address,
+		base: "https://" + address, quiet: quietTime,
 		http: &http.Client{Transport: &http.Transport{
 			TLSClientConfig:     conf,
 			MaxIdleConnsPerHost: 8,
@@ -75,9 +77,11 @@ func (u *uplink) call(ctx context.Context, path string, in, out any) error {
 	return nil
 }
 
+// refusal reads an answer that is no success. Only what the control plane
+// decided is a *wire.Error; what went wrong there may go well the next time.
 func refusal(path string, status int, body []byte) error {
 	var e wire.Error
-	if json.Unmarshal(body, &e) == nil && e.Message != "" {
+	if status < http.StatusInternalServerError && json.Unmarshal(body, &e) == nil && e.Message != "" {
 		return fmt.Errorf("call %s: %w", path, &e)
 	}
 	return fmt.Errorf("call %s: status %d: %.200q", path, status, body)
@@ -95,6 +99,8 @@ func (u *uplink) watch(ctx context.Context, hello wire.Hello, handle func(wire.D
 	if err != nil {
 		return fmt.Errorf("watch: %w", err)
 	}
+	quiet := time.AfterFunc(u.quiet, cancel) // a silent peer is a dead peer
+	defer quiet.Stop()
 	resp, err := u.http.Do(req)
 	if err != nil {
 		return fmt.Errorf("watch: %w", err)
@@ -104,12 +110,10 @@ func (u *uplink) watch(ctx context.Context, hello wire.Hello, handle func(wire.D
 		body, _ := io.ReadAll(io.LimitReader(resp.Body, maxBody)) // the status says enough
 		return refusal(wire.PathWatch, resp.StatusCode, body)
 	}
-	quiet := time.AfterFunc(quietTime, cancel) // a silent peer is a dead peer
-	defer quiet.Stop()
 	lines := bufio.NewScanner(resp.Body)
 	lines.Buffer(make([]byte, 64<<10), maxDesired)
 	for lines.Scan() {
-		quiet.Reset(quietTime)
+		quiet.Reset(u.quiet)
 		if len(lines.Bytes()) == 0 {
 			continue
 		}
