@@ -128,9 +128,11 @@ func (ns *Namespace) Close() error {
 	if ns.file == nil {
 		return nil
 	}
-	err := ns.file.Close()
-	ns.file = nil
-	return err
+	// The file itself knows that it is closed, also while Do is using it.
+	if err := ns.file.Close(); !errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	return nil
 }
 
 // Delete closes the namespace and removes its name. Links, routes and rules go
@@ -145,9 +147,18 @@ func (ns *Namespace) Do(f func() error) error {
 	if ns.file == nil {
 		return fmt.Errorf("enter namespace %q: %w", ns.name, fs.ErrClosed)
 	}
+	raw, err := ns.file.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("enter namespace %q: %w", ns.name, err)
+	}
 	return onThread(func() error {
-		if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		var entered error
+		// Close waits for this, so the number cannot mean another file.
+		if err := raw.Control(func(fd uintptr) { entered = unix.Setns(int(fd), unix.CLONE_NEWNET) }); err != nil {
 			return fmt.Errorf("enter namespace %q: %w", ns.name, err)
+		}
+		if entered != nil {
+			return fmt.Errorf("enter namespace %q: %w", ns.name, entered)
 		}
 		return f()
 	})
