@@ -60,7 +60,7 @@ func environment(lookup func(string) string) (config, error) {
 			continue
 		}
 		if !filepath.IsAbs(given) || filepath.Clean(given) != given {
-			return config{}, fmt.Errorf("read %s %q: want an absolute path without . and ..", v.name, given)
+			return config{}, fmt.Errorf("read %s %q: want an absolute path in its shortest form", v.name, given)
 		}
 		*v.into = given
 	}
