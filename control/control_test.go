@@ -233,19 +233,13 @@ func TestHandMadeInstanceGetsNoTicket(t *testing.T) {
 	tn.release()
 	d := n.ordered("the instance", one)
 	i := d.Instances[0]
-	o := &v1alpha1.Instance{ObjectMeta: kube.ObjectMeta{Namespace: "bank", Name: "web-evil"}, Spec: v1alpha1.InstanceSpec{
-		Workload: "web", Application: "bank", Node: "n1", Repository: i.Repository, Digest: i.Digest, Address: "10.88.9.9",
-		Identity: i.Identity, Ticket: string(i.Ticket), Launch: i.Spec}}
-	if err := kube.Create(t.Context(), tn.c.store, o); err != nil {
-		t.Fatal(err)
-	}
 	w, err := tn.c.read(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	before := len(tn.entries(kindTicket))
 	k := key{"bank", "web-evil"}
-	evil := w.instances[k]
+	evil := w.instances[key{"bank", i.ID}]
 	tn.ahead.Store(int64(ticketLife * 2 / 3))
 	for _, ticket := range []string{string(i.Ticket), "{}", ""} {
 		evil.ticket = []byte(ticket)

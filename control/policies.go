@@ -2,8 +2,10 @@ package control
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -29,6 +31,7 @@ var sound = verdict{true, "Accepted", "it holds where it is named"}
 // would be done.
 func (c *Control) syncPolicies(ctx context.Context, w world) error {
 	var errs []error
+	maps.DeleteFunc(c.judged, func(k key, _ judged) bool { _, ok := w.guards[k]; return !ok })
 	for k := range w.applications {
 		releases, err := c.log.Find(ledger.Query{Kind: "release.done", Namespace: k.Namespace, Application: k.Name})
 		errs = append(errs, err, stand(ctx, c, k, sound, func(o *v1alpha1.Application) {
@@ -36,7 +39,7 @@ func (c *Control) syncPolicies(ctx context.Context, w world) error {
 		}))
 	}
 	for k, p := range w.guards {
-		errs = append(errs, stand(ctx, c, k, guardVerdict(k, p), func(o *v1alpha1.GuardPolicy) {
+		errs = append(errs, stand(ctx, c, k, c.guardVerdict(k, p), func(o *v1alpha1.GuardPolicy) {
 			named := func(wl workload) bool { return slices.Contains(wl.spec.GuardPolicies, k.Name) }
 			o.Status.Workloads, o.Status.Instances = w.countWorkloads(k.Namespace, named), w.enforcing(k)
 		}))
@@ -83,6 +86,26 @@ func (w world) enforcing(policy key) (n int32) {
 		}
 	}
 	return n
+}
+
+// judged remembers the verdict on the Guard policy of a name, for as long as
+// its text is the same.
+type judged struct {
+	text string
+	verdict
+}
+
+func (c *Control) guardVerdict(k key, p guardPolicy) verdict {
+	text, err := json.Marshal(p.spec)
+	if err != nil {
+		return verdict{false, "Invalid", err.Error()}
+	}
+	if old, ok := c.judged[k]; ok && old.text == string(text) {
+		return old.verdict
+	}
+	v := guardVerdict(k, p)
+	c.judged[k] = judged{string(text), v}
+	return v
 }
 
 // guardVerdict compiles a policy by itself. Names of services are resolved per

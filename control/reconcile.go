@@ -90,6 +90,8 @@ func (c *Control) reconcile(ctx context.Context) (again time.Duration, err error
 	c.publish(w)
 	c.forget(w)
 	errs = append(errs, c.order(w))
+	// Last, for nobody waits for it.
+	errs = append(errs, c.syncPolicies(ctx, w))
 	return again, errors.Join(errs...)
 }
 

@@ -22,7 +22,7 @@ func bank() world {
 				Ports: []spec.Port{{Port: 12200, Protocol: "tcp"}}}},
 		},
 		guards: map[key]guardPolicy{{"bank", "web"}: {spec.GuardPolicy{Net: &spec.GuardNet{Egress: []spec.GuardEgress{
-			{Service: "ledger", Ports: []int32{12200}}, {CIDR: "192.0.2.7/24", Ports: []int32{443}}}}}}},
+			{Service: "ledger", Ports: []int32{12200}}, {CIDR: "192.0.2.0/24", Ports: []int32{443}}}}}}},
 		access: map[key]spec.AccessPolicy{{"bank", "ledger"}: {Workload: "ledger", Allow: []spec.AccessRule{{From: []string{"web"}}}}},
 		instances: map[key]instance{
 			{"bank", "web-1"}: {workload: "web", node: "n1", address: netip.MustParseAddr("10.88.0.1"), status: wire.InstanceStatus{Phase: wire.PhaseRunning},

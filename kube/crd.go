@@ -14,6 +14,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/metadata"
 	restclient "k8s.io/client-go/rest"
@@ -87,7 +88,37 @@ func installDefinitions(ctx context.Context, config *restclient.Config) error {
 			}
 		}
 	}
-	return nil
+	return awaitDiscovery(ctx, config, wanted)
+}
+
+// awaitDiscovery returns when the description of the API names every
+// definition: it is made a moment after the resources are served, and clients
+// find out by it what there is.
+func awaitDiscovery(ctx context.Context, config *restclient.Config, wanted []*apiextensionsv1.CustomResourceDefinition) error {
+	client, err := discovery.NewDiscoveryClientForConfig(config)
+	if err != nil {
+		return fmt.Errorf("install resource definitions: %w", err)
+	}
+	return await(ctx, "description of the API", func(context.Context) error {
+		_, lists, err := client.ServerGroupsAndResources()
+		if err != nil {
+			return err
+		}
+		named := map[string]bool{}
+		for _, l := range lists {
+			for _, r := range l.APIResources {
+				named[l.GroupVersion+"/"+r.Name] = true
+			}
+		}
+		for _, d := range wanted {
+			for _, v := range d.Spec.Versions {
+				if name := d.Spec.Group + "/" + v.Name + "/" + d.Spec.Names.Plural; v.Served && !named[name] {
+					return fmt.Errorf("%s is not described", name)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // makeNamespaces creates the namespaces that clients expect to be there.

@@ -1,0 +1,52 @@
+package control
+
+import (
+	"strings"
+	"testing"
+
+	"hauberk.dev/api/spec"
+)
+
+func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
+	w := bank()
+	w.releases = map[key]spec.ReleasePolicy{
+		{"bank", "sound"}:    {Applications: []string{"*"}, Rules: []spec.ReleaseRule{{Expression: "author != ''", Message: "no author"}}},
+		{"bank", "dangling"}: {Applications: []string{"nobody"}},
+		{"bank", "broken"}:   {Applications: []string{"*"}, Rules: []spec.ReleaseRule{{Expression: "author !=", Message: "x"}}},
+	}
+	w.access[key{"bank", "dangling"}] = spec.AccessPolicy{Workload: "nobody"}
+	cases := []struct {
+		name   string
+		got    verdict
+		reason string
+		words  string
+	}{
+		{"access", w.accessVerdict(key{"bank", "ledger"}), "Accepted", ""},
+		{"dangling access", w.accessVerdict(key{"bank", "dangling"}), "WorkloadNotFound", `"nobody"`},
+		{"release", w.releaseVerdict(key{"bank", "sound"}), "Accepted", ""},
+		{"dangling release", w.releaseVerdict(key{"bank", "dangling"}), "ApplicationNotFound", `"nobody"`},
+		{"broken release", w.releaseVerdict(key{"bank", "broken"}), "RuleInvalid", ""},
+		{"guard", guardVerdict(key{"bank", "web"}, w.guards[key{"bank", "web"}]), "Accepted", ""},
+		{"broken guard", guardVerdict(key{"bank", "bad"}, guardPolicy{spec.GuardPolicy{Files: []spec.GuardFile{{Path: "etc", Deny: "w"}}}}), "Invalid", "etc"},
+	}
+	for _, c := range cases {
+		if c.got.reason != c.reason || c.got.accepted != (c.reason == "Accepted") || !strings.Contains(c.got.message, c.words) {
+			t.Errorf("%s: %+v, want %s", c.name, c.got, c.reason)
+		}
+	}
+}
+
+func TestEnforcingCountsOnlyTheNewestGeneration(t *testing.T) {
+	w, web := bank(), key{"bank", "web"}
+	wl := w.workloads[web]
+	wl.guard = 3
+	w.workloads[web] = wl
+	for generation, want := range map[uint64]int32{2: 0, 3: 1} {
+		i := w.instances[key{"bank", "web-1"}]
+		i.status.Guard.Generation, i.status.Guard.Programs = generation, 44
+		w.instances[key{"bank", "web-1"}] = i
+		if got := w.enforcing(web); got != want {
+			t.Errorf("generation %d: %d instances enforce, want %d", generation, got, want)
+		}
+	}
+}
