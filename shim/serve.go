@@ -59,10 +59,15 @@ func serve(ctx context.Context, a arguments, c config) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	ready := prepare(ctx, c, log)
+	release := ownSocket(ln.Addr().String())
 	s := &service{
-		args: a, conf: c, log: log, stop: stop,
-		events: startPublisher(os.Getenv(eventsAddress), a.namespace, log),
-		guests: ready.wait,
+		args: a, conf: c, log: log,
+		// The socket goes before containerd hears that the shim does: it may
+		// start another of the same name at once.
+		stop:    func() { release(); stop() },
+		release: release,
+		events:  startPublisher(os.Getenv(eventsAddress), a.namespace, log),
+		guests:  ready.wait,
 	}
 	err = s.serve(ctx, ln)
 	err = errors.Join(err, s.close(), ready.close())
@@ -70,7 +75,7 @@ func serve(ctx context.Context, a arguments, c config) error {
 	if err != nil {
 		log.Error("end", "err", err)
 	}
-	return errors.Join(err, removeSocket(a.bundle))
+	return err
 }
 
 func (s *service) serve(ctx context.Context, ln net.Listener) error {
@@ -88,6 +93,7 @@ func (s *service) serve(ctx context.Context, ln net.Listener) error {
 		return fmt.Errorf("serve: %w", err)
 	case <-ctx.Done():
 	}
+	s.release() // while the listener is open: its file cannot be another's
 	// The answer to the call that ended us is on its way; others that wait
 	// for what will not come are cut off.
 	bounded, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)

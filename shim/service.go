@@ -32,6 +32,7 @@ type service struct {
 	events  *publisher
 	guests  func(context.Context) (*guests, error) // waits until they are ready
 	stop    func()                                 // ends the process
+	release func()                                 // removes the socket
 	stopped sync.Once
 
 	mu      sync.Mutex

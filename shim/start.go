@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"google.golang.org/protobuf/proto"
@@ -191,6 +192,18 @@ func spawn(a arguments, socket, events string, ln *os.File) error {
 		return err
 	}
 	return cmd.Process.Release()
+}
+
+// ownSocket gives what removes the socket of this shim, once, and only while the
+// name still means it: the next shim of the same container has the same name.
+func ownSocket(path string) (release func()) {
+	mine, err := os.Lstat(path)
+	return sync.OnceFunc(func() {
+		now, nowErr := os.Lstat(path)
+		if err == nil && nowErr == nil && os.SameFile(mine, now) {
+			_ = os.Remove(path) // at worst the next shim takes it over
+		}
+	})
 }
 
 // addressFile of a bundle says where its shim listens.

@@ -3,6 +3,7 @@ package shim
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -146,6 +147,31 @@ func TestListenTwice(t *testing.T) {
 	ln.Close()
 	if fi, err := os.Stat(socket); err != nil || fi.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", fi, err)
+	}
+}
+
+// TestOwnSocket: a shim that ends late leaves its successor's socket alone.
+func TestOwnSocket(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "socket")
+	open := func() {
+		t.Helper()
+		f, err := listen(socket)
+		if err != nil || f == nil {
+			t.Fatal(f, err)
+		}
+		t.Cleanup(func() { f.Close() })
+	}
+	open()
+	late, prompt := ownSocket(socket), ownSocket(socket)
+	prompt()
+	if _, err := os.Lstat(socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket is left: %v", err)
+	}
+	open()
+	prompt()
+	late()
+	if _, err := os.Lstat(socket); err != nil {
+		t.Errorf("the next shim's socket is gone: %v", err)
 	}
 }
 
