@@ -140,6 +140,9 @@ func (c *crash) kill(target string) bool {
 		return false
 	}
 	if target == supervisor {
+		for c.in.Lives(pid) && time.Since(began) < recoverWithin {
+			time.Sleep(time.Millisecond) // a signal is no death yet
+		}
 		if r := c.in.Up(recoverWithin); r.Code != 0 {
 			c.t.Error(r)
 			return false

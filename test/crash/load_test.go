@@ -54,9 +54,13 @@ func (l *load) pay(ctx context.Context, teller uint64, random *rand.Rand) {
 		l.mu.Lock()
 		l.made = append(l.made, made{p, err == nil, err})
 		l.mu.Unlock()
+		pause := 60 * time.Millisecond
+		if err != nil {
+			pause *= 4
+		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(60 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }

@@ -49,6 +49,9 @@ func (i *Installation) Leaks() (all []Leak) {
 	return all
 }
 
+// Ignore says that a port is in use by the test itself.
+func (i *Installation) Ignore(address string) { i.known[Port] = append(i.known[Port], address) }
+
 // inventory lists by kind what could belong to the installation.
 type inventory map[string][]string
 
@@ -199,6 +202,12 @@ func (i *Installation) descendants() (all []process) {
 	}
 	slices.SortFunc(all, func(a, b process) int { return a.pid - b.pid })
 	return all
+}
+
+// Lives says whether a process has not ended.
+func (i *Installation) Lives(pid int) bool {
+	p, ok := readProcess("/proc/" + strconv.Itoa(pid))
+	return ok && p.state != 'Z' && p.state != 'X'
 }
 
 func readProcess(dir string) (p process, ok bool) {

@@ -81,7 +81,9 @@ func (s *session) ensure(ctx context.Context, i *installation) error {
 	}
 	if p != nil {
 		_ = p.Release()
-		return s.running(ctx, i)
+		if err := s.running(ctx, i); !errors.Is(err, errEnded) {
+			return err
+		}
 	}
 	if _, err := s.endLeft(ctx, syscall.SIGUSR1); err != nil {
 		return err
@@ -111,7 +113,9 @@ func (s *session) ensure(ctx context.Context, i *installation) error {
 // running accepts an installation that runs if it is the one that was asked
 // for.
 func (s *session) running(ctx context.Context, i *installation) error {
-	if err := s.ready(ctx, nil); err != nil {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := s.ready(ctx, s.watch(ctx)); err != nil {
 		return err
 	}
 	st, err := s.client().Status(ctx)
@@ -125,6 +129,26 @@ func (s *session) running(ctx context.Context, i *installation) error {
 	}
 	s.progress().Say("already running since %s", st.StartedAt.Local().Format(time.DateTime))
 	return nil
+}
+
+// errEnded is the end of the supervisor while something is waited for.
+var errEnded = errors.New("the supervisor ended")
+
+// watch yields when a supervisor that this command did not start has ended.
+func (s *session) watch(ctx context.Context) <-chan error {
+	ended := make(chan error, 1)
+	go func() {
+		for ctx.Err() == nil {
+			p, err := supervise.Find(s.run, "supervisor")
+			if p == nil {
+				ended <- err
+				return
+			}
+			_ = p.Release()
+			time.Sleep(pollEvery)
+		}
+	}()
+	return ended
 }
 
 // detach starts the supervisor in a session of its own. The channel yields if
@@ -183,7 +207,7 @@ func (s *session) await(ctx context.Context, what, program string, died <-chan e
 		}
 		select {
 		case err := <-died:
-			return s.blame("supervisor", fmt.Errorf("wait for %s: the supervisor ended: %w", what, orZero(err)))
+			return s.blame("supervisor", fmt.Errorf("wait for %s: %w: %w", what, errEnded, orZero(err)))
 		case <-ctx.Done():
 			if errors.Is(err, client.ErrNotRunning) {
 				err = errors.New("it does not answer")
