@@ -76,7 +76,6 @@ type Control struct {
 	lastAddress netip.Addr
 	shown       map[string]int // receipts of an incident its resource shows, plus one
 	owned       map[key]string // applications as last recorded
-	judged      map[key]judged // Guard policies
 }
 
 // planGeneration numbers the plans of one node.
@@ -96,7 +95,7 @@ func Open(ctx context.Context, c Config) (_ *Control, err error) {
 		slog: slog.New(slog.NewTextHandler(c.Log, nil)),
 		wake: make(chan struct{}, 1), filled: make(chan struct{}), retries: map[key]retry{},
 		orders: map[string]planGeneration{}, booted: map[string]bool{},
-		shown: map[string]int{}, owned: map[key]string{}, judged: map[key]judged{},
+		shown: map[string]int{}, owned: map[key]string{},
 	}
 	kube.SetLog(p.slog)
 	p.hub = newHub(c.Now, p.look)

@@ -2,16 +2,12 @@ package control
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"net/netip"
 	"slices"
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/v1alpha1"
-	"hauberk.dev/guard"
 	"hauberk.dev/kube"
 	"hauberk.dev/ledger"
 	"hauberk.dev/policy/rule"
@@ -31,15 +27,14 @@ var sound = verdict{true, "Accepted", "it holds where it is named"}
 // would be done.
 func (c *Control) syncPolicies(ctx context.Context, w world) error {
 	var errs []error
-	maps.DeleteFunc(c.judged, func(k key, _ judged) bool { _, ok := w.guards[k]; return !ok })
 	for k := range w.applications {
 		releases, err := c.log.Find(ledger.Query{Kind: "release.done", Namespace: k.Namespace, Application: k.Name})
 		errs = append(errs, err, stand(ctx, c, k, sound, func(o *v1alpha1.Application) {
 			o.Status.Workloads, o.Status.Releases = w.countWorkloads(k.Namespace, func(wl workload) bool { return wl.spec.Application == k.Name }), int32(len(releases))
 		}))
 	}
-	for k, p := range w.guards {
-		errs = append(errs, stand(ctx, c, k, c.guardVerdict(k, p), func(o *v1alpha1.GuardPolicy) {
+	for k := range w.guards {
+		errs = append(errs, stand(ctx, c, k, w.guardVerdict(k), func(o *v1alpha1.GuardPolicy) {
 			named := func(wl workload) bool { return slices.Contains(wl.spec.GuardPolicies, k.Name) }
 			o.Status.Workloads, o.Status.Instances = w.countWorkloads(k.Namespace, named), w.enforcing(k)
 		}))
@@ -88,41 +83,21 @@ func (w world) enforcing(policy key) (n int32) {
 	return n
 }
 
-// judged remembers the verdict on the Guard policy of a name, for as long as
-// its text is the same.
-type judged struct {
-	text string
-	verdict
-}
-
-func (c *Control) guardVerdict(k key, p guardPolicy) verdict {
-	text, err := json.Marshal(p.spec)
-	if err != nil {
-		return verdict{false, "Invalid", err.Error()}
+// guardVerdict looks at what a policy names. Whether a guest can hold it is
+// found where it is compiled, on the node: the instance says so.
+func (w world) guardVerdict(k key) verdict {
+	p := w.guards[k]
+	if p.spec.Net == nil {
+		return sound
 	}
-	if old, ok := c.judged[k]; ok && old.text == string(text) {
-		return old.verdict
-	}
-	v := guardVerdict(k, p)
-	c.judged[k] = judged{string(text), v}
-	return v
-}
-
-// guardVerdict compiles a policy by itself. Names of services are resolved per
-// workload, so here each stands for some address.
-func guardVerdict(k key, p guardPolicy) verdict {
-	g := wire.Guard{Generation: 1, Policies: []wire.NamedGuardPolicy{{Name: k.Name, Spec: p.spec}}, Services: map[string]string{}}
-	if p.spec.Net != nil {
-		for _, e := range p.spec.Net.Egress {
-			g.Services[e.Service] = "10.99.255.254"
+	for n, e := range p.spec.Net.Egress {
+		peer, named := serviceKey(k.Namespace, e.Service)
+		if !named {
+			continue
 		}
-	}
-	c, err := guard.Compile(g, guard.CompileFacts{Gateway: netip.MustParseAddr("169.254.1.1")})
-	switch {
-	case err != nil:
-		return verdict{false, "Invalid", err.Error()}
-	case len(c.Unsupported) > 0:
-		return verdict{true, "Stricter", fmt.Sprintf("it cannot be held as written, so more is refused: %v", c.Unsupported)}
+		if _, ok := w.workloads[peer]; !ok {
+			return verdict{false, "ServiceNotFound", fmt.Sprintf("spec.net.egress[%d].service: %q is no workload: nothing is allowed there until it exists", n, e.Service)}
+		}
 	}
 	return sound
 }

@@ -15,6 +15,7 @@ func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
 		{"bank", "broken"}:   {Applications: []string{"*"}, Rules: []spec.ReleaseRule{{Expression: "author !=", Message: "x"}}},
 	}
 	w.access[key{"bank", "dangling"}] = spec.AccessPolicy{Workload: "nobody"}
+	w.guards[key{"bank", "dangling"}] = guardPolicy{spec.GuardPolicy{Net: &spec.GuardNet{Egress: []spec.GuardEgress{{Service: "nobody"}}}}}
 	cases := []struct {
 		name   string
 		got    verdict
@@ -26,8 +27,8 @@ func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
 		{"release", w.releaseVerdict(key{"bank", "sound"}), "Accepted", ""},
 		{"dangling release", w.releaseVerdict(key{"bank", "dangling"}), "ApplicationNotFound", `"nobody"`},
 		{"broken release", w.releaseVerdict(key{"bank", "broken"}), "RuleInvalid", ""},
-		{"guard", guardVerdict(key{"bank", "web"}, w.guards[key{"bank", "web"}]), "Accepted", ""},
-		{"broken guard", guardVerdict(key{"bank", "bad"}, guardPolicy{spec.GuardPolicy{Files: []spec.GuardFile{{Path: "etc", Deny: "w"}}}}), "Invalid", "etc"},
+		{"guard", w.guardVerdict(key{"bank", "web"}), "Accepted", ""},
+		{"dangling guard", w.guardVerdict(key{"bank", "dangling"}), "ServiceNotFound", `"nobody"`},
 	}
 	for _, c := range cases {
 		if c.got.reason != c.reason || c.got.accepted != (c.reason == "Accepted") || !strings.Contains(c.got.message, c.words) {
