@@ -146,14 +146,15 @@ func wantPhase(t *testing.T, a *actor, p wire.Phase, reason string) {
 func TestActorEnds(t *testing.T) {
 	gone := errors.New("gone")
 	for name, c := range map[string]struct {
-		body   fakeBody
+		launch func(context.Context) error
+		beat   wire.GuardHeartbeat
 		play   func(b *fakeBody)
 		phase  wire.Phase
 		reason string
 	}{
 		"runs":    {phase: wire.PhaseRunning},
-		"refused": {body: fakeBody{launch: func(context.Context) error { return &RefusalError{"TicketInvalid", gone} }}, phase: wire.PhaseRefused, reason: "TicketInvalid"},
-		"fails":   {body: fakeBody{launch: func(context.Context) error { return gone }}, phase: wire.PhaseFailed, reason: "Failed"},
+		"refused": {launch: func(context.Context) error { return &RefusalError{"TicketInvalid", gone} }, phase: wire.PhaseRefused, reason: "TicketInvalid"},
+		"fails":   {launch: func(context.Context) error { return gone }, phase: wire.PhaseFailed, reason: "Failed"},
 		"exits":   {play: func(b *fakeBody) { b.exited <- 3 }, phase: wire.PhaseExited, reason: "Exited"},
 		"dies":    {play: func(b *fakeBody) { close(b.died) }, phase: wire.PhaseFailed, reason: "Failed"},
 		"one silence": {play: func(b *fakeBody) {
@@ -166,20 +167,21 @@ func TestActorEnds(t *testing.T) {
 			b.set(func() { b.silent = true })
 			time.Sleep(2*heartbeatEvery + time.Millisecond)
 		}, phase: wire.PhaseContained, reason: "Contained"},
-		"programs vanish": {body: fakeBody{beat: wire.GuardHeartbeat{Programs: 9}}, play: func(b *fakeBody) {
+		"programs vanish": {beat: wire.GuardHeartbeat{Programs: 9}, play: func(b *fakeBody) {
 			b.set(func() { b.beat.Programs = 8 })
 			time.Sleep(heartbeatEvery + time.Millisecond)
 		}, phase: wire.PhaseContained, reason: "Contained"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			stage(t, entry{Phase: wire.PhasePending}, &c.body, false, func(n *Node, a *actor) {
+			b := &fakeBody{launch: c.launch, beat: c.beat}
+			stage(t, entry{Phase: wire.PhasePending}, b, false, func(n *Node, a *actor) {
 				if c.play != nil {
-					c.play(&c.body)
+					c.play(b)
 				}
 				synctest.Wait()
 				wantPhase(t, a, c.phase, c.reason)
-				if c.phase == wire.PhaseContained && (c.body.freezes == 0 || len(n.alarms) != 1) {
-					t.Errorf("%d freezes, %d alarms", c.body.freezes, len(n.alarms))
+				if c.phase == wire.PhaseContained && (b.freezes == 0 || len(n.alarms) != 1) {
+					t.Errorf("%d freezes, %d alarms", b.freezes, len(n.alarms))
 				}
 				if s := a.status(); name == "exits" && (s.ExitCode == nil || *s.ExitCode != 3) {
 					t.Errorf("exit code %v", s.ExitCode)
