@@ -225,9 +225,9 @@ func (w *world) testNotRun(t *testing.T) {
 }
 
 func (w *world) testLimits(t *testing.T) {
-	out, err := w.run(t, "", []string{"--rm", "--memory-limit", "67108864", "--cwd", "/work/here"}, "limits", "sh", "-c", "pwd; cat /sys/fs/cgroup/memory.max /proc/meminfo")
+	out, err := w.run(t, "", []string{"--rm", "--memory-limit", "67108864", "--cwd", "/srv/here"}, "limits", "sh", "-c", "pwd; cat /sys/fs/cgroup/memory.max /proc/meminfo")
 	f := strings.Fields(out)
-	if err != nil || len(f) < 4 || f[0] != "/work/here" || f[1] != "67108864" {
+	if err != nil || len(f) < 4 || f[0] != "/srv/here" || f[1] != "67108864" {
 		t.Fatalf("printed %q, %v", out, err)
 	}
 	if kb, err := strconv.Atoi(f[3]); err != nil || kb > 160<<10 || kb < 96<<10 {
