@@ -55,15 +55,34 @@ func serve() {
 	if len(names) == 0 {
 		return
 	}
-	port, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(names[0])), os.O_RDWR, 0)
+	fd, err := syscall.Open("/dev/"+filepath.Base(filepath.Dir(names[0])), syscall.O_RDWR, 0)
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
+	port := os.NewFile(uintptr(fd), "port")
 	defer port.Close()
-	sc := bufio.NewScanner(port)
+	sc := bufio.NewScanner(patient(fd))
 	for sc.Scan() {
 		fmt.Fprintln(port, strings.ReplaceAll(answer(strings.Fields(sc.Text())), "\n", " "))
+	}
+}
+
+// patient reads a port whose host comes and goes, and keeps it open meanwhile,
+// as the real agent does: a port that is closed when a template is saved may
+// miss that its host is back.
+type patient int
+
+func (p patient) Read(b []byte) (int, error) {
+	for {
+		n, err := syscall.Read(int(p), b)
+		switch {
+		case n > 0:
+			return n, nil
+		case err != nil && err != syscall.EINTR:
+			return 0, err
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
 }
 
