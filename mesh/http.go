@@ -53,24 +53,6 @@ func respond(w io.Writer, status int, r refusal, closing bool) error {
 	return err
 }
 
-// refuseHTTP answers the first request of a connection that goes nowhere, and
-// closes. A client that asks nothing gets no answer: it would take one for the
-// answer to what it asks next.
-func refuseHTTP(c *net.TCPConn, r refusal) {
-	c.SetDeadline(time.Now().Add(lingerTime))
-	var first [1]byte
-	if _, err := c.Read(first[:]); err != nil {
-		abortTCP(c)
-		return
-	}
-	c.SetDeadline(time.Now().Add(lingerTime))
-	if answer(c, 503, r) != nil {
-		abortTCP(c)
-		return
-	}
-	linger(c)
-}
-
 // linger closes a connection so that a client that is still sending gets to
 // read the last answer: a plain close would reset it.
 func linger(c *net.TCPConn) {

@@ -198,7 +198,9 @@ func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 		ev.Kind, ev.Reason = api.EventUnreachable, "no instance of the service runs on this node"
 		p.events.add(ev)
 		if svc != nil && svc.ports[port.Port].Protocol == "http" {
-			refuseHTTP(tcp, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
+			c.SetDeadline(time.Now().Add(lingerTime))
+			answer(c, 503, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
+			linger(tcp)
 			return
 		}
 		abortTCP(tcp)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"time"
 
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/mesh/hbone"
@@ -138,8 +139,10 @@ func (sb *sandbox) refuseOutbound(c *net.TCPConn, t target, ev api.Event) {
 		abortTCP(c)
 		return
 	}
-	refuseHTTP(c, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
+	c.SetDeadline(time.Now().Add(lingerTime))
+	answer(c, 503, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
 		Hint: "hauberk why " + sb.facts.Load().Instance})
+	linger(c)
 }
 
 // toOutside forwards to a destination that the egress rules list, in the clear:
