@@ -4,8 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -19,9 +17,9 @@ import (
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/guard"
 	"hauberk.dev/image"
-	"hauberk.dev/internal/kernel"
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
+	"hauberk.dev/vm/boot"
 	"hauberk.dev/vm/qemu"
 )
 
@@ -43,7 +41,7 @@ type lab struct {
 	log        io.Writer
 	conditions conditions
 
-	driver   *qemu.Driver
+	guest    *boot.Guest
 	template vm.TemplateSpec
 	image    image.Image
 	made     int
@@ -66,75 +64,35 @@ func openLab(ctx context.Context, bin string, n int, log io.Writer) (_ *lab, err
 	if err := os.Chmod(l.dir, 0o711); err != nil {
 		return nil, err
 	}
-	if err := l.guest(); err != nil {
-		return nil, err
-	}
 	if l.image, err = pack(ctx, filepath.Join(l.dir, "images")); err != nil {
 		return nil, err
 	}
-	return l, l.monitor(ctx)
+	return l, l.prepare(ctx)
 }
 
-// guest prepares kernel, agent and Guard as a node does.
-func (l *lab) guest() error {
-	installed, err := kernel.Find("/", kernel.Flavour)
+// prepare makes what guests boot from, as a node does, and the template.
+func (l *lab) prepare(ctx context.Context) (err error) {
+	l.guest, err = boot.Open(ctx, boot.Config{
+		State: l.dir, Run: filepath.Join(l.dir, "vm"), User: firstUser,
+		Agent: filepath.Join(l.bin, "hauberk-guest"), Link: guard.Link,
+	})
 	if err != nil {
 		return err
 	}
-	k, err := kernel.Prepare(filepath.Join(l.dir, "kernel"), installed, kernel.SandboxModules()...)
-	if err != nil {
-		return err
-	}
-	types, err := os.ReadFile(k.Types)
-	if err != nil {
-		return err
-	}
-	module, err := os.ReadFile(filepath.Join(installed.Modules, "kernel/fs/overlayfs/overlay.ko"))
-	if err != nil {
-		return err
-	}
-	overlay, err := kernel.Types(module)
-	if err != nil {
-		return err
-	}
-	bundle, err := guard.Link(bytes.NewReader(types), bytes.NewReader(overlay), k.BuildID)
-	if err != nil {
-		return err
-	}
-	initrd, err := k.Initrd(filepath.Join(l.bin, "hauberk-guest"), bundle)
-	l.template = vm.TemplateSpec{
-		Kernel: vm.Blob{Path: k.Kernel, Digest: k.KernelDigest}, Initrd: vm.Blob{Path: initrd.Path, Digest: initrd.Digest},
-		MemoryMiB: guestMiB, CPUs: 1, TrustDomain: "bench.local",
-	}
-	l.conditions.GuestKernel, l.conditions.GuestMiB = k.Release, guestMiB
-	return err
-}
-
-// monitor finds out what boots a guest and makes the template.
-func (l *lab) monitor(ctx context.Context) error {
-	run := filepath.Join(l.dir, "vm")
-	if err := os.Mkdir(run, 0o711); err != nil {
-		return err
-	}
-	found, err := qemu.Probe(ctx, qemu.ProbeConfig{Kernel: l.template.Kernel, Cache: filepath.Join(l.dir, "accelerator.json"), Run: run, UID: firstUser, GID: firstUser})
-	if err != nil {
-		return err
-	}
-	l.conditions.Accelerator = string(found.Accelerator)
+	l.template = l.guest.Template(guestMiB, 1, "bench.local")
+	l.conditions.GuestKernel, l.conditions.GuestMiB = l.guest.Kernel.Release, guestMiB
+	l.conditions.Accelerator = string(l.guest.Accelerator)
 	if l.conditions.QEMU, err = qemu.Version(ctx); err != nil {
 		return err
 	}
-	if l.driver, err = qemu.Open(ctx, qemu.Config{Run: run, UID: firstUser, GID: firstUser, Accelerator: found.Accelerator}); err != nil {
-		return err
-	}
-	_, err = l.driver.Template(ctx, l.template, func(line string) { fmt.Fprintln(l.log, "bench:", line) })
+	_, err = l.guest.Driver.Template(ctx, l.template, func(line string) { fmt.Fprintln(l.log, "bench:", line) })
 	return err
 }
 
 func (l *lab) Close() error {
 	var err error
-	if l.driver != nil {
-		err = l.driver.Close()
+	if l.guest != nil {
+		err = l.guest.Close()
 	}
 	return errors.Join(err, os.RemoveAll(l.dir))
 }
@@ -282,12 +240,12 @@ func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
 		step{"image verified", func() error { return image.Verify(l.image.Path, l.image.ErofsSHA256) }},
 		step{"machine runs", func() (err error) {
 			if cold {
-				s.machine, err = l.driver.Boot(ctx, spec)
+				s.machine, err = l.guest.Driver.Boot(ctx, spec)
 				return err
 			}
-			t, err := l.driver.Template(ctx, l.template, nil)
+			t, err := l.guest.Driver.Template(ctx, l.template, nil)
 			if err == nil {
-				s.machine, err = l.driver.Clone(ctx, t, spec)
+				s.machine, err = l.guest.Driver.Clone(ctx, t, spec)
 			}
 			return err
 		}},
@@ -307,14 +265,8 @@ func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
 
 // own makes the machine one of its own, with its disk and its network.
 func (s *sandbox) own(ctx context.Context) error {
-	seed := guestproto.Reseed{UnixNanos: time.Now().UnixNano(), Hostname: s.id}
-	var ids [16]byte
-	rand.Read(seed.Entropy[:]) // never fails
-	rand.Read(ids[:])
-	seed.MachineID = hex.EncodeToString(ids[:])
-	seed.BootID = fmt.Sprintf("%x-%x-%x-%x-%x", ids[:4], ids[4:6], ids[6:8], ids[8:10], ids[10:])
 	return s.steps(
-		step{"entropy, clock, names", func() error { return s.channel.Reseed(ctx, seed) }},
+		step{"entropy, clock, names", func() error { return s.channel.Reseed(ctx, vm.NewSeed(s.id)) }},
 		step{"devices found", func() error { return s.channel.Rescan(ctx) }},
 		step{"root mounted", func() error {
 			_, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: "root", UpperBytes: guestMiB << 18})

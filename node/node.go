@@ -122,7 +122,7 @@ func (n *Node) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	n.slog.Info("node is up", "name", n.conf.Name, "accelerator", n.guests.accelerator, "adopted", adopted)
+	n.slog.Info("node is up", "name", n.conf.Name, "accelerator", n.guests.accelerator(), "adopted", adopted)
 	err = run.All(ctx,
 		run.Task{Name: "watch", Run: n.watchLoop},
 		run.Task{Name: "status", Run: n.statusLoop},
@@ -220,7 +220,7 @@ func (n *Node) watchLoop(ctx context.Context) error {
 
 func (n *Node) hello() wire.Hello {
 	return wire.Hello{Version: wire.Version, Node: n.conf.Name, Door: n.conf.Door, Gateway: n.conf.Gateway,
-		Accelerator: n.guests.accelerator, Measurement: n.guests.measurement}
+		Accelerator: n.guests.accelerator(), Measurement: n.guests.measurement}
 }
 
 // apply makes a new order true: revocations first, then the end of what is

@@ -2,8 +2,6 @@ package node
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -177,11 +175,7 @@ func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, ad
 	if err := s.connect(ctx, m); err != nil {
 		return fmt.Errorf("%w; the guest printed: %s", err, m.Console())
 	}
-	seed, err := newSeed(i.ID)
-	if err != nil {
-		return err
-	}
-	if err := s.channel.Reseed(ctx, seed); err != nil {
+	if err := s.channel.Reseed(ctx, vm.NewSeed(i.ID)); err != nil {
 		return err
 	}
 	if err := s.channel.Rescan(ctx); err != nil {
@@ -225,22 +219,6 @@ func (s *sandbox) connect(ctx context.Context, m *vm.Machine) error {
 		return fmt.Errorf("boot %s: the Guard is not attached: %s", s.id, hello.GuardText)
 	}
 	return nil
-}
-
-func newSeed(hostname string) (guestproto.Reseed, error) {
-	seed := guestproto.Reseed{UnixNanos: time.Now().UnixNano(), Hostname: hostname}
-	var ids [32]byte
-	if _, err := rand.Read(seed.Entropy[:]); err != nil {
-		return seed, fmt.Errorf("draw entropy: %w", err)
-	}
-	if _, err := rand.Read(ids[:]); err != nil {
-		return seed, fmt.Errorf("draw entropy: %w", err)
-	}
-	seed.MachineID = hex.EncodeToString(ids[:16])
-	u := ids[16:]
-	u[6], u[8] = u[6]&0x0f|0x40, u[8]&0x3f|0x80 // RFC 9562, version 4
-	seed.BootID = fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
-	return seed, nil
 }
 
 // Enforce compiles the policy for this guest and swaps it in whole.

@@ -1,9 +1,7 @@
 package shim
 
 import (
-	"bytes"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -15,14 +13,11 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"hauberk.dev/api/guestproto"
 	"hauberk.dev/guard"
 	"hauberk.dev/image"
-	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/flock"
 	"hauberk.dev/vm"
-	"hauberk.dev/vm/qemu"
+	"hauberk.dev/vm/boot"
 )
 
 const (
@@ -40,12 +35,8 @@ const (
 
 // guests makes machines. Several shims share its directories.
 type guests struct {
-	conf   config
-	log    *slog.Logger
-	driver *qemu.Driver
-	kernel *kernel.Artefacts
-	initrd kernel.Initrd
-	closed bool
+	conf  config
+	guest *boot.Guest
 }
 
 // directories of a shim.
@@ -60,65 +51,19 @@ func machineID(a arguments) string {
 
 // openGuests prepares kernel, agent and Guard, and finds out what boots.
 func openGuests(ctx context.Context, c config, log *slog.Logger) (*guests, error) {
-	g := &guests{conf: c, log: log}
-	for _, dir := range []string{c.state, c.run, c.machines(), c.images()} {
+	for _, dir := range []string{c.run, c.images()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open guests: %w", err)
 		}
 	}
-	unlock, err := lock(ctx, c.state) // others would make the same
-	if err != nil {
-		return nil, fmt.Errorf("open guests: %w", err)
-	}
-	defer unlock()
-	if err := g.prepare(); err != nil {
-		return nil, err
-	}
-	found, err := qemu.Probe(ctx, qemu.ProbeConfig{
-		Kernel: g.kernelBlob(), Cache: filepath.Join(c.state, "accelerator"), Run: c.machines(), UID: uidBase, GID: uidBase,
-	})
+	guest, err := boot.Open(ctx, boot.Config{State: c.state, Run: c.machines(), User: uidBase, Link: guard.Link})
 	if err != nil {
 		return nil, err
 	}
-	if found.Notice != "" {
-		log.Debug(found.Notice) // true of every container: not worth a line each
+	if guest.Notice != "" {
+		log.Debug(guest.Notice) // true of every container: not worth a line each
 	}
-	g.driver, err = qemu.Open(ctx, qemu.Config{Run: c.machines(), UID: uidBase, GID: uidBase, Accelerator: found.Accelerator})
-	return g, err
-}
-
-func (g *guests) kernelBlob() vm.Blob {
-	return vm.Blob{Path: g.kernel.Kernel, Digest: g.kernel.KernelDigest}
-}
-
-// prepare unpacks the kernel, links the Guard to it and builds the initramfs
-// around the agent that lies beside this program.
-func (g *guests) prepare() error {
-	installed, err := kernel.Find("/", kernel.Flavour)
-	if err != nil {
-		return err
-	}
-	if g.kernel, err = kernel.Prepare(filepath.Join(g.conf.state, "kernel"), installed, kernel.SandboxModules()...); err != nil {
-		return err
-	}
-	types, err := os.ReadFile(g.kernel.Types)
-	if err != nil {
-		return fmt.Errorf("link guard: %w", err)
-	}
-	module, err := os.ReadFile(filepath.Join(installed.Modules, "kernel/fs/overlayfs/overlay.ko"))
-	if err != nil {
-		return fmt.Errorf("link guard: %w", err)
-	}
-	bundle, err := guard.Link(bytes.NewReader(types), bytes.NewReader(module), g.kernel.BuildID)
-	if err != nil {
-		return err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return fmt.Errorf("find the guest agent: %w", err)
-	}
-	g.initrd, err = g.kernel.Initrd(filepath.Join(filepath.Dir(self), "hauberk-guest"), bundle)
-	return err
+	return &guests{conf: c, guest: guest}, nil
 }
 
 // boot starts a machine with a root. The lock lasts until the machine's journal
@@ -132,7 +77,7 @@ func (g *guests) boot(ctx context.Context, id string, s size, img image.Image) (
 		return nil, fmt.Errorf("boot %s: %w", id, err)
 	}
 	defer disk.Close()
-	unlock, err := lock(ctx, g.conf.run)
+	unlock, err := flock.Take(ctx, filepath.Join(g.conf.run, ".lock"))
 	if err != nil {
 		return nil, fmt.Errorf("boot %s: %w", id, err)
 	}
@@ -141,12 +86,9 @@ func (g *guests) boot(ctx context.Context, id string, s size, img image.Image) (
 	if err != nil {
 		return nil, fmt.Errorf("boot %s: %w", id, err)
 	}
-	return g.driver.Boot(ctx, vm.Spec{
+	return g.guest.Driver.Boot(ctx, vm.Spec{
 		ID: id, UID: user, GID: user, Disks: []vm.Disk{{File: disk, Serial: rootSerial}},
-		Template: vm.TemplateSpec{
-			Kernel: g.kernelBlob(), Initrd: vm.Blob{Path: g.initrd.Path, Digest: g.initrd.Digest},
-			MemoryMiB: s.memoryMiB, CPUs: s.processors, TrustDomain: "containerd",
-		},
+		Template: g.guest.Template(s.memoryMiB, s.processors, "containerd"),
 	})
 }
 
@@ -176,45 +118,4 @@ func freeUser(machines string) (uint32, error) {
 }
 
 // Close frees the driver. Machines run on.
-func (g *guests) Close() error {
-	if g.driver == nil || g.closed {
-		return nil
-	}
-	g.closed = true
-	return g.driver.Close()
-}
-
-// lock lets one process at a time pass. The kernel frees it with the file.
-func lock(ctx context.Context, dir string) (unlock func(), err error) {
-	f, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, err), f.Close())
-		}
-		select {
-		case <-ctx.Done():
-			return nil, errors.Join(fmt.Errorf("lock %s: %w", dir, context.Cause(ctx)), f.Close())
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
-}
-
-// newSeed is what makes a guest its own: entropy, clock and names.
-func newSeed(hostname string) guestproto.Reseed {
-	seed := guestproto.Reseed{UnixNanos: time.Now().UnixNano(), Hostname: hostname}
-	var ids [32]byte
-	rand.Read(seed.Entropy[:]) // never fails
-	rand.Read(ids[:])
-	seed.MachineID = hex.EncodeToString(ids[:16])
-	u := ids[16:]
-	u[6], u[8] = u[6]&0x0f|0x40, u[8]&0x3f|0x80 // RFC 9562, version 4
-	seed.BootID = fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
-	return seed
-}
+func (g *guests) Close() error { return g.guest.Close() }

@@ -173,7 +173,7 @@ func (b *sandbox) connect(ctx context.Context) error {
 	if hello.Guard != guestproto.GuardAttached {
 		return fmt.Errorf("boot %s: the Guard is not attached: %q", b.id, hello.GuardText)
 	}
-	if err := c.Reseed(ctx, newSeed(b.machine.ID())); err != nil {
+	if err := c.Reseed(ctx, vm.NewSeed(b.machine.ID())); err != nil {
 		return err
 	}
 	return c.Rescan(ctx)

@@ -304,3 +304,13 @@ func TestTemplateUseAndClose(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestSeedsDiffer(t *testing.T) {
+	a, b := NewSeed("web-1"), NewSeed("web-1")
+	if a.Entropy == b.Entropy || a.MachineID == b.MachineID || a.BootID == b.BootID {
+		t.Errorf("seeds %+v and %+v", a, b)
+	}
+	if len(a.MachineID) != 32 || len(a.BootID) != 36 || a.BootID[14] != '4' || a.Hostname != "web-1" || a.UnixNanos == 0 {
+		t.Errorf("seed %+v", a)
+	}
+}

@@ -58,6 +58,16 @@ func Find(root, flavour string) (Installed, error) {
 	return slices.MaxFunc(found, func(a, b Installed) int { return compareReleases(a.Release, b.Release) }), nil
 }
 
+// At returns the installed kernel of an image below root, such as
+// /boot/vmlinuz-6.1.0-1-cloud-amd64.
+func At(root, image string) (Installed, error) {
+	release, ok := strings.CutPrefix(filepath.Base(image), "vmlinuz-")
+	if !ok || release == "" {
+		return Installed{}, fmt.Errorf("find kernel %q: want the path of an installed kernel, such as /boot/vmlinuz-6.1.0-1-cloud-amd64", image)
+	}
+	return Installed{Release: release, Image: image, Modules: filepath.Join(root, "lib", "modules", release)}, nil
+}
+
 // compareReleases orders kernel releases by the numbers in them, so that
 // 6.1.0-9 comes before 6.1.0-56.
 func compareReleases(a, b string) int {
