@@ -61,6 +61,7 @@ func (c *console) turnLocked() {
 			c.file, c.size = f, 0
 			return
 		}
+		os.Rename(c.path+".1", c.path)
 	}
 	if c.file.Truncate(0) == nil {
 		c.size = 0
@@ -80,11 +81,11 @@ func (c *console) close() error {
 }
 
 // copyTo writes the log to w; with follow, until ctx ends or the console does.
-// A follower that is slower than the log is turned misses what was turned.
+// A follower that is slower than the log is turned twice misses what was turned.
 func (c *console) copyTo(ctx context.Context, w io.Writer, follow bool) error {
-	f, err := os.Open(c.path)
+	f, err := c.reader()
 	if err != nil {
-		return fmt.Errorf("read console: %w", err)
+		return err
 	}
 	defer func() { f.Close() }()
 	for {
@@ -97,11 +98,17 @@ func (c *console) copyTo(ctx context.Context, w io.Writer, follow bool) error {
 		if !follow {
 			return nil
 		}
-		before := f
-		if f, err = reopened(f, c.path); err != nil {
+		now, err := c.reopened(f)
+		if err != nil {
 			return err
 		}
-		if f != before {
+		if now != nil {
+			_, err := io.Copy(w, f) // what was written before the turn
+			f.Close()
+			f = now
+			if err != nil {
+				return fmt.Errorf("read console: %w", err)
+			}
 			continue // what the new file has is not waited for
 		}
 		if ended {
@@ -115,27 +122,33 @@ func (c *console) copyTo(ctx context.Context, w io.Writer, follow bool) error {
 	}
 }
 
-// reopened returns the file now at path if f is not it any more.
-func reopened(f *os.File, path string) (*os.File, error) {
-	now, err := os.Open(path)
+// reader opens the log. Under the lock: in the middle of a turn there is none.
+func (c *console) reader() (*os.File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f, err := os.Open(c.path)
 	if err != nil {
-		return f, fmt.Errorf("read console: %w", err)
+		return nil, fmt.Errorf("read console: %w", err)
+	}
+	return f, nil
+}
+
+// reopened returns the file now at the path if f is not it any more, or was cut.
+func (c *console) reopened(f *os.File) (*os.File, error) {
+	now, err := c.reader()
+	if err != nil {
+		return nil, err
 	}
 	a, errA := f.Stat()
 	b, errB := now.Stat()
-	if err := errors.Join(errA, errB); err != nil {
+	at, errC := f.Seek(0, io.SeekCurrent)
+	if err := errors.Join(errA, errB, errC); err != nil {
 		now.Close()
-		return f, fmt.Errorf("read console: %w", err)
-	}
-	at, err := f.Seek(0, io.SeekCurrent)
-	if err != nil {
-		now.Close()
-		return f, fmt.Errorf("read console: %w", err)
+		return nil, fmt.Errorf("read console: %w", err)
 	}
 	if os.SameFile(a, b) && at <= b.Size() {
 		now.Close()
-		return f, nil
+		return nil, nil
 	}
-	f.Close()
 	return now, nil
 }

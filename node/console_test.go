@@ -3,6 +3,7 @@ package node
 import (
 	"bytes"
 	"context"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -50,6 +51,41 @@ func TestConsoleIsFollowedAcrossATurn(t *testing.T) {
 	}
 	if info, err := os.Stat(c.path); err != nil || info.Size() > logLimit {
 		t.Errorf("the log is %v bytes, limit %d: %v", info.Size(), logLimit, err)
+	}
+}
+
+// TestConsoleIsFollowedThroughTurns turns the log as fast as it can under its
+// readers: none may ever meet the moment at which there is no log.
+func TestConsoleIsFollowedThroughTurns(t *testing.T) {
+	c, err := openConsole(filepath.Join(t.TempDir(), "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 4)
+	for i := range cap(done) {
+		go func() {
+			for range 50 {
+				if err := c.copyTo(t.Context(), io.Discard, false); err != nil {
+					done <- err
+					return
+				}
+			}
+			done <- c.copyTo(t.Context(), io.Discard, i > 0)
+		}()
+	}
+	for range 500 {
+		c.mu.Lock()
+		c.turnLocked()
+		c.mu.Unlock()
+		c.Write([]byte("line\n"))
+	}
+	if err := c.close(); err != nil {
+		t.Fatal(err)
+	}
+	for range cap(done) {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
 	}
 }
 
