@@ -164,18 +164,21 @@ func (p *Proxy) setGateway(f *os.File) error {
 	if err != nil {
 		return err
 	}
-	p.mu.Lock()
-	p.setGatewayLocked(ln)
-	p.mu.Unlock()
+	p.replaceGateway(ln)
 	p.running.Go(func() { p.accept(ln, p.inbound) })
 	return nil
 }
 
-func (p *Proxy) setGatewayLocked(ln net.Listener) {
-	if p.gateway != nil {
-		p.gateway.Close()
-	}
+// replaceGateway closes the listener there was. Not under the lock: Close waits
+// for the goroutine that accepts.
+func (p *Proxy) replaceGateway(ln net.Listener) {
+	p.mu.Lock()
+	old := p.gateway
 	p.gateway = ln
+	p.mu.Unlock()
+	if old != nil {
+		old.Close()
+	}
 }
 
 func (p *Proxy) setPublished(ports []api.PublishedPort, files []*os.File) error {
@@ -190,9 +193,7 @@ func (p *Proxy) setPublished(ports []api.PublishedPort, files []*os.File) error 
 		}
 		all = append(all, ln)
 	}
-	p.mu.Lock()
-	p.setPublishedLocked(all)
-	p.mu.Unlock()
+	p.replacePublished(all)
 	for i, ln := range all {
 		port := ports[i]
 		p.running.Go(func() { p.accept(ln, func(c net.Conn) { p.ingress(c, port) }) })
@@ -200,11 +201,14 @@ func (p *Proxy) setPublished(ports []api.PublishedPort, files []*os.File) error 
 	return nil
 }
 
-func (p *Proxy) setPublishedLocked(all []net.Listener) {
-	for _, ln := range p.published {
+func (p *Proxy) replacePublished(all []net.Listener) {
+	p.mu.Lock()
+	old := p.published
+	p.published = all
+	p.mu.Unlock()
+	for _, ln := range old {
 		ln.Close()
 	}
-	p.published = all
 }
 
 func (p *Proxy) stats() *api.Stats {

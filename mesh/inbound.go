@@ -133,7 +133,7 @@ func (g *guestSide) refused(err error) {
 // attach registers the connection before it carries a stream.
 func (g *guestSide) attach(h *hbone.Conn) {
 	g.entry = &entry{kind: kindLink, party: g.who, sever: func() { severTCP(g.raw) }, close: func() { h.Close() }}
-	if err := g.p.registry.add(g.entry); err != nil {
+	if err := g.sb.register(g.entry); err != nil {
 		g.entry = nil
 		h.Close()
 		g.refused(err)
@@ -281,8 +281,8 @@ func (a *arrival) serve(svc *service) {
 			return s != nil && decide(s, call{caller: a.who.peerIdentity, port: a.port}).allowed
 		}
 	}
-	if err := a.p.registry.add(e); err != nil {
-		a.ev.Kind, a.ev.Reason = api.EventRevoked, err.Error()
+	if err := a.sb.register(e); err != nil {
+		a.ev.Kind, a.ev.Reason = kindOf(err), err.Error()
 		a.sb.refuse(a.ev)
 		a.refuse(401, err.Error())
 		return

@@ -140,9 +140,9 @@ func (p *Proxy) shut() {
 	p.mu.Lock()
 	boxes := p.sandboxes
 	p.sandboxes, p.byAddress = map[string]*sandbox{}, map[netip.Addr]*sandbox{}
-	p.setGatewayLocked(nil)
-	p.setPublishedLocked(nil)
 	p.mu.Unlock()
+	p.replaceGateway(nil)
+	p.replacePublished(nil)
 	for _, sb := range boxes {
 		sb.close()
 	}

@@ -73,9 +73,9 @@ func (sb *sandbox) toService(c *net.TCPConn, t target, ev api.Event) {
 	e.peerInstance = endpoint.Instance
 	e.sever = func() { severTCP(c) }
 	e.close = func() { abortTCP(c); stream.Reset(hbone.CodeCancel) }
-	if err := sb.p.registry.add(e); err != nil {
+	if err := sb.register(e); err != nil {
 		e.close()
-		ev.Kind, ev.Reason = api.EventRevoked, err.Error()
+		ev.Kind, ev.Reason = kindOf(err), err.Error()
 		sb.refuse(ev)
 		return
 	}
@@ -169,7 +169,7 @@ func (sb *sandbox) toOutside(c *net.TCPConn, to netip.AddrPort, ev api.Event) {
 	remote := far.(*net.TCPConn)
 	e.sever = func() { severTCP(c); severTCP(remote) }
 	e.close = func() { abortTCP(c); abortTCP(remote) }
-	if err := sb.p.registry.add(e); err != nil {
+	if err := sb.register(e); err != nil {
 		e.close()
 		return
 	}

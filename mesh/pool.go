@@ -167,7 +167,7 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 	}
 	who.sever = func() { severTCP(raw.(*net.TCPConn)) }
 	who.close = func() { h.Close() }
-	if err := p.registry.add(who); err != nil {
+	if err := sb.register(who); err != nil {
 		h.Close()
 		return nil, err
 	}

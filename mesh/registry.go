@@ -3,6 +3,7 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -58,6 +59,7 @@ type registry struct {
 	instances  map[string]bool
 	identities map[string]bool
 	serials    map[string]bool
+	closed     bool // no connection is taken in any more
 }
 
 // add takes a connection in, unless a party of it is revoked. Check and entry
@@ -65,6 +67,9 @@ type registry struct {
 func (r *registry) add(e *entry) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.closed {
+		return net.ErrClosed
+	}
 	if err := r.checkLocked(e.party); err != nil {
 		return err
 	}
@@ -75,6 +80,14 @@ func (r *registry) add(e *entry) error {
 	e.quiet = e.since
 	r.entries[e] = struct{}{}
 	return nil
+}
+
+// kindOf is how a connection that was not taken in is told of.
+func kindOf(err error) api.EventKind {
+	if errors.Is(err, errRevoked) {
+		return api.EventRevoked
+	}
+	return api.EventUnreachable
 }
 
 func (r *registry) remove(e *entry) {
@@ -153,7 +166,13 @@ func (r *registry) cutIf(f func(*entry) bool) (n int) {
 	return len(hit)
 }
 
-func (r *registry) closeAll() { r.cutIf(func(*entry) bool { return true }) }
+// closeAll ends all connections, those that are still being made as well.
+func (r *registry) closeAll() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.cutIf(func(*entry) bool { return true })
+}
 
 // sweep ends flows over which nothing has moved for long.
 func (r *registry) sweep(now time.Time) {

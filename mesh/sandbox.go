@@ -100,6 +100,19 @@ func (sb *sandbox) close() {
 	sb.stock.close()
 }
 
+// register puts a connection of this sandbox into the registry. One that was
+// still being made when the sandbox was closed does not outlive it.
+func (sb *sandbox) register(e *entry) error {
+	if err := sb.p.registry.add(e); err != nil {
+		return err
+	}
+	if sb.ctx.Err() != nil {
+		sb.p.registry.remove(e)
+		return net.ErrClosed
+	}
+	return nil
+}
+
 // enter counts a connection in, if there is room.
 func (sb *sandbox) enter(direction int) bool {
 	if sb.open[direction].Add(1) > int64(sb.p.limit) {

@@ -77,9 +77,9 @@ func (c *Conn) Send(m *Message, files ...*os.File) error {
 	}
 	var oob []byte
 	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
+		fds, err := descriptors(files)
+		if err != nil {
+			return fmt.Errorf("send %q: %w", m.Kind, err)
 		}
 		oob = unix.UnixRights(fds...)
 	}
@@ -92,6 +92,24 @@ func (c *Conn) Send(m *Message, files ...*os.File) error {
 		return fmt.Errorf("send %q: %w", m.Kind, err)
 	}
 	return nil
+}
+
+// descriptors are the numbers of open files. Not by Fd, which makes a socket
+// blocking: the other end has a duplicate of it, and a listener that turns
+// blocking there holds whoever accepts, and whoever closes it, until somebody
+// connects.
+func descriptors(files []*os.File) ([]int, error) {
+	fds := make([]int, len(files))
+	for i, f := range files {
+		raw, err := f.SyscallConn()
+		if err == nil {
+			err = raw.Control(func(fd uintptr) { fds[i] = int(fd) })
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return fds, nil
 }
 
 // Receive waits for one message. The files are the caller's.

@@ -216,3 +216,37 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// A listener sent is one the other end may be accepting on already: it must
+// not turn blocking there.
+func TestSendKeepsMode(t *testing.T) {
+	a, b := pair(t, 0)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	f, err := ln.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := a.Send(&Message{Kind: KindGateway, Seq: 1}, f); err != nil {
+		t.Fatal(err)
+	}
+	// Before it is received, as receiving would mend it.
+	raw, err := ln.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var flags int
+	cerr := raw.Control(func(fd uintptr) { flags, err = unix.FcntlInt(fd, unix.F_GETFL, 0) })
+	if cerr != nil || err != nil || flags&unix.O_NONBLOCK == 0 {
+		t.Errorf("after it was sent the listener is blocking (flags %#x, %v, %v)", flags, cerr, err)
+	}
+	_, got, err := b.Receive()
+	closeAll(got)
+	if err != nil {
+		t.Error(err)
+	}
+}

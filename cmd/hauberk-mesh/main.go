@@ -14,9 +14,11 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"hauberk.dev/internal/overdue"
 	"hauberk.dev/mesh"
 )
 
@@ -53,8 +55,18 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	log := slog.New(slog.NewTextHandler(stderr, nil))
 	log.Info("listening for the node", "link", *path, "pid", os.Getpid())
+	// Nothing here needs to be saved: if an end takes too long, it is told why
+	// and made.
+	inTime := overdue.Tell(ctx, endTime, func(stacks []byte) {
+		fmt.Fprintf(stderr, "hauberk-mesh: not ended %v after it was asked to; all goroutines:\n%s\n", endTime, stacks)
+		os.Exit(1)
+	})
+	defer inTime()
 	return mesh.New(mesh.Options{Log: log, Connections: *limit}).Run(ctx, ln)
 }
+
+// endTime is how long the proxy may take to end.
+const endTime = 10 * time.Second
 
 // closeOff keeps keys in this process: no core dump, no look into its memory by
 // other processes of its user, no way to privileges by exec.

@@ -11,7 +11,9 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
+	"hauberk.dev/internal/overdue"
 	"hauberk.dev/node"
 )
 
@@ -48,6 +50,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return fmt.Errorf("read arguments: %q: none are taken; see hauberk-node -h", f.Args())
 	}
 	c.Log = stderr
+	inTime := overdue.Tell(ctx, endTime, func(stacks []byte) {
+		fmt.Fprintf(stderr, "hauberk-node: not ended %v after it was asked to; all goroutines:\n%s\n", endTime, stacks)
+	})
+	defer inTime()
 	if *end {
 		return node.End(c)
 	}
@@ -57,3 +63,6 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	return n.Run(ctx)
 }
+
+// endTime is after how long a stop is late, and the log tells what it waits for.
+const endTime = 15 * time.Second

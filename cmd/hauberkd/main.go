@@ -12,8 +12,10 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"hauberk.dev/control"
+	"hauberk.dev/internal/overdue"
 )
 
 func main() {
@@ -42,9 +44,16 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return fmt.Errorf("read arguments: %q: none are taken; see hauberkd -h", f.Args())
 	}
 	c.Log = stderr
+	inTime := overdue.Tell(ctx, endTime, func(stacks []byte) {
+		fmt.Fprintf(stderr, "hauberkd: not ended %v after it was asked to; all goroutines:\n%s\n", endTime, stacks)
+	})
+	defer inTime()
 	d, err := control.Open(ctx, c)
 	if err != nil {
 		return err
 	}
 	return d.Run(ctx)
 }
+
+// endTime is after how long a stop is late, and the log tells what it waits for.
+const endTime = 15 * time.Second
