@@ -33,7 +33,7 @@ type field struct {
 // nor below one that is, is refused. docs/containerd.md shows the same table.
 var fields = []field{
 	{"ociVersion", harmless, "fields decide, not the version"},
-	{"annotations", harmless, "they speak to containerd and its plugins"},
+	{"annotations", harmless, "they speak to containerd and its plugins; but `hauberk.dev/guard-policy` holds the Guard's policies"},
 	{"hostname", honoured, "the container's id if there is none"},
 	{"domainname", refused, ""},
 	{"hooks", refused, "nothing of the host is run in or for a sandbox"},

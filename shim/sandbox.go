@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/containerd/api/types"
 
 	"hauberk.dev/api/guestproto"
-	"hauberk.dev/api/node"
 	"hauberk.dev/guard"
 	"hauberk.dev/vm"
 )
@@ -177,11 +176,6 @@ func (b *sandbox) connect(ctx context.Context) error {
 		return err
 	}
 	return c.Rescan(ctx)
-}
-
-// compileBaseline is the policy of containers: containerd knows no other.
-func compileBaseline() (guard.Compiled, error) {
-	return guard.Compile(node.Guard{Generation: 1}, guard.CompileFacts{})
 }
 
 // enforce puts the policy in force.

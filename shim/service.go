@@ -147,8 +147,8 @@ func (s *service) create(ctx context.Context, b *sandbox, r *task.CreateTaskRequ
 	}
 	c.Process.Terminal = r.Terminal
 	b.size = sizeOf(o, c.Linux)
-	if b.policy, err = compileBaseline(); err != nil {
-		return err
+	if b.policy, err = compilePolicy(c.Annotations); err != nil {
+		return invalid(err)
 	}
 	b.first = &running{container: r.ID, program: c.Process.program(), io: &stdio{names: b.names}, done: make(chan struct{})}
 	if err := b.first.io.open(ctx); err != nil {

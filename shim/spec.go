@@ -21,6 +21,8 @@ type configuration struct {
 	Hostname string    `json:"hostname"`
 	Mounts   []mount   `json:"mounts"`
 	Linux    *linux    `json:"linux"`
+	// Annotations say what the OCI has no field for.
+	Annotations map[string]string `json:"annotations"`
 }
 
 type rootPath struct {

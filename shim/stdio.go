@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"hauberk.dev/api/admin"
 	"hauberk.dev/vm"
 )
 
@@ -35,6 +36,7 @@ type streams struct {
 type stdio struct {
 	names  streams
 	output [2]*output
+	hub    *hub // if the streams are attached to
 	wg     sync.WaitGroup
 
 	mu     sync.Mutex
@@ -45,7 +47,7 @@ type stdio struct {
 
 // output is where one stream of a process goes.
 type output struct {
-	file *os.File
+	file io.WriteCloser
 	// held is the reading end of a fifo, which nobody reads: a client that
 	// leaves must not end the process.
 	held *os.File
@@ -68,6 +70,9 @@ func (s *stdio) open(ctx context.Context) error {
 	if s.names.Terminal {
 		wanted[1] = "" // one stream has it all
 	}
+	if attached(s.names.Stdout) {
+		return s.attach(wanted)
+	}
 	for i, name := range wanted {
 		if name == "" {
 			continue
@@ -83,6 +88,27 @@ func (s *stdio) open(ctx context.Context) error {
 	}
 	_, err := streamPath("stdin", s.names.Stdin)
 	return err
+}
+
+// attach opens streams that clients attach to.
+func (s *stdio) attach(wanted []string) (err error) {
+	for _, name := range append(wanted, s.names.Stdin) {
+		if name != "" && name != s.names.Stdout {
+			return fmt.Errorf("open streams %.256q: want %.256q, or none", name, s.names.Stdout)
+		}
+	}
+	outputs := 1
+	if wanted[1] != "" {
+		outputs = 2
+	}
+	if s.hub, err = openHub(s.names.Stdout, outputs); err != nil {
+		return err
+	}
+	s.output[0] = &output{file: s.hub.output(admin.FrameStdout)}
+	if outputs == 2 {
+		s.output[1] = &output{file: s.hub.output(admin.FrameStderr)}
+	}
+	return nil
 }
 
 // streamPath is the path that a stream's name means. A bare one is a path.
@@ -160,6 +186,11 @@ func (s *stdio) feed(p *vm.Process) {
 		defer cancel()
 		_ = p.CloseStdin(ctx) // it may have ended
 	}()
+	if s.hub != nil {
+		_, _ = io.Copy(p, s.hub.in)
+		_ = s.hub.in.Close() // who types on is not kept waiting
+		return
+	}
 	path, err := streamPath("stdin", s.names.Stdin)
 	if err != nil {
 		return
@@ -215,6 +246,10 @@ func (s *stdio) endInputLocked() {
 		return
 	}
 	s.ended = true
+	if s.hub != nil {
+		s.hub.endInput()
+		return
+	}
 	if s.input != nil {
 		_ = s.input.SetReadDeadline(time.Now().Add(lastInput))
 		return
@@ -248,5 +283,8 @@ func (s *stdio) close() {
 	s.endInputLocked()
 	for _, o := range s.output {
 		o.close()
+	}
+	if s.hub != nil {
+		s.hub.close()
 	}
 }
