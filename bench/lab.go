@@ -273,7 +273,7 @@ func (s *sandbox) own(ctx context.Context) error {
 			return err
 		}},
 		step{"network set", func() error {
-			return s.channel.Network(ctx, guestproto.Network{MAC: [6]byte(s.mac()), Address: s.address.As4(), Prefix: 32, Gateway: netns.Gateway.As4(), MTU: 1500})
+			return s.channel.Network(ctx, guestproto.SoleInterface([6]byte(s.mac()), s.address.As4(), netns.Gateway.As4(), 1500))
 		}},
 	)
 }

@@ -405,6 +405,10 @@ func (a *agent) do(h guestproto.Header, payload []byte) error {
 		return writeFile("/sys/bus/pci/rescan", "1")
 	case guestproto.VerbNetwork:
 		return configure(payload)
+	case guestproto.VerbInterfaces:
+		return a.interfaces()
+	case guestproto.VerbRoutes:
+		return a.routes()
 	case guestproto.VerbMountRoot:
 		return a.mountRoot(payload)
 	case guestproto.VerbSignal:

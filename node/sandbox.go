@@ -185,10 +185,7 @@ func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, ad
 	if _, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: rootSerial, UpperBytes: upper}); err != nil {
 		return err
 	}
-	return s.channel.Network(ctx, guestproto.Network{
-		MAC: [6]byte(guestMAC(address)), Address: address.As4(), Prefix: 32,
-		Gateway: netns.Gateway.As4(), MTU: guestMTU,
-	})
+	return s.channel.Network(ctx, guestproto.SoleInterface([6]byte(guestMAC(address)), address.As4(), netns.Gateway.As4(), guestMTU))
 }
 
 // own takes a machine and watches it.

@@ -596,9 +596,30 @@ func (c *Channel) Rescan(ctx context.Context) error {
 	return c.do(ctx, guestproto.VerbRescan, nil)
 }
 
-// Network configures the guest's one interface.
+// Network gives the guest its interfaces, addresses and routes.
 func (c *Channel) Network(ctx context.Context, m guestproto.Network) error {
 	return c.do(ctx, guestproto.VerbNetwork, &m)
+}
+
+// Interfaces asks for the guest's interfaces and what they carried. It is the
+// guest's word.
+func (c *Channel) Interfaces(ctx context.Context) ([]guestproto.InterfaceState, error) {
+	b, err := c.call(ctx, guestproto.VerbInterfaces, nil)
+	if err != nil {
+		return nil, err
+	}
+	list, err := guestproto.ParseInterfaces(b)
+	return parsed(c, list, err)
+}
+
+// Routes asks for the guest's main routing tables. It is the guest's word.
+func (c *Channel) Routes(ctx context.Context) ([]guestproto.Route, error) {
+	b, err := c.call(ctx, guestproto.VerbRoutes, nil)
+	if err != nil {
+		return nil, err
+	}
+	list, err := guestproto.ParseRoutes(b)
+	return parsed(c, list, err)
 }
 
 // MountRoot mounts an image for a container to come.

@@ -25,7 +25,8 @@ import "strconv"
 // would misread; the two ends must be equal, for they are released together.
 //
 //	1  2026-11-22: first.
-const Version = 1
+//	2  2026-11-22: several interfaces, IPv6, routes and neighbours.
+const Version = 2
 
 const (
 	// MaxFrame is the most that may follow a frame's length field.
@@ -80,6 +81,8 @@ const (
 	VerbForget
 	VerbLogs
 	VerbCredit
+	VerbInterfaces
+	VerbRoutes
 )
 
 // Verbs the guest sends.
@@ -99,6 +102,7 @@ var verbNames = [...]string{
 	VerbStats: "stats", VerbGuardPolicy: "guard policy", VerbGuardStatus: "guard status",
 	VerbPing: "ping", VerbShutdown: "shutdown", VerbProcesses: "processes", VerbAttach: "attach",
 	VerbForget: "forget", VerbLogs: "logs", VerbCredit: "credit",
+	VerbInterfaces: "interfaces", VerbRoutes: "routes",
 	VerbReply: "reply", VerbError: "error", VerbExit: "exit", VerbOutput: "output",
 	VerbGuardEvents: "guard events", VerbOOM: "oom",
 }

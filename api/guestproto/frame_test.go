@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -27,7 +28,23 @@ func messages() []message {
 	hello := HelloRequest{Version: 1, Nonce: [16]byte{1, 2}}
 	helloReply := Hello{Version: 1, Release: "6.1", BootID: "b", Build: "c", Guard: GuardFailed, GuardText: "no", BootMicros: 7}
 	reseed := Reseed{Entropy: [64]byte{9}, UnixNanos: -2, MachineID: "m", BootID: "b", Hostname: "h"}
-	network := Network{MAC: [6]byte{2, 1}, Address: [4]byte{10, 0, 0, 1}, Prefix: 32, Gateway: [4]byte{169, 254, 1, 1}, MTU: 1500}
+	five, six := IPOf([]byte{10, 0, 0, 5}), IPOf([]byte{0xfd, 15: 5})
+	network := Network{
+		Interfaces: []Interface{{Device: [6]byte{2, 1}, Name: "eth0", MAC: [6]byte{2, 5}, MTU: 1400, LocalNet: true,
+			Addresses: []Address{{Prefix{five, 24}, true}, {Prefix{six, 64}, false}}}},
+		Routes: []Route{
+			{Kind: RouteUnicast, Interface: "eth0", Destination: Prefix{IPOf(make([]byte, 4)), 0}, Gateway: IPOf([]byte{10, 0, 0, 1}),
+				Source: five, Metric: 7, MTU: 1300, OnLink: true},
+			{Kind: RouteBlackhole, Destination: Prefix{six, 128}, Scope: 253},
+		},
+		Neighbours: []Neighbour{{"eth0", five, [6]byte{2, 9}}},
+	}
+	interfaces := []InterfaceState{{Name: "eth0", MAC: [6]byte{2, 1}, MTU: 1500, Up: true,
+		Addresses: []Address{{Prefix{five, 32}, false}}, Received: Traffic{1, 2, 3, 4}, Sent: Traffic{5, 6, 7, 8}}}
+	const fiveHex, sixHex = "040a000005", "10fd" + "0000000000000000000000000000" + "05"
+	const routesHex = "0200" +
+		"01" + "040065746830" + "0400000000" + "00" + "040a000001" + fiveHex + "00" + "07000000" + "14050000" + "01" +
+		"06" + "0000" + sixHex + "80" + "00" + "00" + "fd" + "00000000" + "00000000" + "00"
 	mount := MountRoot{Root: 3, Serial: "root0", UpperBytes: 1 << 20}
 	mounted := MountedRoot{Overlay: 24, Lower: 254 << 20}
 	create := Create{
@@ -55,7 +72,16 @@ func messages() []message {
 		{"reseed", reseed, reseed.Append, func(b []byte) (any, error) { return wrap(ParseReseed(b)) },
 			"09" + strings.Repeat("00", 63) + "feffffffffffffff" + "01006d" + "010062" + "010068"},
 		{"network", network, network.Append, func(b []byte) (any, error) { return wrap(ParseNetwork(b)) },
-			"020100000000" + "0a000001" + "20" + "a9fe0101" + "dc05"},
+			"0100" + "020100000000" + "040065746830" + "020500000000" + "78050000" + "00" + "01" +
+				"0200" + fiveHex + "18" + "01" + sixHex + "40" + "00" +
+				routesHex + "0100" + "040065746830" + fiveHex + "020900000000"},
+		{"interfaces reply", interfaces, func(b []byte) []byte { return AppendInterfaces(b, interfaces) },
+			func(b []byte) (any, error) { return wrap(ParseInterfaces(b)) },
+			"0100" + "040065746830" + "020100000000" + "dc050000" + "01" + "0100" + fiveHex + "20" + "00" +
+				"0100000000000000" + "0200000000000000" + "0300000000000000" + "0400000000000000" +
+				"0500000000000000" + "0600000000000000" + "0700000000000000" + "0800000000000000"},
+		{"routes reply", network.Routes, func(b []byte) []byte { return AppendRoutes(b, network.Routes) },
+			func(b []byte) (any, error) { return wrap(ParseRoutes(b)) }, routesHex},
 		{"mount root", mount, mount.Append, func(b []byte) (any, error) { return wrap(ParseMountRoot(b)) },
 			"03" + "0500726f6f7430" + "0000100000000000"},
 		{"mount root reply", mounted, mounted.Append, func(b []byte) (any, error) { return wrap(ParseMountedRoot(b)) },
@@ -124,7 +150,24 @@ func TestRefused(t *testing.T) {
 		name, want string
 		err        error
 	}{
-		{"prefix", "prefix", second(ParseNetwork((&Network{Prefix: 33}).Append(nil)))},
+		{"prefix", "prefix", refusedNetwork(func(m *Network) { m.Interfaces[0].Addresses[0].Bits = 33 })},
+		{"no address", "no address", refusedNetwork(func(m *Network) { m.Interfaces[0].Addresses[0].IP = IP{} })},
+		{"odd address", "neither 4 nor 16", refusedNetwork(func(m *Network) { m.Interfaces[0].Addresses[0].IP.Length = 5 })},
+		{"group's MAC", "group", refusedNetwork(func(m *Network) { m.Interfaces[0].MAC[0] = 1 })},
+		{"path as name", "name", refusedNetwork(func(m *Network) { m.Interfaces[0].Name = "../all" })},
+		{"dots as name", "name", refusedNetwork(func(m *Network) { m.Interfaces[0].Name = ".." })},
+		{"no name", "name", refusedNetwork(func(m *Network) { m.Routes[0].Interface = "" })},
+		{"long name", "name", refusedNetwork(func(m *Network) { m.Neighbours[0].Interface = "0123456789abcdef" })},
+		{"families", "mixes", refusedNetwork(func(m *Network) { m.Routes[0].Gateway = IPOf(make([]byte, 16)) })},
+		{"kind of route", "kind", refusedNetwork(func(m *Network) { m.Routes[1].Kind = 2 })},
+		{"blackhole on a link", "nowhere", refusedNetwork(func(m *Network) { m.Routes[1].Interface = "eth0" })},
+		{"no neighbour", "no address", refusedNetwork(func(m *Network) { m.Neighbours[0].IP = IP{} })},
+		{"interfaces", "more interfaces", refusedNetwork(func(m *Network) { m.Interfaces = slices.Repeat(m.Interfaces, MaxInterfaces+1) })},
+		{"addresses", "more addresses", refusedNetwork(func(m *Network) {
+			m.Interfaces[0].Addresses = slices.Repeat(m.Interfaces[0].Addresses, MaxAddresses)
+		})},
+		{"routes", "more routes", refusedNetwork(func(m *Network) { m.Routes = slices.Repeat(m.Routes, MaxRoutes) })},
+		{"neighbours", "more neighbours", refusedNetwork(func(m *Network) { m.Neighbours = slices.Repeat(m.Neighbours, MaxRoutes+1) })},
 		{"root", "number", second(ParseMountRoot((&MountRoot{Root: MaxRoots}).Append(nil)))},
 		{"no program", "no program", second(ParseExec((&Exec{}).Append(nil)))},
 		{"signal", "signal", second(ParseSignal((&Signal{Number: 65}).Append(nil)))},
@@ -144,6 +187,17 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%s: got %v, want an error about %q", tt.name, tt.err, tt.want)
 		}
 	}
+}
+
+// refusedNetwork breaks a good network and gives what its parser says.
+func refusedNetwork(spoil func(*Network)) error {
+	for _, m := range messages() {
+		if n, ok := m.value.(Network); ok {
+			spoil(&n)
+			return second(ParseNetwork(n.Append(nil)))
+		}
+	}
+	return nil
 }
 
 func second[T any](_ T, err error) error { return err }
@@ -171,7 +225,7 @@ func TestVerbs(t *testing.T) {
 	for v, want := range map[Verb]string{
 		1: "hello", 2: "reseed", 3: "rescan", 4: "network", 5: "mount root", 6: "create", 7: "start", 8: "exec",
 		9: "signal", 10: "resize", 11: "stdin", 12: "close stdin", 13: "stats", 14: "guard policy", 15: "guard status",
-		16: "ping", 17: "shutdown", 18: "processes", 19: "attach", 20: "forget", 21: "logs", 22: "credit",
+		16: "ping", 17: "shutdown", 18: "processes", 19: "attach", 20: "forget", 21: "logs", 22: "credit", 23: "interfaces", 24: "routes",
 		0x80: "reply", 0x81: "error", 0xc0: "exit", 0xc1: "output", 0xc2: "guard events", 0xc3: "oom",
 		0: "verb 0", 99: "verb 99", 255: "verb 255",
 	} {
@@ -258,6 +312,10 @@ func print(v any) []byte {
 		return m.Append(nil)
 	case Network:
 		return m.Append(nil)
+	case []InterfaceState:
+		return AppendInterfaces(nil, m)
+	case []Route:
+		return AppendRoutes(nil, m)
 	case MountRoot:
 		return m.Append(nil)
 	case MountedRoot:

@@ -107,39 +107,6 @@ func ParseReseed(b []byte) (m Reseed, err error) {
 	return m, r.end("reseed")
 }
 
-// Network configures the one interface of a sandbox.
-type Network struct {
-	MAC     [6]byte
-	Address [4]byte
-	Prefix  uint8
-	// Gateway is reached on the link, whatever the prefix says.
-	Gateway [4]byte
-	MTU     uint16
-}
-
-// Append appends the payload to b.
-func (m *Network) Append(b []byte) []byte {
-	b = append(b, m.MAC[:]...)
-	b = append(b, m.Address[:]...)
-	b = append(b, m.Prefix)
-	b = append(b, m.Gateway[:]...)
-	return appendU16(b, m.MTU)
-}
-
-// ParseNetwork reads the payload of a network.
-func ParseNetwork(b []byte) (m Network, err error) {
-	r := reader{b: b}
-	copy(m.MAC[:], r.take(6))
-	copy(m.Address[:], r.take(4))
-	m.Prefix = r.u8()
-	copy(m.Gateway[:], r.take(4))
-	m.MTU = r.u16()
-	if m.Prefix > 32 {
-		r.fail("the prefix is longer than 32")
-	}
-	return m, r.end("network")
-}
-
 // MountRoot mounts an erofs image, read-only, with a writable overlay whose
 // upper layer is a tmpfs.
 type MountRoot struct {
