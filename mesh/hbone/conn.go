@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -35,7 +36,15 @@ const (
 
 	maxControl     = 64 << 10 // bytes of answers a peer may leave unread
 	prefaceTimeout = 10 * time.Second
+	// pulse is how often a peer is asked for a sign of life. One that has not
+	// answered by the next time is gone, or reads no more: whoever waits for it,
+	// reading or writing, waits for two pulses at most.
+	pulse = 15 * time.Second
 )
+
+var errGone = errors.New("the peer has closed the connection")
+
+var errSilent = fmt.Errorf("the peer has not answered for %v", pulse)
 
 // ErrClosed is what streams and Open report after Close.
 var ErrClosed = errors.New("connection closed")
@@ -51,8 +60,6 @@ type Conn struct {
 	r      *bufio.Reader
 	fields *fieldReader
 
-	opening sync.Mutex // HEADERS leave in the order of their stream ids
-
 	mu       sync.Mutex
 	window   sync.Cond // sending windows have grown, or all is over
 	streams  map[uint32]*Stream
@@ -66,6 +73,8 @@ type Conn struct {
 	streamsM int   // streams the peer takes
 	control  []byte
 	idle     time.Time // since when there is no stream
+	beat     *time.Timer
+	asked    uint64 // what the peer is to answer to show that it reads; 0 for nothing
 
 	received int64 // since the last WINDOW_UPDATE; reader only
 	handlers atomic.Int32
@@ -83,7 +92,7 @@ func Client(c net.Conn) (*Conn, error) {
 		return nil, fmt.Errorf("start http/2: %w", err)
 	}
 	c.SetWriteDeadline(time.Time{})
-	go h.writeControl()
+	h.start()
 	go h.run()
 	return h, nil
 }
@@ -95,14 +104,17 @@ func Client(c net.Conn) (*Conn, error) {
 func Serve(c net.Conn, handle func(*Stream), attach func(*Conn)) error {
 	h := newConn(c, false, handle)
 	c.SetDeadline(time.Now().Add(prefaceTimeout))
-	_, err := c.Write(h.hello())
-	if err == nil {
-		got := make([]byte, len(preface))
-		if _, err = io.ReadFull(h.r, got); err == nil && string(got) != preface {
-			err = errors.New("the client does not speak HTTP/2")
-		}
+	greeted := make(chan error, 1) // beside reading: both ends greet first
+	go func() { _, err := c.Write(h.hello()); greeted <- err }()
+	got := make([]byte, len(preface))
+	_, err := io.ReadFull(h.r, got)
+	if err == nil && string(got) != preface {
+		err = errors.New("the client does not speak HTTP/2")
 	}
 	if err != nil {
+		c.SetDeadline(time.Unix(1, 0))
+	}
+	if err = errors.Join(err, <-greeted); err != nil {
 		c.Close()
 		return fmt.Errorf("start http/2: %w", err)
 	}
@@ -110,7 +122,7 @@ func Serve(c net.Conn, handle func(*Stream), attach func(*Conn)) error {
 	if attach != nil {
 		attach(h)
 	}
-	go h.writeControl()
+	h.start()
 	return h.run()
 }
 
@@ -127,6 +139,44 @@ func newConn(c net.Conn, client bool, handle func(*Stream)) *Conn {
 	}
 	h.window.L = &h.mu
 	return h
+}
+
+// start makes the connection's own goroutine and timer.
+func (h *Conn) start() {
+	go h.writeControl()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.err == nil {
+		h.beat = time.AfterFunc(pulse, h.ask)
+	}
+}
+
+// ask asks the peer for a sign of life, or ends the connection if the last time
+// was in vain. What it asks cannot be guessed: only who reads can answer.
+func (h *Conn) ask() {
+	h.mu.Lock()
+	vain := h.asked != 0
+	h.asked = rand.Uint64() | 1
+	ping := appendFrame(nil, framePing, 0, 0, binary.BigEndian.AppendUint64(nil, h.asked))
+	h.mu.Unlock()
+	if vain {
+		h.end(errSilent)
+		return
+	}
+	h.enqueue(ping)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.err == nil {
+		h.beat.Reset(pulse)
+	}
+}
+
+func (h *Conn) answered(p []byte) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if binary.BigEndian.Uint64(p) == h.asked {
+		h.asked = 0
+	}
 }
 
 // sendFrame is the payload to send in one frame. With its header it just fills
@@ -175,23 +225,20 @@ func (h *Conn) request(authority string, fields []hpack.HeaderField) (*Stream, e
 	if len(block) > maxFrame {
 		return nil, errors.New("request head is too large")
 	}
-	h.opening.Lock()
-	defer h.opening.Unlock()
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	switch {
 	case h.err != nil:
-		h.mu.Unlock()
 		return nil, h.err
-	case h.draining || len(h.streams) >= min(h.streamsM, MaxStreams) || h.nextID > 1<<30:
-		h.mu.Unlock()
+	case h.draining || len(h.streams) >= min(h.streamsM, MaxStreams) || h.nextID > 1<<30 || len(h.control)+headerLen+len(block) > maxControl:
 		return nil, ErrBusy
 	}
 	s := h.addLocked(h.nextID, authority)
 	h.nextID += 2
-	h.mu.Unlock()
-	if err := h.write(appendFrame(nil, frameHeaders, flagEndHeaders, s.id, block)); err != nil {
-		return nil, err
-	}
+	// Queued, not written: the context of Open cannot end a write. In the order
+	// of stream ids, as the lock is held.
+	h.control = appendFrame(h.control, frameHeaders, flagEndHeaders, s.id, block)
+	h.wake()
 	return s, nil
 }
 
@@ -246,6 +293,10 @@ func (h *Conn) enqueue(frames []byte) {
 		h.end(fault(CodeCalm, "the peer does not read the answers it asks for"))
 		return
 	}
+	h.wake()
+}
+
+func (h *Conn) wake() {
 	select {
 	case h.kick <- struct{}{}:
 	default:
@@ -280,6 +331,9 @@ func (h *Conn) end(err error) {
 	streams, last := h.streams, h.lastID
 	h.streams = map[uint32]*Stream{}
 	h.window.Broadcast()
+	if h.beat != nil {
+		h.beat.Stop()
+	}
 	h.mu.Unlock()
 	close(h.done)
 	var ce *connError
@@ -299,8 +353,8 @@ func (h *Conn) end(err error) {
 
 func (h *Conn) run() error {
 	err := h.read()
-	if errors.Is(err, io.EOF) {
-		err = io.EOF
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = errGone // not EOF: to a reader of a stream that is its orderly end
 	}
 	h.end(err)
 	return h.Err()
@@ -349,7 +403,9 @@ func (h *Conn) readFrame(f frameHeader, p []byte) error {
 		}
 		if !f.has(flagAck) {
 			h.enqueue(appendFrame(nil, framePing, flagAck, 0, p))
+			break
 		}
+		h.answered(p)
 	case frameGoAway:
 		return h.readGoAway(f, p)
 	case frameWindow:

@@ -240,8 +240,9 @@ func (s *Stream) take() (got []*chunk, err error) {
 	return got, nil
 }
 
-// consumed gives the peer its credit back, now and then.
-func (s *Stream) consumed(n int) error {
+// consumed gives the peer its credit back, now and then. It does not wait for
+// those who write.
+func (s *Stream) consumed(n int) {
 	s.mu.Lock()
 	s.unacked += n
 	grant := 0
@@ -251,10 +252,9 @@ func (s *Stream) consumed(n int) error {
 		s.unacked = 0
 	}
 	s.mu.Unlock()
-	if grant == 0 {
-		return nil
+	if grant > 0 {
+		s.h.enqueue(appendFrame(nil, frameWindow, 0, s.id, u32(uint32(grant))))
 	}
-	return s.h.write(appendFrame(nil, frameWindow, 0, s.id, u32(uint32(grant))))
 }
 
 // WriteTo writes what is received to w until the peer has closed its half.
@@ -272,9 +272,7 @@ func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
 				var n int
 				n, err = w.Write(c.buf[:c.n])
 				total += int64(n)
-				if e := s.consumed(c.n); err == nil {
-					err = e
-				}
+				s.consumed(c.n)
 			}
 			chunks.Put(c)
 		}
@@ -310,7 +308,8 @@ func (s *Stream) Read(p []byte) (int, error) {
 		c.n -= n
 	}
 	s.mu.Unlock()
-	return n, s.consumed(n)
+	s.consumed(n)
+	return n, nil
 }
 
 type framed [Headroom + maxFrame]byte
