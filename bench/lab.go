@@ -295,7 +295,7 @@ func (s *sandbox) fill(ctx context.Context) error {
 			return err
 		}},
 		step{"container made", func() (err error) {
-			s.process, err = s.channel.Create(ctx, guestproto.Create{Hostname: s.id, PidsMax: 4096, KeepLog: true,
+			s.process, err = s.channel.Create(ctx, guestproto.Create{Hostname: s.id, Resources: guestproto.Resources{PidsMax: 4096}, KeepLog: true,
 				Files:   []guestproto.File{{Path: "/etc/hostname", Mode: 0o644, Data: []byte(s.id + "\n")}},
 				Program: guestproto.Program{Args: workload, Env: []string{"PATH=/bin"}}})
 			return err

@@ -98,7 +98,7 @@ func (g *guest) prepare() *vm.Process {
 	}
 	begun := time.Now()
 	p, err := g.c.Create(ctx, guestproto.Create{
-		Root: 3, Hostname: "box", PidsMax: 200, KeepLog: true,
+		Root: 3, Hostname: "box", Resources: guestproto.Resources{PidsMax: 200}, KeepLog: true,
 		Files: []guestproto.File{
 			{Path: "/etc/resolv.conf", Mode: 0o644, Data: []byte("nameserver 169.254.1.1\n")},
 			{Path: "/etc/deep/er/hosts", Mode: 0o600, Data: []byte("127.0.0.1 localhost\n")},
@@ -438,7 +438,7 @@ func testSlowReader(t *testing.T, g *guest) {
 
 func testLimits(t *testing.T, g *guest, kills *atomic.Uint32) {
 	c, err := g.c.Create(g.ctx(), guestproto.Create{
-		Root: 3, PidsMax: 20, MemoryMax: 24 << 20, Program: guestproto.Program{Args: []string{"sleep", "1000"}},
+		Root: 3, Resources: guestproto.Resources{PidsMax: 20, MemoryMax: 24 << 20}, Program: guestproto.Program{Args: []string{"sleep", "1000"}},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -620,7 +620,7 @@ func garbage() [][]byte {
 		binary.LittleEndian.AppendUint32(nil, guestproto.MaxFrame), frame(200, 1, 2, 3),
 		append(slices.Clone(hello), hello[:30]...), frame(guestproto.VerbPing)[:len(hello)+3],
 	}
-	for v := guestproto.VerbReseed; v <= guestproto.VerbCredit; v++ {
+	for v := guestproto.VerbReseed; v <= guestproto.VerbCopy; v++ {
 		if v != guestproto.VerbShutdown && v != guestproto.VerbRescan {
 			all = append(all, frame(v, bytes.Repeat([]byte{0xfe}, 40)...))
 		}

@@ -19,6 +19,9 @@ func (a *agent) mountRoot(payload []byte) error {
 	if a.roots[m.Root] {
 		return fail("mount root", strconv.Itoa(int(m.Root)), syscall.EEXIST)
 	}
+	if m.UpperSerial != "" {
+		return fail("mount root", strconv.Itoa(int(m.Root))+": upper layer on a disk", syscall.ENOSYS)
+	}
 	device, err := findDisk(m.Serial)
 	if err != nil {
 		return err

@@ -120,7 +120,7 @@ func setup() error {
 		if err := enterNew(&m, machineID, join); err != nil {
 			return err
 		}
-		program, pids = &m.Program, m.PidsMax
+		program, pids = &m.Program, m.Resources.PidsMax
 	} else {
 		m, err := guestproto.ParseExec(payload)
 		if err != nil {

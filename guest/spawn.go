@@ -91,6 +91,9 @@ func (a *agent) create(request uint32, payload []byte) error {
 	if err != nil {
 		return err
 	}
+	if err := notYet(&m); err != nil {
+		return err
+	}
 	if !a.roots[m.Root] {
 		return fail("create", "container on root "+strconv.Itoa(int(m.Root)), syscall.ENOENT)
 	}
@@ -117,6 +120,9 @@ func (a *agent) create(request uint32, payload []byte) error {
 func (a *agent) exec(request uint32, payload []byte) error {
 	m, err := guestproto.ParseExec(payload)
 	if err != nil {
+		return err
+	}
+	if err := programNotYet(&m.Program); err != nil {
 		return err
 	}
 	c, err := a.find(guestproto.VerbExec, m.Container)
@@ -179,8 +185,8 @@ func (p *process) makeCgroup(m *guestproto.Create) (err error) {
 	if p.cgroup, err = syscall.Open(dir, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
 		return fail("open cgroup", dir, err)
 	}
-	if m.MemoryMax > 0 {
-		if err := writeFile(dir+"/memory.max", strconv.FormatUint(m.MemoryMax, 10)); err != nil {
+	if m.Resources.MemoryMax > 0 {
+		if err := writeFile(dir+"/memory.max", strconv.FormatUint(m.Resources.MemoryMax, 10)); err != nil {
 			return err
 		}
 	}

@@ -315,7 +315,7 @@ func (s *sandbox) spawn(ctx context.Context, i wire.Instance, img image.Image) e
 	}
 	s.env = environment(img.Config.Env, i.Spec.Env)
 	p, err := s.channel.Create(ctx, guestproto.Create{
-		Hostname: i.ID, PidsMax: pidsMax, KeepLog: true, Files: files(i),
+		Hostname: i.ID, Resources: guestproto.Resources{PidsMax: pidsMax}, KeepLog: true, Files: files(i),
 		Program: guestproto.Program{Args: args, Env: s.env, Cwd: img.Config.WorkingDir,
 			UID: img.Config.UID, GID: img.Config.GID, Groups: img.Config.Groups},
 	})

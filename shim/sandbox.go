@@ -144,7 +144,7 @@ func (b *sandbox) make(ctx context.Context, g *guests, c configuration, r root, 
 		return err
 	}
 	p, err := b.channel.Create(ctx, guestproto.Create{
-		Hostname: c.Hostname, MemoryMax: b.size.limit, PidsMax: b.size.pids, Program: b.first.program,
+		Hostname: c.Hostname, Resources: guestproto.Resources{MemoryMax: b.size.limit, PidsMax: b.size.pids}, Program: b.first.program,
 	})
 	if err != nil {
 		return err

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"syscall"
@@ -630,6 +631,61 @@ func (c *Channel) MountRoot(ctx context.Context, m guestproto.MountRoot) (guestp
 	}
 	r, err := guestproto.ParseMountedRoot(b)
 	return parsed(c, r, err)
+}
+
+// UnmountRoot gives a root's number and its disks free. EBUSY says that it is
+// worth another try soon, or that a container on it was not forgotten.
+func (c *Channel) UnmountRoot(ctx context.Context, root uint8) error {
+	return c.do(ctx, guestproto.VerbUnmountRoot, &guestproto.UnmountRoot{Root: root})
+}
+
+// MountShare mounts the virtio file system with the tag, for containers to
+// mount what is below it.
+func (c *Channel) MountShare(ctx context.Context, tag string) error {
+	return c.do(ctx, guestproto.VerbMountShare, &guestproto.Name{Name: tag})
+}
+
+// MakeDir makes a directory of the pod, for containers to mount.
+func (c *Channel) MakeDir(ctx context.Context, m guestproto.Dir) error {
+	return c.do(ctx, guestproto.VerbMakeDir, &m)
+}
+
+// RemoveDir removes one that no container uses any more.
+func (c *Channel) RemoveDir(ctx context.Context, name string) error {
+	return c.do(ctx, guestproto.VerbRemoveDir, &guestproto.Name{Name: name})
+}
+
+// Push writes files into a directory of the pod: with a stamp all at once in
+// place of those pushed before, else each in place. Files may be larger than a
+// frame. One push per directory may be under way.
+func (c *Channel) Push(ctx context.Context, dir, stamp string, files []guestproto.PushFile) error {
+	const most = guestproto.MaxPayload / 2 // of the data in a frame
+	m := guestproto.Push{Dir: dir, Stamp: stamp, First: true}
+	size := 0
+	send := func() error {
+		err := c.do(ctx, guestproto.VerbPush, &m)
+		m.First, m.Files, size = false, m.Files[:0], 0
+		return err
+	}
+	for _, f := range files {
+		if len(f.Path) > math.MaxUint16 {
+			return fmt.Errorf("push into %q: the path of a file has %d bytes", dir, len(f.Path))
+		}
+		for rest, first := f.Data, true; first || len(rest) > 0; first = false {
+			if size >= most || size > 0 && size+len(f.Path) >= most || len(m.Files) == guestproto.MaxList {
+				if err := send(); err != nil {
+					return err
+				}
+			}
+			n := min(len(rest), max(most-size, 1))
+			f.Data, rest = rest[:n], rest[n:]
+			m.Files = append(m.Files, f)
+			f.More = true
+			size += n + len(f.Path) + guestproto.PushFileSize
+		}
+	}
+	m.Last = true
+	return send()
 }
 
 // Stats asks what the guest uses. The figures are the guest's word.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -41,8 +42,8 @@ type Process struct {
 	open   int   // streams that have not ended
 }
 
-func newProcess(c *Channel, container uint32, p *guestproto.Program) *Process {
-	return &Process{c: c, container: container, tty: p.TTY, exited: make(chan struct{}), open: 2}
+func newProcess(c *Channel, container uint32, tty bool) *Process {
+	return &Process{c: c, container: container, tty: tty, exited: make(chan struct{}), open: 2}
 }
 
 // ID is the process' number in the guest, never used twice in one boot of it.
@@ -118,6 +119,32 @@ func (p *Process) signal(ctx context.Context, s syscall.Signal, all bool) error 
 	return p.c.do(ctx, guestproto.VerbSignal, &guestproto.Signal{Process: p.id, Number: uint8(s), All: all})
 }
 
+// Update changes the limits of the container whose first process this is.
+func (p *Process) Update(ctx context.Context, r guestproto.Resources) error {
+	return p.c.do(ctx, guestproto.VerbUpdate, &guestproto.Update{Container: p.id, Resources: r})
+}
+
+// Freeze stops every process of the container whose first process this is, and
+// returns when they stand still.
+func (p *Process) Freeze(ctx context.Context) error { return p.freeze(ctx, true) }
+
+// Thaw lets them go on.
+func (p *Process) Thaw(ctx context.Context) error { return p.freeze(ctx, false) }
+
+func (p *Process) freeze(ctx context.Context, frozen bool) error {
+	return p.c.do(ctx, guestproto.VerbFreeze, &guestproto.Freeze{Container: p.id, Frozen: frozen})
+}
+
+// Top lists what runs in the container whose first process this is.
+func (p *Process) Top(ctx context.Context) ([]guestproto.Task, error) {
+	b, err := p.c.call(ctx, guestproto.VerbTop, &guestproto.ProcessID{Process: p.id})
+	if err != nil {
+		return nil, err
+	}
+	list, err := guestproto.ParseTasks(b)
+	return parsed(p.c, list, err)
+}
+
 // Resize sets the size of the process' terminal.
 func (p *Process) Resize(ctx context.Context, rows, cols uint16) error {
 	return p.c.do(ctx, guestproto.VerbResize, &guestproto.Resize{Process: p.id, Rows: rows, Cols: cols})
@@ -135,30 +162,25 @@ func (p *Process) Forget(ctx context.Context) error { return p.c.forget(ctx, p.i
 
 // Create makes a container and its first process, up to the exec.
 func (c *Channel) Create(ctx context.Context, m guestproto.Create) (*Process, error) {
-	if len(m.Files) > guestproto.MaxList {
-		return nil, fmt.Errorf("create container: %d files are more than %d", len(m.Files), guestproto.MaxList)
+	if err := checkCreate(&m); err != nil {
+		return nil, fmt.Errorf("create container: %w", err)
 	}
-	for _, f := range m.Files {
-		if len(f.Path) > math.MaxUint16 {
-			return nil, fmt.Errorf("create container: the path of a file has %d bytes", len(f.Path))
-		}
-	}
-	p := newProcess(c, 0, &m.Program)
-	return p, c.begin(ctx, guestproto.VerbCreate, &m, &m.Program, p)
+	p := newProcess(c, 0, m.Program.TTY)
+	return p, c.begin(ctx, guestproto.VerbCreate, &m, p)
 }
 
 // Exec runs one more process in the container of a process that Create gave.
 func (c *Channel) Exec(ctx context.Context, container *Process, program guestproto.Program) (*Process, error) {
-	p := newProcess(c, container.id, &program)
+	if err := checkProgram(&program); err != nil {
+		return nil, fmt.Errorf("exec: %w", err)
+	}
+	p := newProcess(c, container.id, program.TTY)
 	p.transient = true
-	return p, c.begin(ctx, guestproto.VerbExec, &guestproto.Exec{Container: container.id, Program: program}, &program, p)
+	return p, c.begin(ctx, guestproto.VerbExec, &guestproto.Exec{Container: container.id, Program: program}, p)
 }
 
 // begin asks for a process and gives its streams their first credit.
-func (c *Channel) begin(ctx context.Context, v guestproto.Verb, m message, program *guestproto.Program, p *Process) error {
-	if err := checkProgram(program); err != nil {
-		return fmt.Errorf("%s: %w", v, err)
-	}
+func (c *Channel) begin(ctx context.Context, v guestproto.Verb, m message, p *Process) error {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, callDeadline)
@@ -185,12 +207,51 @@ func checkProgram(p *guestproto.Program) error {
 	switch {
 	case len(p.Args) == 0:
 		return fmt.Errorf("run program: none is named")
-	case len(p.Args) > guestproto.MaxList || len(p.Env) > guestproto.MaxList || len(p.Groups) > guestproto.MaxList:
-		return fmt.Errorf("run program %q: more than %d arguments, variables or groups", p.Args[0], guestproto.MaxList)
+	case len(p.Args) > guestproto.MaxList || len(p.Env) > guestproto.MaxList || len(p.Groups) > guestproto.MaxList || len(p.Rlimits) > guestproto.MaxList:
+		return fmt.Errorf("run program %q: more than %d arguments, variables, groups or limits", p.Args[0], guestproto.MaxList)
 	case len(p.Cwd) > math.MaxUint16 || len(p.User) > math.MaxUint16:
 		return fmt.Errorf("run program %q: the directory's or the user's name is too long", p.Args[0])
 	}
 	return nil
+}
+
+// checkCreate does so for a container.
+func checkCreate(m *guestproto.Create) error {
+	for what, n := range map[string]int{
+		"files": len(m.Files), "mounts": len(m.Mounts), "masked paths": len(m.Masked), "read-only paths": len(m.ReadOnly),
+		"devices": len(m.Devices), "sysctls": len(m.Sysctls), "files of its cgroup": len(m.Resources.Unified),
+	} {
+		if n > guestproto.MaxList {
+			return fmt.Errorf("%d %s are more than %d", n, what, guestproto.MaxList)
+		}
+	}
+	long := func(list ...string) bool {
+		return slices.ContainsFunc(list, func(s string) bool { return len(s) > math.MaxUint16 })
+	}
+	for _, f := range m.Files {
+		if long(f.Path) {
+			return fmt.Errorf("the path of a file has %d bytes", len(f.Path))
+		}
+	}
+	for _, f := range m.Mounts {
+		if long(f.Target, f.Source, f.FS, f.Data) {
+			return fmt.Errorf("mount at %.64q: a string is too long", f.Target)
+		}
+	}
+	for _, d := range m.Devices {
+		if long(d.Path, d.Serial) {
+			return fmt.Errorf("device %.64q: a string is too long", d.Path)
+		}
+	}
+	for _, s := range slices.Concat(m.Sysctls, m.Resources.Unified) {
+		if long(s.Name, s.Value) {
+			return fmt.Errorf("setting %.64q: a string is too long", s.Name)
+		}
+	}
+	if long(m.Hostname, m.Domainname, m.Resources.CPUs, m.Resources.Nodes) {
+		return fmt.Errorf("a name or a list of processors is too long")
+	}
+	return checkProgram(&m.Program)
 }
 
 // Processes lists what runs in the guest, or ran and was not forgotten.
@@ -207,7 +268,7 @@ func (c *Channel) Processes(ctx context.Context) ([]guestproto.ProcessInfo, erro
 // that stopped reading, and its exit, even if it is long past. What the earlier
 // host had credit for and did not read is lost, but for Logs.
 func (c *Channel) Attach(ctx context.Context, info guestproto.ProcessInfo) (*Process, error) {
-	p := newProcess(c, info.Container, &guestproto.Program{TTY: info.TTY})
+	p := newProcess(c, info.Container, info.TTY)
 	p.transient = info.Container != info.Process
 	p.stdout.init(p, guestproto.StreamStdout)
 	p.stderr.init(p, guestproto.StreamStderr)

@@ -26,7 +26,10 @@ import "strconv"
 //
 //	1  2026-11-22: first.
 //	2  2026-11-22: several interfaces, IPv6, routes and neighbours.
-const Version = 2
+//	3  2026-11-22: containers as the OCI runtime specification has them:
+//	   rights, limits, mounts, devices; directories of the pod, shares, disks;
+//	   update, freeze, statistics in full, copies.
+const Version = 3
 
 const (
 	// MaxFrame is the most that may follow a frame's length field.
@@ -42,8 +45,16 @@ const (
 	// MaxProcesses is how many processes of the host's asking a guest keeps,
 	// those that ended and were not forgotten yet included.
 	MaxProcesses = 64
-	// MaxRoots is how many root file systems a guest mounts.
+	// MaxRoots is how many root file systems a guest has mounted at a time.
 	MaxRoots = 8
+	// MaxDirs is how many directories of its pod a guest keeps at a time.
+	MaxDirs = 64
+	// MaxShares is how many shares of the host a guest mounts.
+	MaxShares = 8
+	// MaxFilter is the most instructions a seccomp filter may have.
+	MaxFilter = 4096
+	// MaxTop is how many processes of a container are listed.
+	MaxTop = 512
 	// MaxWindow is the most credit a stream may have at any moment.
 	MaxWindow = 1 << 20
 	// LogBytes is how much of the last output of a process that keeps a log
@@ -83,6 +94,15 @@ const (
 	VerbCredit
 	VerbInterfaces
 	VerbRoutes
+	VerbUpdate
+	VerbFreeze
+	VerbTop
+	VerbUnmountRoot
+	VerbMakeDir
+	VerbRemoveDir
+	VerbPush
+	VerbMountShare
+	VerbCopy
 )
 
 // Verbs the guest sends.
@@ -103,6 +123,9 @@ var verbNames = [...]string{
 	VerbPing: "ping", VerbShutdown: "shutdown", VerbProcesses: "processes", VerbAttach: "attach",
 	VerbForget: "forget", VerbLogs: "logs", VerbCredit: "credit",
 	VerbInterfaces: "interfaces", VerbRoutes: "routes",
+	VerbUpdate: "update", VerbFreeze: "freeze", VerbTop: "top", VerbUnmountRoot: "unmount root",
+	VerbMakeDir: "make directory", VerbRemoveDir: "remove directory", VerbPush: "push",
+	VerbMountShare: "mount share", VerbCopy: "copy",
 	VerbReply: "reply", VerbError: "error", VerbExit: "exit", VerbOutput: "output",
 	VerbGuardEvents: "guard events", VerbOOM: "oom",
 }

@@ -22,9 +22,15 @@ func messages() []message {
 	program := Program{
 		Args: []string{"sh", "-c"}, Env: []string{"A=b"}, Cwd: "/w", User: "u", UID: 1, GID: 2,
 		Groups: []uint32{3}, TTY: true, Rows: 4, Cols: 5,
+		Rights: Rights{true, 1, 2, 3, 4, 5}, NewPrivileges: true, Rlimits: []Rlimit{{7, 8, 9}}, Umask: 0o77, UmaskGiven: true,
+		OOMScoreAdj: -2, Seccomp: Seccomp{SeccompFilter, 6, []byte("\x06\x00\x00\x00\x00\x00\xff\x7f")},
 	}
-	const programHex = "0200" + "020000007368" + "020000002d63" + "0100" + "03000000413d62" + "02002f77" + "010075" +
-		"01000000" + "02000000" + "0100" + "03000000" + "01" + "0400" + "0500"
+	programHex := "0200" + "020000007368" + "020000002d63" + "0100" + "03000000413d62" + "02002f77" + "010075" +
+		"01000000" + "02000000" + "0100" + "03000000" + "01" + "0400" + "0500" +
+		"01" + words(1, 2, 3, 4, 5) + "01" + "0100" + "07" + words(8, 9) + "3f000000" + "01" + "feffffff" +
+		"02" + "06000000" + "08000000" + "060000000000ff7f"
+	limits := Resources{1, 2, 3, 4, 5, 6, 7, "0-1", "0", 8, []Setting{{"a.b", "c"}}}
+	limitsHex := words(1, 2, 3, 4, 5, 6, 7) + "0300302d31" + "010030" + "08000000" + "0100" + "0300612e62" + "010063"
 	hello := HelloRequest{Version: 1, Nonce: [16]byte{1, 2}}
 	helloReply := Hello{Version: 1, Release: "6.1", BootID: "b", Build: "c", Guard: GuardFailed, GuardText: "no", BootMicros: 7}
 	reseed := Reseed{Entropy: [64]byte{9}, UnixNanos: -2, MachineID: "m", BootID: "b", Hostname: "h"}
@@ -45,18 +51,40 @@ func messages() []message {
 	const routesHex = "0200" +
 		"01" + "040065746830" + "0400000000" + "00" + "040a000001" + fiveHex + "00" + "07000000" + "14050000" + "01" +
 		"06" + "0000" + sixHex + "80" + "00" + "00" + "fd" + "00000000" + "00000000" + "00"
-	mount := MountRoot{Root: 3, Serial: "root0", UpperBytes: 1 << 20}
+	mount := MountRoot{Root: 3, Serial: "root0", UpperBytes: 1 << 20, UpperSerial: "w0", UpperFS: "ext4"}
 	mounted := MountedRoot{Overlay: 24, Lower: 254 << 20}
 	create := Create{
-		Root: 1, Hostname: "h", MemoryMax: 2, PidsMax: 3, KeepLog: true,
+		Root: 1, Hostname: "h", Domainname: "d", KeepLog: true, Resources: limits,
 		Files: []File{{Path: "/f", Mode: 0o644, Data: []byte("x")}}, Program: program,
+		Mounts:   []Mount{{MountDisk, "/t", "s", "f", "d", 1, 2, 3}},
+		Masked:   []string{"/m"},
+		ReadOnly: []string{"/r"},
+		Devices:  []Device{{"/dev/x", 'c', 1, 2, "w0", 0o600, 3, 4}},
+		Sysctls:  []Setting{{"n", "v"}}, ReadOnlyRoot: true, RootPropagation: 9, PID: PIDContainer, PIDOf: 5,
 	}
+	createHex := "01" + "010068" + "010064" + "01" + limitsHex + "0100" + "02002f66" + "a4010000" + "0100000078" + programHex +
+		"0100" + "04" + "02002f74" + "010073" + "010066" + "010064" + "01000000" + "02000000" + "03000000" +
+		"0100" + "020000002f6d" + "0100" + "020000002f72" +
+		"0100" + "06002f6465762f78" + "63" + "01000000" + "02000000" + "02007730" + "80010000" + "03000000" + "04000000" +
+		"0100" + "01006e" + "010076" + "01" + "09000000" + "02" + "05000000"
+	update := Update{5, limits}
+	freeze := Freeze{5, true}
+	tasks := []Task{{1, 2, 3, 4, 5, "sh"}}
+	unmount := UnmountRoot{3}
+	dir := Dir{"d", 1, 2, 0o1777, 3, 4, "w1", "ext4"}
+	name := Name{"vol~1"}
+	push := Push{"d", "..1", true, true, []PushFile{{"a/b", 0o644, 1, 2, true, []byte("x")}}}
+	copies := Copy{5, true, "/p"}
 	exec := Exec{Container: 6, Program: program}
 	id := ProcessID{5}
 	signal := Signal{5, 9, true}
 	resize := Resize{5, 24, 80}
 	stdin := Stdin{5, []byte("in")}
-	stats := Stats{1, 2, 3, 4, 5, []ContainerStats{{6, 7, 8, 9, 10}}}
+	stats := Stats{
+		1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13,
+		[]ContainerStats{{14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38}},
+		[]DirStats{{"d", 1, 2, 3}},
+	}
 	policy := GuardPolicy{7, []byte("blob")}
 	list := []ProcessInfo{{1, 1, 60, PhaseExited, true, 137, 9}}
 	credit := Credit{5, StreamStderr, 65536}
@@ -83,19 +111,31 @@ func messages() []message {
 		{"routes reply", network.Routes, func(b []byte) []byte { return AppendRoutes(b, network.Routes) },
 			func(b []byte) (any, error) { return wrap(ParseRoutes(b)) }, routesHex},
 		{"mount root", mount, mount.Append, func(b []byte) (any, error) { return wrap(ParseMountRoot(b)) },
-			"03" + "0500726f6f7430" + "0000100000000000"},
+			"03" + "0500726f6f7430" + "0000100000000000" + "02007730" + "040065787434"},
 		{"mount root reply", mounted, mounted.Append, func(b []byte) (any, error) { return wrap(ParseMountedRoot(b)) },
 			"18000000" + "0000e00f"},
 		{"create", create, create.Append, func(b []byte) (any, error) { return wrap(ParseCreate(b)) },
-			"01" + "010068" + "0200000000000000" + "03000000" + "01" + "0100" + "02002f66" + "a4010000" + "0100000078" + programHex},
+			createHex},
 		{"exec", exec, exec.Append, func(b []byte) (any, error) { return wrap(ParseExec(b)) }, "06000000" + programHex},
 		{"start", id, id.Append, func(b []byte) (any, error) { return wrap(ParseProcessID(VerbStart, b)) }, "05000000"},
 		{"signal", signal, signal.Append, func(b []byte) (any, error) { return wrap(ParseSignal(b)) }, "050000000901"},
 		{"resize", resize, resize.Append, func(b []byte) (any, error) { return wrap(ParseResize(b)) }, "0500000018005000"},
 		{"stdin", stdin, stdin.Append, func(b []byte) (any, error) { return wrap(ParseStdin(b)) }, "05000000696e"},
 		{"stats reply", stats, stats.Append, func(b []byte) (any, error) { return wrap(ParseStats(b)) },
-			"0100000000000000" + "0200000000000000" + "0300000000000000" + "0400000000000000" + "0500000000000000" + "0100" +
-				"06000000" + "0700000000000000" + "0800000000000000" + "09000000" + "0a000000"},
+			words(1, 2, 3, 4, 5, 6, 7) + "08000000" + "09000000" + words(10, 11, 12, 13) + "0100" +
+				"0e000000" + words(15, 16, 17, 18, 19, 20, 21, 22, 23, 24) + "19000000" + words(26, 27, 28, 29, 30, 31) + "20000000" +
+				words(33, 34, 35, 36, 37, 38) + "0100" + "010064" + words(1, 2, 3)},
+		{"update", update, update.Append, func(b []byte) (any, error) { return wrap(ParseUpdate(b)) }, "05000000" + limitsHex},
+		{"freeze", freeze, freeze.Append, func(b []byte) (any, error) { return wrap(ParseFreeze(b)) }, "0500000001"},
+		{"top reply", tasks, func(b []byte) []byte { return AppendTasks(b, tasks) }, func(b []byte) (any, error) { return wrap(ParseTasks(b)) },
+			"0100" + "01000000" + "02000000" + "03000000" + words(4, 5) + "02007368"},
+		{"unmount root", unmount, unmount.Append, func(b []byte) (any, error) { return wrap(ParseUnmountRoot(b)) }, "03"},
+		{"make directory", dir, dir.Append, func(b []byte) (any, error) { return wrap(ParseDir(b)) },
+			"010064" + words(1, 2) + "ff030000" + "03000000" + "04000000" + "02007731" + "040065787434"},
+		{"mount share", name, name.Append, func(b []byte) (any, error) { return wrap(ParseName(VerbMountShare, b)) }, "0500766f6c7e31"},
+		{"push", push, push.Append, func(b []byte) (any, error) { return wrap(ParsePush(b)) },
+			"010064" + "03002e2e31" + "01" + "01" + "0100" + "0300612f62" + "a4010000" + "01000000" + "02000000" + "01" + "0100000078"},
+		{"copy", copies, copies.Append, func(b []byte) (any, error) { return wrap(ParseCopy(b)) }, "0500000001" + "02002f70"},
 		{"guard policy", policy, policy.Append, func(b []byte) (any, error) { return wrap(ParseGuardPolicy(b)) },
 			"0700000000000000" + "626c6f62"},
 		{"processes reply", list, func(b []byte) []byte { return AppendProcesses(b, list) },
@@ -107,6 +147,15 @@ func messages() []message {
 			func(b []byte) (any, error) { return wrap(ParseOutput(b)) }, "05000000" + "01" + "6f7574"},
 		{"oom", oom, oom.Append, func(b []byte) (any, error) { return wrap(ParseOOM(b)) }, "05000000" + "02000000"},
 	}
+}
+
+// words are 64-bit numbers as the wire has them.
+func words(list ...uint64) string {
+	var b []byte
+	for _, v := range list {
+		b = appendU64(b, v)
+	}
+	return hex.EncodeToString(b)
 }
 
 func wrap[T any](v T, err error) (any, error) { return v, err }
@@ -146,6 +195,7 @@ func TestCutMessages(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	long := bytes.Repeat([]byte{1}, MaxChunk+1)
+	sh := []string{"sh"}
 	for _, tt := range []struct {
 		name, want string
 		err        error
@@ -181,6 +231,30 @@ func TestRefused(t *testing.T) {
 		{"padding", "padding", second(ParseHelloRequest(make([]byte, 4+NonceSize+helloPad)))},
 		{"bool", "neither", second(ParseSignal([]byte{0, 0, 0, 0, 9, 2}))},
 		{"list", "list", second(ParseExec([]byte{0, 0, 0, 0, 0xff, 0xff, 1, 2, 3}))},
+		{"rlimit", "resource limit", second(ParseExec((&Exec{Program: Program{Args: sh, Rlimits: []Rlimit{{16, 1, 1}}}}).Append(nil)))},
+		{"umask", "umask", second(ParseExec((&Exec{Program: Program{Args: sh, Umask: 0o1000}}).Append(nil)))},
+		{"seccomp mode", "seccomp", second(ParseExec((&Exec{Program: Program{Args: sh, Seccomp: Seccomp{Mode: 3}}}).Append(nil)))},
+		{"empty filter", "seccomp", second(ParseExec((&Exec{Program: Program{Args: sh, Seccomp: Seccomp{Mode: SeccompFilter}}}).Append(nil)))},
+		{"filter without mode", "seccomp", second(ParseExec((&Exec{Program: Program{Args: sh, Seccomp: Seccomp{Filter: long[:8]}}}).Append(nil)))},
+		{"odd filter", "seccomp", second(ParseExec((&Exec{Program: Program{Args: sh, Seccomp: Seccomp{Mode: SeccompFilter, Filter: long[:9]}}}).Append(nil)))},
+		{"long filter", "seccomp", second(ParseExec((&Exec{Program: Program{Args: sh, Seccomp: Seccomp{Mode: SeccompFilter, Filter: make([]byte, MaxFilter*8+8)}}}).Append(nil)))},
+		{"mount kind", "mount", second(ParseCreate((&Create{Program: Program{Args: sh}, Mounts: []Mount{{Kind: 5}}}).Append(nil)))},
+		{"device kind", "device", second(ParseCreate((&Create{Program: Program{Args: sh}, Devices: []Device{{Kind: 'u'}}}).Append(nil)))},
+		{"pid mode", "PID", second(ParseCreate((&Create{Program: Program{Args: sh}, PID: 3}).Append(nil)))},
+		{"pid of nobody", "PID", second(ParseCreate((&Create{Program: Program{Args: sh}, PID: PIDContainer}).Append(nil)))},
+		{"pid of one too many", "PID", second(ParseCreate((&Create{Program: Program{Args: sh}, PIDOf: 1}).Append(nil)))},
+		{"root to unmount", "number", second(ParseUnmountRoot([]byte{MaxRoots}))},
+		{"dot", "name", second(ParseName(VerbRemoveDir, (&Name{"."}).Append(nil)))},
+		{"hidden", "name", second(ParseName(VerbRemoveDir, (&Name{".a"}).Append(nil)))},
+		{"slash", "name", second(ParseName(VerbRemoveDir, (&Name{"a/b"}).Append(nil)))},
+		{"no name", "name", second(ParseName(VerbRemoveDir, (&Name{}).Append(nil)))},
+		{"long name", "name", second(ParseName(VerbRemoveDir, (&Name{strings.Repeat("a", 129)}).Append(nil)))},
+		{"dir's mode", "mode", second(ParseDir((&Dir{Name: "a", Mode: 0o10000}).Append(nil)))},
+		{"stamp", "stamp", second(ParsePush((&Push{Dir: "a", Stamp: "a"}).Append(nil)))},
+		{"stamp of two dots", "stamp", second(ParsePush((&Push{Dir: "a", Stamp: ".."}).Append(nil)))},
+		{"stamp of the link", "stamp", second(ParsePush((&Push{Dir: "a", Stamp: "..data"}).Append(nil)))},
+		{"stamp with a slash", "name", second(ParsePush((&Push{Dir: "a", Stamp: "../a"}).Append(nil)))},
+		{"tasks", "more processes", second(ParseTasks(AppendTasks(nil, make([]Task, MaxTop+1))))},
 		{"record", "early", ParseRecords([]byte{9, 0, 1}, func([]byte) {})},
 	} {
 		if tt.err == nil || !strings.Contains(tt.err.Error(), tt.want) {
@@ -198,6 +272,76 @@ func refusedNetwork(spoil func(*Network)) error {
 		}
 	}
 	return nil
+}
+
+// TestPushPaths lets nothing be written outside a directory, nor over what a
+// push with a stamp uses itself.
+func TestPushPaths(t *testing.T) {
+	for path, want := range map[string]bool{
+		"a": true, "a/b": true, "a.b": true, ".a": true, "a/.b/c": true, strings.Repeat("a/", 15) + "a": true,
+		"": false, "/": false, "/a": false, "a/": false, "a//b": false, ".": false, "..": false, "a/..": false, "a/../b": false,
+		"a/./b": false, "..data": false, "..data/a": false, "...": false, "a\x00": false, strings.Repeat("a", 256): false,
+		strings.Repeat("a/", 16) + "a": false, strings.Repeat(strings.Repeat("a", 254)+"/", 15) + strings.Repeat("b", 255) + "/": false,
+	} {
+		_, err := ParsePush((&Push{Dir: "d", Files: []PushFile{{Path: path}}}).Append(nil))
+		if (err == nil) != want {
+			t.Errorf("%.40q: %v", path, err)
+		}
+	}
+}
+
+// TestCopyHead goes through what an entry of a copy may say.
+func TestCopyHead(t *testing.T) {
+	for _, tt := range []struct {
+		entry CopyEntry
+		want  bool
+	}{
+		{CopyEntry{}, true},
+		{CopyEntry{Kind: CopyDir, Mode: 0o1777, UID: 1, GID: 2, UnixNanos: -3, Path: "a"}, true},
+		{CopyEntry{Kind: CopyRegular, Mode: 0o4755, Size: 1 << 40, Path: "a/b"}, true},
+		{CopyEntry{Kind: CopySymlink, Path: "a", Link: "b"}, true},
+		{CopyEntry{Kind: CopyLink, Path: "a", Link: "b"}, true},
+		{CopyEntry{Path: "a"}, false},
+		{CopyEntry{Kind: CopyDir}, false},
+		{CopyEntry{Kind: CopyDir, Path: "a", Link: "b"}, false},
+		{CopyEntry{Kind: CopyDir, Path: "a", Size: 1}, false},
+		{CopyEntry{Kind: CopySymlink, Path: "a"}, false},
+		{CopyEntry{Kind: CopyRegular, Path: "a", Size: 1<<62 + 1}, false},
+		{CopyEntry{Kind: CopyRegular, Path: "a", Mode: 0o10000}, false},
+		{CopyEntry{Kind: 5, Path: "a"}, false},
+		{CopyEntry{Kind: CopyDir, Path: strings.Repeat("a", MaxCopyPath+1)}, false},
+	} {
+		b := tt.entry.Append(nil)
+		got, path, link, err := ParseCopyHead(b[:CopyHead])
+		if (err == nil) != tt.want {
+			t.Errorf("%.100v: %v", tt.entry, err)
+		}
+		if err != nil {
+			continue
+		}
+		got.Path, got.Link = string(b[CopyHead:CopyHead+path]), string(b[CopyHead+path:CopyHead+path+link])
+		if got != tt.entry {
+			t.Errorf("wrote %+v, read %+v", tt.entry, got)
+		}
+	}
+}
+
+func FuzzCopyHead(f *testing.F) {
+	f.Add((&CopyEntry{Kind: CopySymlink, Mode: 0o777, UnixNanos: 5, Path: "a", Link: "b"}).Append(nil))
+	f.Add((&CopyEntry{}).Append(nil))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) < CopyHead {
+			return
+		}
+		m, path, link, err := ParseCopyHead(b[:CopyHead])
+		if err != nil || len(b) != CopyHead+path+link {
+			return
+		}
+		m.Path, m.Link = string(b[CopyHead:CopyHead+path]), string(b[CopyHead+path:])
+		if again := m.Append(nil); !bytes.Equal(again, b) {
+			t.Fatalf("%+v prints as %x, was %x", m, again, b)
+		}
+	})
 }
 
 func second[T any](_ T, err error) error { return err }
@@ -226,6 +370,8 @@ func TestVerbs(t *testing.T) {
 		1: "hello", 2: "reseed", 3: "rescan", 4: "network", 5: "mount root", 6: "create", 7: "start", 8: "exec",
 		9: "signal", 10: "resize", 11: "stdin", 12: "close stdin", 13: "stats", 14: "guard policy", 15: "guard status",
 		16: "ping", 17: "shutdown", 18: "processes", 19: "attach", 20: "forget", 21: "logs", 22: "credit", 23: "interfaces", 24: "routes",
+		25: "update", 26: "freeze", 27: "top", 28: "unmount root", 29: "make directory", 30: "remove directory", 31: "push",
+		32: "mount share", 33: "copy",
 		0x80: "reply", 0x81: "error", 0xc0: "exit", 0xc1: "output", 0xc2: "guard events", 0xc3: "oom",
 		0: "verb 0", 99: "verb 99", 255: "verb 255",
 	} {
@@ -347,6 +493,22 @@ func print(v any) []byte {
 	case Output:
 		return append(m.AppendPrefix(nil), m.Data...)
 	case OOM:
+		return m.Append(nil)
+	case Update:
+		return m.Append(nil)
+	case Freeze:
+		return m.Append(nil)
+	case []Task:
+		return AppendTasks(nil, m)
+	case UnmountRoot:
+		return m.Append(nil)
+	case Dir:
+		return m.Append(nil)
+	case Name:
+		return m.Append(nil)
+	case Push:
+		return m.Append(nil)
+	case Copy:
 		return m.Append(nil)
 	}
 	panic("a message without a writer")
