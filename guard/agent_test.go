@@ -37,7 +37,7 @@ func startSandbox(t *testing.T) *sandbox {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build agent: %v\n%s", err, out)
 	}
-	found, err := kernel.Find("/", "cloud-amd64")
+	found, err := kernel.Find("/", flavour())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -237,8 +238,12 @@ func TestAttacksWorkWithoutGuard(t *testing.T) {
 		}
 	}
 	for _, b := range slices.Concat(benign, quiet) {
-		if got := o.ran[name(b)]; !strings.HasPrefix(got, "exit 0 ") {
-			t.Errorf("%s: %s; want it to work", b, got)
+		want := "exit 0 "
+		if strings.HasPrefix(b, "securityxattr") && os.Getenv("HAUBERK_TEST_KERNEL") != "" {
+			want = "exit 10 refused: operation not permitted" // later kernels mended this by themselves
+		}
+		if got := o.ran[name(b)]; !strings.HasPrefix(got, want) {
+			t.Errorf("%s: %s; want %s", b, got, want)
 		}
 	}
 }

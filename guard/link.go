@@ -10,6 +10,8 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -94,10 +96,16 @@ func checkOverlay(overlay *btf.Spec) error {
 	if err := overlay.TypeByName("ovl_inode", &inode); err != nil {
 		return fmt.Errorf("find overlay's inode: %w", err)
 	}
-	for _, want := range []string{"vfs_inode", "__upperdentry", "lowerpath"} {
-		if !slices.ContainsFunc(inode.Members, func(m btf.Member) bool { return m.Name == want }) {
+	has := func(name string) bool {
+		return slices.ContainsFunc(inode.Members, func(m btf.Member) bool { return m.Name == name })
+	}
+	for _, want := range []string{"vfs_inode", "__upperdentry"} {
+		if !has(want) {
 			return fmt.Errorf("overlay's inode has no %s: the origin of a file cannot be told on this kernel", want)
 		}
+	}
+	if !has("lowerpath") && !has("oe") { // up to 6.4, and from 6.5
+		return errors.New("overlay's inode has neither lowerpath nor oe: the origin of a file cannot be told on this kernel")
 	}
 	return nil
 }
@@ -123,14 +131,63 @@ func (l *linker) bundle(buildID string) ([]byte, error) {
 	for _, name := range l.maps {
 		l.oneMap(name, ids[name])
 	}
-	programs := slices.Sorted(maps.Keys(l.spec.Programs))
+	programs, err := l.programs()
+	if err != nil {
+		return nil, err
+	}
 	l.u16(uint16(len(programs)))
-	for _, name := range programs {
-		if err := l.program(l.spec.Programs[name]); err != nil {
+	for _, name := range slices.Sorted(maps.Keys(programs)) {
+		if err := l.program(name, programs[name]); err != nil {
 			return nil, fmt.Errorf("link guard: program %s: %w", name, err)
 		}
 	}
 	return l.out, nil
+}
+
+// target is a program and the kernel's function that it is attached to.
+type target struct {
+	*ebpf.ProgramSpec
+	hook *btf.Func
+}
+
+// programs gives each program by its name. Where a hook's arguments differ
+// between kernels there is a variant for each number of them, which stands
+// after three underscores; this kernel's is taken.
+func (l *linker) programs() (map[string]target, error) {
+	found := map[string]target{}
+	for full, p := range l.spec.Programs {
+		name, number, varies := strings.Cut(full, "___")
+		hook, err := l.hook(p)
+		if err != nil {
+			return nil, fmt.Errorf("link guard: program %s: %w", full, err)
+		}
+		if proto, ok := hook.Type.(*btf.FuncProto); varies && (!ok || strconv.Itoa(len(proto.Params)) != number) {
+			if _, ok := found[name]; !ok {
+				found[name] = target{}
+			}
+			continue
+		}
+		found[name] = target{p, hook}
+	}
+	for name, t := range found {
+		if t.hook == nil {
+			return nil, fmt.Errorf("link guard: program %s: its hook has other arguments on this kernel than any variant", name)
+		}
+	}
+	return found, nil
+}
+
+// hook finds the kernel's function that a program is attached to.
+func (l *linker) hook(p *ebpf.ProgramSpec) (*btf.Func, error) {
+	name := p.AttachTo
+	if p.Type == ebpf.LSM {
+		name = "bpf_lsm_" + name
+	}
+	var f *btf.Func
+	if err := l.kernel.TypeByName(name, &f); err != nil {
+		return nil, fmt.Errorf("attach to %s: this kernel has no such function: %w", name, err)
+	}
+	return f, nil
 }
 
 // storageTypes is the BTF that storage maps want of their key and value.
@@ -181,18 +238,10 @@ func (l *linker) shape(m *ebpf.MapSpec) {
 	}
 }
 
-func (l *linker) program(p *ebpf.ProgramSpec) error {
-	target := p.AttachTo
-	if p.Type == ebpf.LSM {
-		target = "bpf_lsm_" + target
-	}
-	var f *btf.Func
-	if err := l.kernel.TypeByName(target, &f); err != nil {
-		return fmt.Errorf("attach to %s: this kernel has no such function: %w", target, err)
-	}
-	id, err := l.kernel.TypeID(f)
+func (l *linker) program(name string, p target) error {
+	id, err := l.kernel.TypeID(p.hook)
 	if err != nil {
-		return fmt.Errorf("attach to %s: %w", target, err)
+		return fmt.Errorf("attach to %s: %w", p.hook.Name, err)
 	}
 	if err := l.relocate(p.Instructions); err != nil {
 		return err
@@ -205,7 +254,7 @@ func (l *linker) program(p *ebpf.ProgramSpec) error {
 	if err := p.Instructions.Marshal(&code, binary.LittleEndian); err != nil {
 		return fmt.Errorf("encode: %w", err)
 	}
-	l.text(p.Name)
+	l.text(name)
 	l.text(p.License)
 	for _, v := range []uint32{uint32(p.Type), uint32(p.AttachType), p.Flags, uint32(id), uint32(code.Len() / asm.InstructionSize), uint32(len(slots) / 2)} {
 		l.u32(v)
@@ -218,7 +267,10 @@ func (l *linker) program(p *ebpf.ProgramSpec) error {
 }
 
 // relocate puts this kernel's offsets into the instructions. A field that this
-// kernel lacks is an error here: nothing that cannot be decided is loaded.
+// kernel lacks is an error here: nothing that cannot be decided is loaded. A
+// field of an alternative may be missing. What reads it is then a call of no
+// function: the kernel loads that only where it proves that it cannot be
+// reached.
 func (l *linker) relocate(code asm.Instructions) error {
 	var relos []*btf.CORERelocation
 	var at []*asm.Instruction
@@ -241,11 +293,19 @@ func (l *linker) relocate(code asm.Instructions) error {
 			return fmt.Errorf("relocate: %w", err)
 		}
 		if f := asm.BuiltinFunc(badRelocation); at[i].IsBuiltinCall() && at[i].Constant == int64(f) {
+			if alternative(relos[i]) {
+				continue
+			}
 			return fmt.Errorf("relocate %s: this kernel has no such field", relos[i])
 		}
 	}
 	return nil
 }
+
+// alternative says whether a relocation is of one of several shapes of a
+// structure, which the programs choose between by what the kernel has. Three
+// underscores name a shape, as CO-RE has it.
+func alternative(r *btf.CORERelocation) bool { return strings.Contains(r.String(), "___") }
 
 // badRelocation is the call that stands where a relocation found nothing.
 const badRelocation = 0xbad2310

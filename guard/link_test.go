@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -54,12 +53,11 @@ func TestLinkRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := "/lib/modules/" + m.kernel.Release + "/kernel/fs"
-	overlay, err := os.ReadFile(filepath.Join(dir, "overlayfs/overlay.ko"))
+	overlay, err := m.kernel.Module("overlay")
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := os.ReadFile(filepath.Join(dir, "erofs/erofs.ko"))
+	other, err := m.kernel.Module("erofs")
 	if err != nil {
 		t.Fatal(err)
 	}

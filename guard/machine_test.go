@@ -26,7 +26,7 @@ type machine struct {
 }
 
 var prepare = sync.OnceValues(func() (*machine, error) {
-	found, err := kernel.Find("/", "cloud-amd64")
+	found, err := kernel.Find("/", flavour())
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +52,15 @@ var prepare = sync.OnceValues(func() (*machine, error) {
 	return m, nil
 })
 
+// flavour is the kernel that the tests boot: the standard one, or that of the
+// series that HAUBERK_TEST_KERNEL names, such as 6.12.
+func flavour() string {
+	if series := os.Getenv("HAUBERK_TEST_KERNEL"); series != "" {
+		return kernel.Series(series, kernel.Flavour)
+	}
+	return kernel.Flavour
+}
+
 // scratch is where prepare worked; it goes when the tests end.
 var scratch string
 
@@ -70,12 +79,11 @@ func linkFor(k *kernel.Artefacts) ([]byte, error) {
 		return nil, err
 	}
 	defer types.Close()
-	overlay, err := os.Open("/lib/modules/" + k.Release + "/kernel/fs/overlayfs/overlay.ko")
+	overlay, err := k.Module("overlay")
 	if err != nil {
 		return nil, err
 	}
-	defer overlay.Close()
-	return Link(types, overlay, k.BuildID)
+	return Link(types, bytes.NewReader(overlay), k.BuildID)
 }
 
 // outcome is what came out of one boot.

@@ -27,6 +27,22 @@ static __always_inline bool is_image(__u32 dev)
 	return bpf_map_lookup_elem(&images, &dev) != NULL;
 }
 
+/* The file that an overlay's inode stands for, in the image below; NULL if
+ * there is none. */
+static __always_inline struct inode *below(struct ovl_inode *ovl)
+{
+	struct ovl_inode___path *path = (void *)ovl;
+	struct ovl_inode___stack *stack = (void *)ovl;
+	struct ovl_entry *oe;
+
+	if (bpf_core_field_exists(path->lowerpath))
+		return BPF_CORE_READ(path, lowerpath.dentry, d_inode);
+	oe = BPF_CORE_READ(stack, oe);
+	if (!oe || !BPF_CORE_READ(oe, __numlower))
+		return NULL;
+	return BPF_CORE_READ(oe, __lowerstack[0].dentry, d_inode);
+}
+
 /* Where the inode comes from, and its identity below the overlay. */
 static __always_inline enum origin origin_of(struct inode *inode, struct object *o)
 {
@@ -48,7 +64,7 @@ static __always_inline enum origin origin_of(struct inode *inode, struct object 
 	ovl = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
 	if (BPF_CORE_READ(ovl, __upperdentry))
 		return FROM_CHANGE;
-	lower = BPF_CORE_READ(ovl, lowerpath.dentry, d_inode);
+	lower = below(ovl);
 	if (!lower)
 		return FROM_ELSEWHERE;
 	o->dev = BPF_CORE_READ(lower, i_sb, s_dev);
@@ -233,6 +249,17 @@ static __always_inline int memory(const struct policy *p, __u32 why)
 	return decide(p, ref_of(p, ON_MEMORY), &a);
 }
 
+/* Later verifiers take a hook's argument to be there and drop the branch for
+   one that is not. So what may be absent is looked at as a number, by whoever
+   holds its address. */
+static __always_inline bool absent(const void *at)
+{
+	unsigned long pointer = 0;
+
+	bpf_probe_read_kernel(&pointer, sizeof(pointer), at);
+	return !pointer;
+}
+
 SEC("lsm/mmap_file")
 int BPF_PROG(on_mmap, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int prev)
 {
@@ -241,7 +268,7 @@ int BPF_PROG(on_mmap, struct file *file, unsigned long reqprot, unsigned long pr
 	if (prev || !(prot & PROT_EXEC) || !is_workload())
 		return prev;
 	p = policy_now();
-	if (!p || !file)
+	if (!p || absent(&ctx[0]))
 		return memory(p, MEMORY_ANONYMOUS);
 	if (prot & PROT_WRITE) {
 		int err = memory(p, MEMORY_WRITABLE);
@@ -265,9 +292,9 @@ int BPF_PROG(on_mprotect, struct vm_area_struct *vma, unsigned long reqprot, uns
 	if (prev || !(prot & PROT_EXEC) || !is_workload())
 		return prev;
 	p = policy_now();
-	file = vma->vm_file;
-	if (!p || !file)
+	if (!p || absent(&vma->vm_file))
 		return memory(p, MEMORY_ANONYMOUS);
+	file = vma->vm_file;
 	if (prot & PROT_WRITE || vma->anon_vma) {
 		int err = memory(p, prot & PROT_WRITE ? MEMORY_WRITABLE : MEMORY_WRITTEN);
 

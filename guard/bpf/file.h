@@ -150,20 +150,35 @@ int BPF_PROG(on_rename, struct inode *old_dir, struct dentry *old, struct inode 
 	return err ? err : change(d, true);
 }
 
+/* The linker takes the one whose number is that of the hook's arguments. */
 SEC("lsm/inode_setattr")
-int BPF_PROG(on_setattr, struct dentry *d, struct iattr *attr, int prev)
+int BPF_PROG(on_setattr___2, struct dentry *d, struct iattr *attr, int prev)
 {
 	return prev ? prev : change(d, false);
 }
 
-/* 1 lets the kernel go on to its own check of capabilities, which a BPF LSM
-   that answers 0 would skip. */
+SEC("lsm/inode_setattr")
+int BPF_PROG(on_setattr___3, struct mnt_idmap *idmap, struct dentry *d, struct iattr *attr, int prev)
+{
+	return prev ? prev : change(d, false);
+}
+
+/* What lets the kernel go on to its own check of capabilities. Before it asked
+   another hook whether to make it, a BPF LSM that answered 0 made it skip the
+   check, and 1 did not; since then 1 is no answer. */
+static __always_inline int go_on(void)
+{
+	union security_list_options *hooks = NULL;
+
+	return bpf_core_field_exists(hooks->inode_xattr_skipcap) ? 0 : 1;
+}
+
 SEC("lsm/inode_setxattr")
 int BPF_PROG(on_setxattr, struct user_namespace *ns, struct dentry *d, const char *name, const void *value, __u64 size, int flags, int prev)
 {
 	int err = prev < 0 ? prev : change(d, false);
 
-	return err ? err : 1;
+	return err ? err : go_on();
 }
 
 SEC("lsm/inode_removexattr")
@@ -171,7 +186,7 @@ int BPF_PROG(on_removexattr, struct user_namespace *ns, struct dentry *d, const 
 {
 	int err = prev < 0 ? prev : change(d, false);
 
-	return err ? err : 1;
+	return err ? err : go_on();
 }
 
 /* Changing inode flags needs no descriptor open for writing. */

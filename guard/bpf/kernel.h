@@ -105,15 +105,34 @@ struct pt_regs {
 	unsigned long orig_ax;
 };
 
+union security_list_options {
+	void *inode_xattr_skipcap; /* from 6.12 */
+};
+
 /* Of the overlay module. */
 struct ovl_path {
 	struct dentry *dentry;
 };
 
+struct ovl_entry {
+	unsigned int __numlower;
+	struct ovl_path __lowerstack[];
+};
+
 struct ovl_inode {
 	struct inode vfs_inode;
 	struct dentry *__upperdentry;
+};
+
+/* Where it keeps the file below: one of the two, by the age of the kernel. A
+ * field of such an alternative may be missing; the linker knows them by the
+ * three underscores. */
+struct ovl_inode___path { /* up to 6.4 */
 	struct ovl_path lowerpath;
+};
+
+struct ovl_inode___stack { /* from 6.5 */
+	struct ovl_entry *oe;
 };
 
 #pragma clang attribute pop
@@ -121,6 +140,7 @@ struct ovl_inode {
 struct sockaddr;
 struct cred;
 struct user_namespace;
+struct mnt_idmap;
 struct vfsmount;
 struct super_block;
 struct iattr;

@@ -122,13 +122,22 @@ static __always_inline bool is_inet(__u32 family)
 	return family == AF_INET || family == AF_INET6;
 }
 
+/* A socket that is being taken apart has no family any more; it is judged as
+ * one that reaches somewhere. */
+static __always_inline __u32 family_of(struct socket *sock)
+{
+	struct sock *sk = sock->sk;
+
+	return sk ? sk->__sk_common.skc_family : AF_INET;
+}
+
 SEC("lsm/socket_connect")
 int BPF_PROG(on_connect, struct socket *sock, struct sockaddr *address, int size, int prev)
 {
 	struct destination to;
 	int err;
 
-	if (prev || !is_inet(sock->sk->__sk_common.skc_family) || !is_workload())
+	if (prev || !is_inet(family_of(sock)) || !is_workload())
 		return prev;
 	/* An unspecified family takes a connection back. */
 	if (!parse(address, false, &to))
@@ -147,7 +156,7 @@ int BPF_PROG(on_sendmsg, struct socket *sock, struct msghdr *msg, int size, int 
 
 	if (prev || !msg->msg_name)
 		return prev;
-	family = sock->sk->__sk_common.skc_family;
+	family = family_of(sock);
 	/* An IPv4 socket sends to an address of unspecified family all the same. */
 	if (!is_inet(family) || !is_workload() || !parse(msg->msg_name, family == AF_INET, &to))
 		return 0;

@@ -8,11 +8,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
 
 	"hauberk.dev/internal/atomicfile"
 )
@@ -158,16 +162,63 @@ func readModules(dir string, names []string) ([]module, error) {
 	}
 	var out []module
 	for _, file := range files {
-		if !strings.HasSuffix(file, ".ko") {
-			return nil, fmt.Errorf("read module %s: compressed modules are not supported", file)
-		}
-		data, err := readBounded(filepath.Join(dir, file), maxModule)
+		packed, err := readBounded(filepath.Join(dir, file), maxModule)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, module{name: filepath.Base(file), data: data})
+		data, err := unpackModule(file, packed)
+		if err != nil {
+			return nil, fmt.Errorf("read module %s: %w", file, err)
+		}
+		out = append(out, module{name: plainName(file), data: data})
 	}
 	return out, nil
+}
+
+// plainName is the name of a module's file without its compression.
+func plainName(file string) string {
+	name, _, _ := strings.Cut(filepath.Base(file), ".ko")
+	return name + ".ko"
+}
+
+// unpackModule undoes the compression that the file's name tells of. The guest
+// gets modules as they are loaded: it has no use for a decompressor.
+func unpackModule(file string, packed []byte) ([]byte, error) {
+	var r io.Reader
+	switch {
+	case strings.HasSuffix(file, ".ko"):
+		return packed, nil
+	case strings.HasSuffix(file, ".ko.xz"):
+		z, err := xz.ReaderConfig{DictCap: maxModule, SingleStream: true}.NewReader(bytes.NewReader(packed))
+		if err != nil {
+			return nil, err
+		}
+		r = z
+	case strings.HasSuffix(file, ".ko.zst"):
+		z, err := zstd.NewReader(bytes.NewReader(packed), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxModule))
+		if err != nil {
+			return nil, err
+		}
+		defer z.Close()
+		r = z
+	default:
+		return nil, errors.New("neither .ko nor .ko.xz nor .ko.zst")
+	}
+	data, err := io.ReadAll(io.LimitReader(r, maxModule+1))
+	if err == nil && len(data) > maxModule {
+		err = fmt.Errorf("it unpacks to more than %d bytes", maxModule)
+	}
+	return data, err
+}
+
+// Module returns one of the modules that Prepare was asked for, unpacked.
+func (a *Artefacts) Module(name string) ([]byte, error) {
+	for _, m := range a.modules {
+		if moduleName(m.name) == moduleName(name) {
+			return m.data, nil
+		}
+	}
+	return nil, fmt.Errorf("find module %q: it is not among those of the sandbox", name)
 }
 
 // Initrd puts an initramfs into the cache: the agent as /init, the modules and

@@ -5,7 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 )
 
@@ -18,15 +20,22 @@ const (
 
 var errShort = errors.New("image ends early")
 
+// Magic numbers that payloads begin with.
+const (
+	magicLZ4  = 0x184c2102 // the legacy frame format, as lz4 -l makes it
+	magicZstd = 0xfd2fb528 // RFC 8878
+)
+
 // Unpack returns the ELF kernel inside a bzImage (x86 boot protocol 2.08 or
-// newer) whose payload is an LZ4 legacy frame. Booting it directly saves the
-// guest the emulated decompression.
+// newer) whose payload is an LZ4 legacy frame, as in Debian's 6.1, or a
+// Zstandard frame, as in its 6.12. Booting it directly saves the guest the
+// emulated decompression.
 func Unpack(image []byte) ([]byte, error) {
 	payload, err := bzPayload(image)
 	if err != nil {
 		return nil, fmt.Errorf("unpack kernel: %w", err)
 	}
-	elf, err := unpackLZ4(payload)
+	elf, err := unpackPayload(payload)
 	if err != nil {
 		return nil, fmt.Errorf("unpack kernel: %w", err)
 	}
@@ -59,22 +68,34 @@ func bzPayload(image []byte) ([]byte, error) {
 	return image[start : start+size], nil
 }
 
-// unpackLZ4 undoes an LZ4 legacy frame followed by the unpacked size, which
-// the kernel's build appends and which must agree.
-func unpackLZ4(payload []byte) ([]byte, error) {
+// unpackPayload undoes a compressed payload followed by the unpacked size,
+// which the kernel's build appends and which must agree.
+func unpackPayload(payload []byte) (out []byte, err error) {
 	if len(payload) < 8 {
 		return nil, errShort
 	}
-	if magic := binary.LittleEndian.Uint32(payload); magic != 0x184c2102 {
-		return nil, fmt.Errorf("payload begins with %08x: only LZ4 legacy frames (184c2102) are understood", magic)
-	}
-	frame, trailer := payload[4:len(payload)-4], payload[len(payload)-4:]
+	frame, trailer := payload[:len(payload)-4], payload[len(payload)-4:]
 	want := binary.LittleEndian.Uint32(trailer)
 	if want > maxUnpacked {
 		return nil, fmt.Errorf("image says it unpacks to %d bytes, at most %d are accepted", want, maxUnpacked)
 	}
-	// Grow by blocks that really unpack: the claimed size buys no memory.
-	var out []byte
+	switch magic := binary.LittleEndian.Uint32(payload); magic {
+	case magicLZ4:
+		out, err = unpackLZ4(frame[4:], want)
+	case magicZstd:
+		out, err = unpackZstd(frame, want)
+	default:
+		err = fmt.Errorf("payload begins with %08x: only LZ4 legacy frames (%08x) and Zstandard (%08x) are understood", magic, magicLZ4, magicZstd)
+	}
+	if err == nil && uint32(len(out)) != want {
+		err = fmt.Errorf("image unpacks to %d bytes and says %d", len(out), want)
+	}
+	return out, err
+}
+
+// unpackLZ4 undoes the blocks of an LZ4 legacy frame. It grows by blocks that
+// really unpack: the claimed size buys no memory.
+func unpackLZ4(frame []byte, want uint32) (out []byte, err error) {
 	block := make([]byte, lz4Block)
 	for len(frame) > 0 {
 		if len(frame) < 4 {
@@ -95,8 +116,22 @@ func unpackLZ4(payload []byte) ([]byte, error) {
 		}
 		out = append(out, block[:got]...)
 	}
-	if uint32(len(out)) != want {
-		return nil, fmt.Errorf("image unpacks to %d bytes and says %d", len(out), want)
+	return out, nil
+}
+
+// unpackZstd undoes a Zstandard frame.
+func unpackZstd(frame []byte, want uint32) ([]byte, error) {
+	z, err := zstd.NewReader(bytes.NewReader(frame), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxUnpacked))
+	if err != nil {
+		return nil, err
+	}
+	defer z.Close()
+	out, err := io.ReadAll(io.LimitReader(z, int64(want)+1))
+	if err != nil {
+		return nil, fmt.Errorf("Zstandard frame at %d bytes: %w", len(out), err)
+	}
+	if len(out) > int(want) {
+		return nil, fmt.Errorf("image unpacks to more than the %d bytes it says", want)
 	}
 	return out, nil
 }

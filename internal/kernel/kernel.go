@@ -25,6 +25,22 @@ const Flavour = "cloud-amd64"
 // Package is the package to install for it.
 const Package = "linux-image-" + Flavour
 
+// standardSeries is what Package stands for on Debian 12, and what a flavour
+// that names no series means where it is installed.
+const standardSeries = "6.1"
+
+// Series gives the flavour of one series of kernels, such as 6.12: what to ask
+// Find for, and the end of the name of Debian's package.
+func Series(series, flavour string) string { return series + "-" + flavour }
+
+// splitSeries takes the series off a flavour that Series made.
+func splitSeries(flavour string) (series, rest string) {
+	if before, after, ok := strings.Cut(flavour, "-"); ok && before != "" && strings.Trim(before, "0123456789.") == "" {
+		return before, after
+	}
+	return "", flavour
+}
+
 // ErrMissing says that no kernel of the flavour is installed.
 var ErrMissing = errors.New("no kernel of the flavour is installed")
 
@@ -36,15 +52,22 @@ type Installed struct {
 }
 
 // Find returns the newest installed kernel of a flavour below root, which is
-// "/" but in tests. A kernel without its modules does not count.
+// "/" but in tests. A flavour without a series means the newest of Debian 12's
+// own, or of any other where that is not installed: installing another series
+// changes nothing for who did not ask for it. A kernel without its modules does
+// not count.
 func Find(root, flavour string) (Installed, error) {
-	images, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*-"+flavour))
+	series, plain := splitSeries(flavour)
+	images, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*-"+plain))
 	if err != nil {
 		return Installed{}, fmt.Errorf("find kernel %q: %w", flavour, err)
 	}
 	var found []Installed
 	for _, image := range images {
 		release := strings.TrimPrefix(filepath.Base(image), "vmlinuz-")
+		if series != "" && !strings.HasPrefix(release, series+".") {
+			continue
+		}
 		modules := filepath.Join(root, "lib", "modules", release)
 		if _, err := os.Stat(filepath.Join(modules, "modules.dep")); err != nil {
 			continue
@@ -55,7 +78,20 @@ func Find(root, flavour string) (Installed, error) {
 		return Installed{}, fmt.Errorf("find kernel %s below %s: %w: apt-get install linux-image-%s",
 			flavour, path.Join(root, "boot"), ErrMissing, flavour)
 	}
-	return slices.MaxFunc(found, func(a, b Installed) int { return compareReleases(a.Release, b.Release) }), nil
+	return slices.MaxFunc(found, func(a, b Installed) int {
+		if x, y := standard(a), standard(b); series == "" && x != y {
+			return x - y
+		}
+		return compareReleases(a.Release, b.Release)
+	}), nil
+}
+
+// standard is 1 for a kernel of the standard series.
+func standard(k Installed) int {
+	if strings.HasPrefix(k.Release, standardSeries+".") {
+		return 1
+	}
+	return 0
 }
 
 // At returns the installed kernel of an image below root, such as

@@ -11,7 +11,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
+	"github.com/ulikunitz/xz"
 )
 
 // kernelELF is a small ELF file with the two sections that matter.
@@ -55,7 +57,22 @@ func bzImage(t testing.TB, elf []byte) []byte {
 	payload := binary.LittleEndian.AppendUint32(nil, 0x184c2102)
 	payload = binary.LittleEndian.AppendUint32(payload, uint32(n))
 	payload = append(payload, block[:n]...)
-	payload = binary.LittleEndian.AppendUint32(payload, uint32(len(elf)))
+	return boot(payload, len(elf))
+}
+
+// zstdImage packs an ELF as Debian's 6.12 is packed.
+func zstdImage(t testing.TB, elf []byte) []byte {
+	t.Helper()
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return boot(z.EncodeAll(elf, nil), len(elf))
+}
+
+// boot puts the boot sector before a payload and the unpacked size after it.
+func boot(payload []byte, size int) []byte {
+	payload = binary.LittleEndian.AppendUint32(payload, uint32(size))
 	image := make([]byte, 1024+16)
 	image[0x1f1] = 1
 	copy(image[0x202:], "HdrS\x0f\x02")
@@ -84,6 +101,66 @@ func TestUnpack(t *testing.T) {
 	}
 }
 
+func TestUnpackZstd(t *testing.T) {
+	want := sampleELF()
+	good := zstdImage(t, want)
+	if got, err := Unpack(good); err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("unpacked %d bytes, %v; want %d", len(got), err, len(want))
+	}
+	for name, c := range map[string]struct {
+		image []byte
+		says  string
+	}{
+		"corrupt":   {append(bytes.Clone(good[:1060]), good[1070:]...), "ends early"},
+		"says less": {boot(good[1040:len(good)-4], len(want)-1), "more than"},
+		"says more": {boot(good[1040:len(good)-4], len(want)+1), "and says"},
+		"cut":       {boot(good[1040:len(good)-20], len(want)), "Zstandard frame"},
+	} {
+		if _, err := Unpack(c.image); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: error %v, want one that says %q", name, err, c.says)
+		}
+	}
+}
+
+func TestUnpackModule(t *testing.T) {
+	want := bytes.Repeat([]byte("\x7fELF module "), 1000)
+	var asXZ bytes.Buffer
+	z, err := xz.NewWriter(&asXZ)
+	if err != nil {
+		t.Fatal(err)
+	}
+	z.Write(want)
+	z.Close()
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, packed := range map[string][]byte{"a.ko": want, "a.ko.xz": asXZ.Bytes(), "a.ko.zst": e.EncodeAll(want, nil)} {
+		if got, err := unpackModule(file, packed); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %d bytes, %v; want %d", file, len(got), err, len(want))
+		}
+		if plainName("kernel/fs/"+file) != "a.ko" {
+			t.Errorf("%s: plain name %q", file, plainName(file))
+		}
+		if file == "a.ko" {
+			continue
+		}
+		if _, err := unpackModule(file, packed[:len(packed)/2]); err == nil {
+			t.Errorf("%s: half of it was accepted", file)
+		}
+		if _, err := unpackModule(file, want); err == nil {
+			t.Errorf("%s: what is not packed was accepted", file)
+		}
+	}
+	if _, err := unpackModule("a.ko.gz", want); err == nil {
+		t.Error("an unknown compression was accepted")
+	}
+	bomb := e.EncodeAll(make([]byte, maxModule+1), nil)
+	if _, err := unpackModule("a.ko.zst", bomb); err == nil {
+		t.Error("a module of more than the bound was accepted")
+	}
+}
+
 func TestUnpackRefuses(t *testing.T) {
 	good := bzImage(t, sampleELF())
 	edit := func(f func([]byte) []byte) []byte { return f(bytes.Clone(good)) }
@@ -95,7 +172,7 @@ func TestUnpackRefuses(t *testing.T) {
 		"no header":    {edit(func(b []byte) []byte { b[0x202] = 'x'; return b }), "no x86 boot header"},
 		"old protocol": {edit(func(b []byte) []byte { b[0x206] = 7; return b }), "boot protocol 2.07"},
 		"truncated":    {good[:len(good)-1], "ends early"},
-		"gzip":         {edit(func(b []byte) []byte { b[1040] = 0x1f; return b }), "only LZ4"},
+		"gzip":         {edit(func(b []byte) []byte { b[1040] = 0x1f; return b }), "only LZ4 legacy"},
 		"says less":    {edit(func(b []byte) []byte { b[len(b)-3]--; return b }), "more than"},
 		"says more":    {edit(func(b []byte) []byte { b[len(b)-3]++; return b }), "and says"},
 		"says 3 GB":    {edit(func(b []byte) []byte { b[len(b)-1] = 0xc0; return b }), "at most"},
@@ -126,6 +203,33 @@ func TestFindTakesTheNewest(t *testing.T) {
 	k, err := Find(root, Flavour)
 	if err != nil || k.Release != "6.1.0-56-cloud-amd64" {
 		t.Errorf("found %q, %v", k.Release, err)
+	}
+}
+
+// TestFindTakesTheSeries proves that another series changes nothing for who
+// did not ask for it.
+func TestFindTakesTheSeries(t *testing.T) {
+	root := t.TempDir()
+	have := func(release string) {
+		write(t, filepath.Join(root, "boot", "vmlinuz-"+release), "x")
+		write(t, filepath.Join(root, "lib/modules", release, "modules.dep"), "")
+	}
+	want := func(flavour, release string) {
+		t.Helper()
+		if k, err := Find(root, flavour); err != nil || k.Release != release {
+			t.Errorf("flavour %s: found %q, %v; want %q", flavour, k.Release, err, release)
+		}
+	}
+	have("6.12.117+deb12-cloud-amd64")
+	want(Flavour, "6.12.117+deb12-cloud-amd64") // there is no other
+	have("6.1.0-56-cloud-amd64")
+	have("6.12.9+deb12-cloud-amd64")
+	want(Flavour, "6.1.0-56-cloud-amd64")
+	want(Series("6.1", Flavour), "6.1.0-56-cloud-amd64")
+	want(Series("6.12", Flavour), "6.12.117+deb12-cloud-amd64")
+	_, err := Find(root, Series("6.13", Flavour))
+	if !errors.Is(err, ErrMissing) || !strings.Contains(err.Error(), "apt-get install linux-image-6.13-cloud-amd64") {
+		t.Errorf("a series that is not there: error %v", err)
 	}
 }
 
@@ -279,26 +383,33 @@ func TestInitrdsArePruned(t *testing.T) {
 	}
 }
 
-// TestInstalledKernel reads the kernel this machine has.
-func TestInstalledKernel(t *testing.T) {
-	k, err := Find("/", Flavour)
-	if errors.Is(err, ErrMissing) {
-		t.Skipf("the machine has no %s", Package)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, err := Prepare(t.TempDir(), k, SandboxModules()...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(a.BuildID) != 40 {
-		t.Errorf("build id %q", a.BuildID)
-	}
-	for _, want := range []string{"virtio_pci.ko", "virtio_console.ko", "virtio_blk.ko", "virtio_net.ko", "overlay.ko", "erofs.ko"} {
-		if !slices.Contains(a.Modules, want) {
-			t.Errorf("modules %q lack %s", a.Modules, want)
-		}
+// TestInstalledKernels reads the kernels this machine has.
+func TestInstalledKernels(t *testing.T) {
+	for _, series := range []string{"6.1", "6.12"} {
+		t.Run(series, func(t *testing.T) {
+			k, err := Find("/", Series(series, Flavour))
+			if errors.Is(err, ErrMissing) {
+				t.Skip(err)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			a, err := Prepare(t.TempDir(), k, SandboxModules()...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(a.BuildID) != 40 {
+				t.Errorf("build id %q", a.BuildID)
+			}
+			for _, want := range []string{"virtio_blk.ko", "virtio_net.ko", "overlay.ko", "erofs.ko"} {
+				if m, err := a.Module(want); err != nil || !bytes.HasPrefix(m, []byte("\x7fELF")) {
+					t.Errorf("module %s: %v", want, err)
+				}
+			}
+			if _, err := a.Module("floppy"); err == nil {
+				t.Error("a module that nobody asked for was found")
+			}
+		})
 	}
 }
 
@@ -318,11 +429,12 @@ func FuzzUnpack(f *testing.F) {
 	})
 }
 
-func FuzzUnpackLZ4(f *testing.F) {
+func FuzzUnpackPayload(f *testing.F) {
 	f.Add(bzImage(f, sampleELF())[1040:])
+	f.Add(zstdImage(f, sampleELF())[1040:])
 	f.Add([]byte("\x02\x21\x4c\x18\x00\x00\x00\x00"))
 	f.Fuzz(func(t *testing.T, payload []byte) {
-		out, err := unpackLZ4(payload)
+		out, err := unpackPayload(payload)
 		if err == nil && uint32(len(out)) != binary.LittleEndian.Uint32(payload[len(payload)-4:]) {
 			t.Errorf("unpacked %d bytes, not what the image says", len(out))
 		}
