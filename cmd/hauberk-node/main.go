@@ -39,7 +39,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	f.StringVar(&c.Gateway, "gateway", "127.0.0.1:15008", "address of this node's mesh gateway (HBONE)")
 	f.StringVar(&c.MeshLink, "mesh-link", "/run/hauberk/mesh/link.sock", "socket of hauberk-mesh")
 	f.StringVar(&c.GuestAgent, "guest-agent", "", "the hauberk-guest program (default: beside this one)")
-	f.StringVar(&c.Kernel, "kernel", "", "guest kernel image (default: the newest installed cloud kernel)")
+	f.StringVar(&c.Kernel, "kernel", "", "guest kernel: a series such as 6.12, or an image (default: the newest installed cloud kernel of Debian 12's own series)")
 	f.BoolVar(&c.KeepSandboxes, "keep-sandboxes", false, "leave sandboxes running when told to stop; the next start adopts them")
 	f.BoolVar(&c.WithoutGuard, "without-guard", false, "boot sandboxes without the Guard, to prove that checks notice; every status says so")
 	end := f.Bool("end", false, "end the sandboxes that an earlier run left, and exit")

@@ -16,6 +16,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"hauberk.dev/api/node"
 	"hauberk.dev/internal/flock"
@@ -35,8 +36,9 @@ type Config struct {
 	State, Run string
 	// User runs the machines that make templates and probe.
 	User uint32
-	// Kernel is an installed kernel's image, Agent the agent's program. Empty
-	// means the newest of kernel.Flavour, and the one beside this program.
+	// Kernel is an installed kernel's image or a series such as 6.12, Agent the
+	// agent's program. Empty means the newest of kernel.Flavour, and the one
+	// beside this program.
 	Kernel, Agent string
 	// Link makes the Guard's bundle. nil boots guests without the Guard.
 	Link Link
@@ -132,7 +134,7 @@ func (g *Guest) prepare(c Config) error {
 		return err
 	}
 	if c.Link != nil {
-		if g.bundle, err = link(c.Link, g.Kernel, installed); err != nil {
+		if g.bundle, err = link(c.Link, g.Kernel); err != nil {
 			return err
 		}
 	}
@@ -148,20 +150,23 @@ func (g *Guest) prepare(c Config) error {
 	return err
 }
 
-func find(image string) (kernel.Installed, error) {
-	if image == "" {
+func find(want string) (kernel.Installed, error) {
+	switch {
+	case want == "":
 		return kernel.Find("/", kernel.Flavour)
+	case strings.Contains(want, "/"):
+		return kernel.At("/", want)
 	}
-	return kernel.At("/", image)
+	return kernel.Find("/", kernel.Series(want, kernel.Flavour))
 }
 
 // link reads the type information and links the Guard.
-func link(f Link, k *kernel.Artefacts, installed kernel.Installed) ([]byte, error) {
+func link(f Link, k *kernel.Artefacts) ([]byte, error) {
 	types, err := os.ReadFile(k.Types)
 	if err != nil {
 		return nil, fmt.Errorf("link guard: %w", err)
 	}
-	overlay, err := os.ReadFile(filepath.Join(installed.Modules, "kernel/fs/overlayfs/overlay.ko"))
+	overlay, err := k.Module("overlay")
 	if err != nil {
 		return nil, fmt.Errorf("link guard: %w", err)
 	}
