@@ -33,7 +33,7 @@ static __always_inline struct inode *below(struct ovl_inode *ovl)
 {
 	struct ovl_inode___path *path = (void *)ovl;
 	struct ovl_inode___stack *stack = (void *)ovl;
-	struct ovl_entry *oe;
+	struct ovl_entry___stack *oe;
 
 	if (bpf_core_field_exists(path->lowerpath))
 		return BPF_CORE_READ(path, lowerpath.dentry, d_inode);

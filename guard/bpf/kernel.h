@@ -114,7 +114,7 @@ struct ovl_path {
 	struct dentry *dentry;
 };
 
-struct ovl_entry {
+struct ovl_entry___stack {
 	unsigned int __numlower;
 	struct ovl_path __lowerstack[];
 };
@@ -132,7 +132,7 @@ struct ovl_inode___path { /* up to 6.4 */
 };
 
 struct ovl_inode___stack { /* from 6.5 */
-	struct ovl_entry *oe;
+	struct ovl_entry___stack *oe;
 };
 
 #pragma clang attribute pop
