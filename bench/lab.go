@@ -28,6 +28,7 @@ const (
 	// firstUser of the machines made here; no node uses these.
 	firstUser = 0x48430000
 	busybox   = "/bin/busybox"
+	rootSlot  = vm.Slot("r0")
 )
 
 // workload says one word when it runs, and then idles.
@@ -233,8 +234,8 @@ func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
 	defer root.Close()
 	spec := vm.Spec{
 		ID: s.id, Template: l.template, UID: s.user(), GID: s.user(),
-		Disks:    []vm.Disk{{File: root, Serial: "root"}},
-		Networks: []vm.Network{{Tap: s.tap, MAC: s.mac()}},
+		Disks:    []vm.Disk{{File: root, Slot: rootSlot}},
+		Networks: []vm.Network{{Tap: s.tap}},
 	}
 	return s.steps(
 		step{"image verified", func() error { return image.Verify(l.image.Path, l.image.ErofsSHA256) }},
@@ -267,13 +268,12 @@ func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
 func (s *sandbox) own(ctx context.Context) error {
 	return s.steps(
 		step{"entropy, clock, names", func() error { return s.channel.Reseed(ctx, vm.NewSeed(s.id)) }},
-		step{"devices found", func() error { return s.channel.Rescan(ctx) }},
 		step{"root mounted", func() error {
-			_, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: "root", UpperBytes: guestMiB << 18})
+			_, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: string(rootSlot), UpperBytes: guestMiB << 18})
 			return err
 		}},
 		step{"network set", func() error {
-			return s.channel.Network(ctx, guestproto.SoleInterface([6]byte(s.mac()), s.address.As4(), netns.Gateway.As4(), 1500))
+			return s.channel.Network(ctx, guestproto.SoleInterface(guestproto.DeviceMAC(0), [6]byte(s.mac()), s.address.As4(), netns.Gateway.As4(), 1500))
 		}},
 	)
 }

@@ -49,6 +49,7 @@ type agent struct {
 	processes   [guestproto.MaxProcesses]process
 	lastID      uint32
 	roots       [guestproto.MaxRoots]bool
+	disks       []disk
 	machineID   string
 	guardCredit uint32
 	guardRoom   int  // of the batch being filled

@@ -52,6 +52,9 @@ func boot() error {
 	if err != nil {
 		return err
 	}
+	if a.disks, err = listDisks(); err != nil {
+		return err
+	}
 	a.guard, a.guardText = startGuard()
 	lockDown()
 	quietNetwork()

@@ -90,7 +90,7 @@ func (g *guest) prepare() *vm.Process {
 	must(g.c.Reseed(ctx, guestproto.Reseed{
 		UnixNanos: now.UnixNano(), MachineID: machineID, BootID: bootID, Hostname: "node",
 	}))
-	must(g.c.Network(ctx, guestproto.SoleInterface(nicMAC, [4]byte{10, 88, 1, 2}, [4]byte{169, 254, 1, 1}, 1400)))
+	must(g.c.Network(ctx, guestproto.SoleInterface(nicMAC, nicMAC, [4]byte{10, 88, 1, 2}, [4]byte{169, 254, 1, 1}, 1400)))
 	mounted, err := g.c.MountRoot(ctx, guestproto.MountRoot{Root: 3, Serial: "root0", UpperBytes: 32 << 20})
 	must(err)
 	if mounted.Overlay == 0 || mounted.Overlay == mounted.Lower {
@@ -346,7 +346,7 @@ func testRefusals(t *testing.T, g *guest) {
 	check("started twice", g.root.Start(ctx), syscall.EALREADY, "start")
 	check("forget the living", g.root.Forget(ctx), syscall.EBUSY, "forget")
 	check("resize a pipe", g.root.Resize(ctx, 1, 1), syscall.ENOTTY, "resize")
-	check("wrong interface", g.c.Network(ctx, guestproto.SoleInterface([6]byte{2}, [4]byte{10, 0, 0, 1}, [4]byte{10, 0, 0, 2}, 0)), syscall.ENODEV, "02:00:00:00:00:00")
+	check("wrong interface", g.c.Network(ctx, guestproto.SoleInterface([6]byte{2}, [6]byte{2}, [4]byte{10, 0, 0, 1}, [4]byte{10, 0, 0, 2}, 0)), syscall.ENODEV, "02:00:00:00:00:00")
 	check("wrong boot id", g.c.Reseed(ctx, guestproto.Reseed{BootID: "x", UnixNanos: time.Now().UnixNano()}), syscall.EINVAL, `"x"`)
 
 	p, err := g.c.Create(ctx, guestproto.Create{Root: 3, Program: guestproto.Program{Args: []string{"/missing"}}})

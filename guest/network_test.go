@@ -67,7 +67,7 @@ func testNetwork(t *testing.T, g *guest) {
 	g.wants("cat /proc/sys/net/ipv4/conf/net1/route_localnet /proc/sys/net/ipv6/conf/net1/accept_ra", "1", "0")
 	g.wants("ip -6 addr show dev net1 | grep -c tentative", "0")
 
-	if err := g.c.Network(g.ctx(), guestproto.SoleInterface(nicMAC, [4]byte{10, 88, 1, 2}, [4]byte{169, 254, 1, 1}, 1400)); err != nil {
+	if err := g.c.Network(g.ctx(), guestproto.SoleInterface(nicMAC, nicMAC, [4]byte{10, 88, 1, 2}, [4]byte{169, 254, 1, 1}, 1400)); err != nil {
 		t.Fatal(err)
 	}
 	g.wants("ip addr show dev eth0 | grep -o 'link/ether [^ ]*'", "link/ether 52:54:00:12:34:56")

@@ -22,7 +22,7 @@ func (a *agent) mountRoot(payload []byte) error {
 	if m.UpperSerial != "" {
 		return fail("mount root", strconv.Itoa(int(m.Root))+": upper layer on a disk", syscall.ENOSYS)
 	}
-	device, err := findDisk(m.Serial)
+	device, err := a.findDisk(m.Serial)
 	if err != nil {
 		return err
 	}
@@ -38,22 +38,6 @@ func (a *agent) mountRoot(payload []byte) error {
 	a.roots[m.Root] = true
 	a.tx = reply.Append(a.tx)
 	return nil
-}
-
-// findDisk gives the device of a virtio disk by the serial the host gave it.
-func findDisk(serial string) (string, error) {
-	const dir = "/sys/block"
-	names, err := listDir(dir)
-	if err != nil {
-		return "", err
-	}
-	var buf [64]byte
-	for _, n := range names {
-		if b, err := readFile(dir+"/"+n+"/serial", buf[:]); err == nil && serial != "" && trim(b) == serial {
-			return "/dev/" + n, nil
-		}
-	}
-	return "", fail("find disk with serial", strconv.Quote(serial), syscall.ENODEV)
 }
 
 // mountOverlay mounts the image, a tmpfs for what is written, and both as one.

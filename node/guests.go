@@ -77,7 +77,7 @@ func (g *guests) template(ctx context.Context, s spec.Sandbox) (*vm.Template, er
 }
 
 // clone starts a machine for an instance.
-func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, tap *os.File, user uint32, mac []byte) (*vm.Machine, error) {
+func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, tap *os.File, user uint32) (*vm.Machine, error) {
 	if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
 		return nil, err
 	}
@@ -93,8 +93,8 @@ func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, ta
 		}
 		m, err := g.guest.Driver.Clone(ctx, t, vm.Spec{
 			ID: i.ID, Template: g.templateSpec(i.Spec.Sandbox), UID: user, GID: user,
-			Disks:    []vm.Disk{{File: root, Serial: rootSerial}},
-			Networks: []vm.Network{{Tap: tap, MAC: mac}},
+			Disks:    []vm.Disk{{File: root, Slot: rootSlot}},
+			Networks: []vm.Network{{Tap: tap}},
 		})
 		if errors.Is(err, vm.ErrTemplateClosed) && try == 0 {
 			continue // another size pushed it out meanwhile

@@ -26,8 +26,8 @@ import (
 )
 
 const (
-	rootSerial = "root"
-	guestMTU   = 1500
+	rootSlot = vm.Slot("r0")
+	guestMTU = 1500
 	// upperShare of the guest's memory may be written to the root file system.
 	upperShare = 4
 	pidsMax    = 4096
@@ -168,7 +168,7 @@ func (s *sandbox) network(address netip.Addr) (err error) {
 
 // boot clones the template and makes the clone a machine of its own.
 func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, address netip.Addr) error {
-	m, err := s.g.clone(ctx, i, img, s.tap, uint32(machineUser(address)), guestMAC(address))
+	m, err := s.g.clone(ctx, i, img, s.tap, uint32(machineUser(address)))
 	if err != nil {
 		return err
 	}
@@ -178,14 +178,11 @@ func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, ad
 	if err := s.channel.Reseed(ctx, vm.NewSeed(i.ID)); err != nil {
 		return err
 	}
-	if err := s.channel.Rescan(ctx); err != nil {
-		return err
-	}
 	upper := uint64(i.Spec.Sandbox.MemoryMiB) << 20 / upperShare
-	if _, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: rootSerial, UpperBytes: upper}); err != nil {
+	if _, err := s.channel.MountRoot(ctx, guestproto.MountRoot{Serial: string(rootSlot), UpperBytes: upper}); err != nil {
 		return err
 	}
-	return s.channel.Network(ctx, guestproto.SoleInterface([6]byte(guestMAC(address)), address.As4(), netns.Gateway.As4(), guestMTU))
+	return s.channel.Network(ctx, guestproto.SoleInterface(guestproto.DeviceMAC(0), [6]byte(guestMAC(address)), address.As4(), netns.Gateway.As4(), guestMTU))
 }
 
 // own takes a machine and watches it.

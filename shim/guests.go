@@ -25,8 +25,8 @@ const (
 	// of hauberk-node.
 	uidBase  = 0x48480000
 	uidCount = 1 << 16
-	// rootSerial is how the guest finds its root.
-	rootSerial = "root"
+	// rootSlot holds the disk of the root.
+	rootSlot = vm.Slot("r0")
 	// upperShare of the guest's memory may be written to the root.
 	upperShare = 4
 	// agentTime bounds the first answer of a guest's agent after a cold boot.
@@ -87,7 +87,7 @@ func (g *guests) boot(ctx context.Context, id string, s size, img image.Image) (
 		return nil, fmt.Errorf("boot %s: %w", id, err)
 	}
 	return g.guest.Driver.Boot(ctx, vm.Spec{
-		ID: id, UID: user, GID: user, Disks: []vm.Disk{{File: disk, Serial: rootSerial}},
+		ID: id, UID: user, GID: user, Disks: []vm.Disk{{File: disk, Slot: rootSlot}},
 		Template: g.guest.Template(s.memoryMiB, s.processors, "containerd"),
 	})
 }

@@ -137,7 +137,7 @@ func (b *sandbox) make(ctx context.Context, g *guests, c configuration, r root, 
 		return err
 	}
 	upper := uint64(b.size.memoryMiB) << 20 / upperShare
-	if _, err := b.channel.MountRoot(ctx, guestproto.MountRoot{Serial: rootSerial, UpperBytes: upper}); err != nil {
+	if _, err := b.channel.MountRoot(ctx, guestproto.MountRoot{Serial: string(rootSlot), UpperBytes: upper}); err != nil {
 		return err
 	}
 	if err := b.enforce(ctx); err != nil {
@@ -172,10 +172,7 @@ func (b *sandbox) connect(ctx context.Context) error {
 	if hello.Guard != guestproto.GuardAttached {
 		return fmt.Errorf("boot %s: the Guard is not attached: %q", b.id, hello.GuardText)
 	}
-	if err := c.Reseed(ctx, vm.NewSeed(b.machine.ID())); err != nil {
-		return err
-	}
-	return c.Rescan(ctx)
+	return c.Reseed(ctx, vm.NewSeed(b.machine.ID()))
 }
 
 // enforce puts the policy in force.

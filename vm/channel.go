@@ -592,7 +592,8 @@ func (c *Channel) Reseed(ctx context.Context, m guestproto.Reseed) error {
 	return c.do(ctx, guestproto.VerbReseed, &m)
 }
 
-// Rescan makes the guest find devices that its template did not have.
+// Rescan makes the guest find devices that its template did not have: networks
+// beyond the first, and shares.
 func (c *Channel) Rescan(ctx context.Context) error {
 	return c.do(ctx, guestproto.VerbRescan, nil)
 }

@@ -17,6 +17,9 @@ type Monitor interface {
 	// Pause stops the guest's processors; Resume lets them go on.
 	Pause(context.Context) error
 	Resume(context.Context) error
+	// Attach puts a disk into an empty slot, Detach empties a slot.
+	Attach(context.Context, Disk) error
+	Detach(context.Context, Slot) error
 	// Close ends the connection, not the machine.
 	Close() error
 }
@@ -28,6 +31,7 @@ type Machine struct {
 	handle  *handle
 	monitor Monitor
 	console net.Conn
+	tap     *os.File // may be nil
 
 	done    chan struct{} // closed when the process has ended
 	watched chan struct{} // closed when the machine watches it no more
@@ -39,17 +43,27 @@ type Machine struct {
 	let    bool // go of
 }
 
+// Parts are what a driver makes a machine of.
+type Parts struct {
+	// Dir holds a journal in state ready.
+	Dir *RunDir
+	// Process is nil if the monitor's is not our child.
+	Process *os.Process
+	Monitor Monitor
+	// Tap is that of the first network device if it leads nowhere yet.
+	Tap *os.File
+}
+
 // NewMachine makes a machine of a monitor's process that a driver started or
-// found, with its journal in state ready. child is nil if the process is not
-// ours. The machine owns dir and monitor from then on, even if it fails.
-func NewMachine(ctx context.Context, dir *RunDir, child *os.Process, monitor Monitor) (*Machine, error) {
-	m := &Machine{dir: dir, monitor: monitor, done: make(chan struct{}), watched: make(chan struct{})}
-	err := m.open(ctx, child)
+// found. The machine owns the parts from then on, even if it fails.
+func NewMachine(ctx context.Context, p Parts) (*Machine, error) {
+	m := &Machine{dir: p.Dir, monitor: p.Monitor, tap: p.Tap, done: make(chan struct{}), watched: make(chan struct{})}
+	err := m.open(ctx, p.Process)
 	if err != nil {
 		if m.handle != nil {
 			m.handle.close()
 		}
-		return nil, errors.Join(fmt.Errorf("take machine in %s: %w", dir.Path, err), monitor.Close(), dir.Close())
+		return nil, errors.Join(fmt.Errorf("take machine in %s: %w", m.dir.Path, err), m.monitor.Close(), m.closeTap(), m.dir.Close())
 	}
 	m.copied.Go(func() { keepConsole(m.console, m.dir) })
 	go m.watch()
@@ -164,6 +178,46 @@ func (m *Machine) Resume(ctx context.Context) error {
 	return nil
 }
 
+// Tap is the tap of the first network device if the machine was given none: in
+// a namespace that nothing else is in, until it is moved. It is nil else, and
+// for a machine that was adopted. The file is closed with the machine.
+func (m *Machine) Tap() *os.File { return m.tap }
+
+func (m *Machine) closeTap() error {
+	if m.tap == nil {
+		return nil
+	}
+	return m.tap.Close()
+}
+
+// Attach puts a disk into an empty slot of the guest, running or paused.
+func (m *Machine) Attach(ctx context.Context, d Disk) error {
+	err := d.Slot.Check()
+	if err == nil && d.File == nil {
+		err = errors.New("the disk has no file")
+	}
+	if err == nil {
+		err = m.monitor.Attach(ctx, d)
+	}
+	if err != nil {
+		return fmt.Errorf("attach disk to slot %q of machine %s: %w", string(d.Slot), m.ID(), err)
+	}
+	return nil
+}
+
+// Detach empties a slot; an empty one stays so. The guest must have let go of
+// the disk: what it still reads there is zeros.
+func (m *Machine) Detach(ctx context.Context, s Slot) error {
+	err := s.Check()
+	if err == nil {
+		err = m.monitor.Detach(ctx, s)
+	}
+	if err != nil {
+		return fmt.Errorf("empty slot %q of machine %s: %w", string(s), m.ID(), err)
+	}
+	return nil
+}
+
 // Memory is what the machine takes of the host now.
 func (m *Machine) Memory() (Memory, error) {
 	select {
@@ -207,7 +261,7 @@ func (m *Machine) Release() error {
 	}
 	m.let = true
 	m.mu.Unlock()
-	err := errors.Join(m.handle.close(), m.monitor.Close(), m.console.Close())
+	err := errors.Join(m.handle.close(), m.monitor.Close(), m.console.Close(), m.closeTap())
 	<-m.watched
 	m.copied.Wait()
 	return errors.Join(err, m.dir.Close())

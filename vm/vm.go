@@ -17,9 +17,10 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"regexp"
+	"slices"
+	"strconv"
 	"sync"
 )
 
@@ -49,6 +50,8 @@ var (
 	ErrGone = errors.New("machine has ended")
 	// ErrUnfinished says that whoever started the machine never finished.
 	ErrUnfinished = errors.New("machine was never finished")
+	// ErrSlotTaken says that a slot has a disk already.
+	ErrSlotTaken = errors.New("slot is taken")
 	// ErrKilled is why a machine ended that Kill ended.
 	ErrKilled = errors.New("machine was killed")
 )
@@ -76,7 +79,6 @@ const (
 	MinMemoryMiB = 96
 	MaxMemoryMiB = 1 << 20
 	MaxCPUs      = 64
-	MaxDisks     = 8
 	MaxNetworks  = 4
 )
 
@@ -111,28 +113,72 @@ type Spec struct {
 	// UID and GID are the monitor's, and no other machine's.
 	UID, GID uint32
 	Disks    []Disk
+	// Networks are the guest's devices, in order. Without any the guest still
+	// has the first, on a tap that leads nowhere.
 	Networks []Network
+	// DiskLimit is how large, in bytes, a writable disk may be that is attached
+	// later. One that is there at the start may be as large as it is.
+	DiskLimit int64
 }
 
-// Disk is a block device of the guest. The file stays the caller's.
+// Slot is a place for a disk. Every machine has all of them, empty or not; the
+// guest finds a slot's disk by its serial, which is the slot's name. Of an
+// empty slot the guest reads zeros.
+//
+// A guest takes every disk to be as large as an empty slot, for it keeps what
+// its template saw. What lies on a disk must know its own size.
+type Slot string
+
+// How many slots there are: r0 to r7 can only be read, w0 and w1 be written too.
+const (
+	ReadOnlySlots = 8
+	WritableSlots = 2
+	MaxDisks      = ReadOnlySlots + WritableSlots
+)
+
+// Slots lists all slots.
+func Slots() (all []Slot) {
+	for i := range ReadOnlySlots {
+		all = append(all, ReadOnlySlot(i))
+	}
+	for i := range WritableSlots {
+		all = append(all, WritableSlot(i))
+	}
+	return all
+}
+
+// ReadOnlySlot is the i-th slot for a disk that is only read.
+func ReadOnlySlot(i int) Slot { return Slot("r" + strconv.Itoa(i)) }
+
+// WritableSlot is the i-th slot for a disk that can be written.
+func WritableSlot(i int) Slot { return Slot("w" + strconv.Itoa(i)) }
+
+// Writable says whether the guest may write to the slot's disk.
+func (s Slot) Writable() bool { return s[0] == 'w' }
+
+// Check says whether there is such a slot.
+func (s Slot) Check() error {
+	if !slices.Contains(Slots(), s) {
+		return fmt.Errorf("no slot is called %q", string(s))
+	}
+	return nil
+}
+
+// Disk is what is in a slot. The file stays the caller's.
 type Disk struct {
 	File *os.File
-	// Serial is how the guest tells its disks apart.
-	Serial   string
-	Writable bool
+	Slot Slot
 }
 
 // Network is a network device of the guest on a tap device, opened with
-// IFF_NO_PI and IFF_VNET_HDR. The file stays the caller's.
+// IFF_NO_PI and IFF_VNET_HDR. The file stays the caller's. The device's hardware
+// address is guestproto.DeviceMAC of its place until the guest changes it. The
+// guest of a clone has the first one when it runs, and finds others by a rescan.
 type Network struct {
 	Tap *os.File
-	MAC net.HardwareAddr
 }
 
-var (
-	idPattern     = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
-	serialPattern = regexp.MustCompile(`^[A-Za-z0-9_.-]{1,20}$`)
-)
+var idPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 // Check says what of a machine's description is out of range.
 func (s Spec) Check() error {
@@ -141,19 +187,19 @@ func (s Spec) Check() error {
 		return fmt.Errorf("id %q is not letters, digits and hyphens, at most 63", s.ID)
 	case s.UID == 0 || s.GID == 0:
 		return errors.New("the monitor must not run as root")
-	case len(s.Disks) > MaxDisks:
-		return fmt.Errorf("%d disks are more than %d", len(s.Disks), MaxDisks)
 	case len(s.Networks) > MaxNetworks:
 		return fmt.Errorf("%d networks are more than %d", len(s.Networks), MaxNetworks)
 	}
+	taken := map[Slot]bool{}
 	for i, d := range s.Disks {
-		if d.File == nil || !serialPattern.MatchString(d.Serial) {
-			return fmt.Errorf("disk %d needs a file and a serial of 1 to 20 letters, digits, _, . and -, not %q", i, d.Serial)
+		if err := d.Slot.Check(); err != nil || d.File == nil || taken[d.Slot] {
+			return fmt.Errorf("disk %d needs a file and a slot of its own, not %q", i, string(d.Slot))
 		}
+		taken[d.Slot] = true
 	}
 	for i, n := range s.Networks {
-		if n.Tap == nil || len(n.MAC) != 6 || n.MAC[0]&1 != 0 {
-			return fmt.Errorf("network %d needs a tap and the hardware address of one device, not %q", i, n.MAC)
+		if n.Tap == nil {
+			return fmt.Errorf("network %d needs a tap", i)
 		}
 	}
 	return s.Template.Check()

@@ -112,12 +112,13 @@ type Network struct {
 }
 
 // SoleInterface is the network of a sandbox that has one IPv4 address, nothing
-// else on its link, and a gateway that is there all the same.
-func SoleInterface(device [6]byte, address, gateway [4]byte, mtu uint32) Network {
+// else on its link, and a gateway that is there all the same. The device gets
+// the hardware address mac.
+func SoleInterface(device, mac [6]byte, address, gateway [4]byte, mtu uint32) Network {
 	const name, linkScope = "eth0", 253
 	to, every := IPOf(gateway[:]), IPOf([]byte{0, 0, 0, 0})
 	return Network{
-		Interfaces: []Interface{{Device: device, Name: name, MTU: mtu, NoIPv6: true,
+		Interfaces: []Interface{{Device: device, MAC: mac, Name: name, MTU: mtu, NoIPv6: true,
 			Addresses: []Address{{Prefix: Prefix{IPOf(address[:]), 32}}}}},
 		Routes: []Route{
 			{Kind: RouteUnicast, Interface: name, Destination: Prefix{to, 32}, Scope: linkScope},

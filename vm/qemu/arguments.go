@@ -6,10 +6,13 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
+	"hauberk.dev/api/guestproto"
 	"hauberk.dev/vm"
 )
 
@@ -20,9 +23,17 @@ const (
 	fdAgent
 	fdConsole
 	fdMemory
-	fdKernel // also the first of a clone's devices
+	fdTap
+	fdKernel // also the first of a clone's disks
 	fdInitrd
 )
+
+// capacity is what the guest takes every disk to have.
+const capacity = 1 << 40
+
+// shelves are root ports that are empty when a machine starts: devices that no
+// template can have go there.
+const shelves = 5
 
 // role is why a QEMU is started: it decides the few arguments that differ.
 type role int
@@ -42,12 +53,17 @@ type configuration struct {
 	cacheMiB    int // of translated code, under TCG
 	memoryMiB   int
 	cpus        int
-	disks       []vm.Disk
-	networks    []vm.Network
+	disks       []disk
 }
 
-// device gives the files of a machine's own devices their places.
-func (c configuration) firstDevice() int {
+// disk is a file in a slot, and what QEMU reads it with.
+type disk struct {
+	slot   vm.Slot
+	driver string
+}
+
+// firstDisk is the first descriptor of a machine's disks.
+func (c configuration) firstDisk() int {
 	if c.role == roleClone {
 		return fdKernel
 	}
@@ -63,6 +79,7 @@ func (c configuration) arguments() []string {
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
 	}
 	args = append(args, c.accelerator.arguments(c.cacheMiB)...)
+	args = append(args, c.backends()...)
 	args = append(args, c.board()...)
 	share := "on"
 	if c.role == roleClone {
@@ -86,53 +103,91 @@ func (c configuration) arguments() []string {
 			"-initrd", "/proc/self/fd/"+strconv.Itoa(fdInitrd),
 			"-append", c.commandLine)
 	}
-	return append(args, c.devices()...)
+	return args
 }
 
-// board is what the frozen state of a template describes.
+// board is what the frozen state of a template describes, but for what lies
+// behind its devices.
 func (c configuration) board() []string {
-	return []string{
+	args := []string{
 		"-M", "microvm,acpi=on,pcie=on,memory-backend=mem",
 		"-smp", strconv.Itoa(c.cpus), "-m", strconv.Itoa(c.memoryMiB),
-		"-device", "pcie-root-port,id=rp0,bus=pcie.0,chassis=1,slot=1,addr=1.0,multifunction=on,power_controller_present=off",
-		"-device", "pcie-root-port,id=rp1,bus=pcie.0,chassis=2,slot=2,addr=1.1,power_controller_present=off",
+	}
+	for i := range shelves {
+		args = append(args, "-device", fmt.Sprintf("pcie-root-port,id=%s,bus=pcie.0,chassis=%d,slot=%d,addr=1.%d,multifunction=on,power_controller_present=off",
+			shelf(i), i+1, i+1, i))
+	}
+	args = append(args,
 		"-device", "virtio-serial-pci,bus=pcie.0,addr=2.0",
 		"-device", "virtserialport,chardev=agent,name=agent.0",
-	}
-}
-
-// devices are the machine's own. A template has none: a guest remembers what
-// it has seen of a device, and finds new ones by a rescan.
-func (c configuration) devices() (args []string) {
-	fd, slot := c.firstDevice(), 4
-	for i, d := range c.disks {
-		readOnly := "on"
-		if d.Writable {
-			readOnly = "off"
-		}
-		args = append(args,
-			"-add-fd", fmt.Sprintf("fd=%d,set=%d", fd, i+1),
-			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,read-only=%s,file.driver=file,file.locking=off,file.filename=/dev/fdset/%d", i, readOnly, i+1),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,serial=%s,bus=pcie.0,addr=%x.0,disable-legacy=on", i, d.Serial, slot))
-		if d.Writable {
-			args[len(args)-1] += ",werror=report,rerror=report"
-		}
-		fd++
-		slot++
-	}
-	for i, n := range c.networks {
-		args = append(args,
-			"-netdev", fmt.Sprintf("tap,id=net%d,fd=%d,vhost=off", i, fd),
-			"-device", fmt.Sprintf("virtio-net-pci,netdev=net%d,mac=%s,bus=pcie.0,addr=%x.0,romfile=,disable-legacy=on", i, n.MAC, slot))
-		fd++
-		slot++
+		"-device", netDevice(0, "bus=pcie.0,addr=3.0"))
+	for i, slot := range vm.Slots() {
+		args = append(args, "-device", fmt.Sprintf("virtio-blk-pci,id=%s,drive=%s,serial=%s,bus=pcie.0,addr=%x.0,num-queues=1,queue-size=128,disable-legacy=on,werror=report,rerror=report",
+			slot, c.node(slot), slot, 4+i))
 	}
 	return args
 }
 
+func shelf(i int) string { return "rp" + strconv.Itoa(i) }
+
+// netDevice is a guest's i-th network device.
+func netDevice(i int, place string) string {
+	return fmt.Sprintf("virtio-net-pci,id=nic%d,netdev=net%d,mac=%s,%s,romfile=,disable-legacy=on", i, i, deviceMAC(i), place)
+}
+
+func deviceMAC(i int) net.HardwareAddr {
+	mac := guestproto.DeviceMAC(i)
+	return mac[:]
+}
+
+// node names what is behind a slot when the machine starts.
+func (c configuration) node(slot vm.Slot) string {
+	if slices.ContainsFunc(c.disks, func(d disk) bool { return d.slot == slot }) {
+		return diskNode(slot)
+	}
+	return emptyNode(slot)
+}
+
+// emptyNode names what is behind an empty slot. Those that are only read share
+// one.
+func emptyNode(slot vm.Slot) string {
+	if slot.Writable() {
+		return "empty-" + string(slot)
+	}
+	return "empty"
+}
+
+// backends are the machine's own: what its devices read and write.
+func (c configuration) backends() []string {
+	args := []string{
+		"-netdev", fmt.Sprintf("tap,id=net0,fd=%d,vhost=off", fdTap),
+		"-blockdev", emptyBackend("empty", "on"),
+	}
+	for i := range vm.WritableSlots {
+		args = append(args, "-blockdev", emptyBackend(emptyNode(vm.WritableSlot(i)), "off"))
+	}
+	for i, d := range c.disks {
+		args = append(args, "-add-fd", fmt.Sprintf("fd=%d,set=%d", c.firstDisk()+i, fdSet(d.slot)),
+			"-blockdev", fmt.Sprintf("driver=%s,node-name=%s,read-only=%s,locking=off,discard=unmap,filename=/dev/fdset/%d",
+				d.driver, diskNode(d.slot), onOff(!d.slot.Writable()), fdSet(d.slot)))
+	}
+	return args
+}
+
+func emptyBackend(node, readOnly string) string {
+	return fmt.Sprintf("driver=null-co,node-name=%s,size=%d,read-zeroes=on,read-only=%s", node, capacity, readOnly)
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
 // key is a digest of everything a frozen state depends on.
 func key(version string, c configuration, spec vm.TemplateSpec) string {
-	c.role, c.mark, c.disks, c.networks = roleTemplate, "", nil, nil
+	c.role, c.mark, c.disks = roleTemplate, "", nil
 	h := sha256.New()
 	part := func(s string) { fmt.Fprintf(h, "%d:%s\n", len(s), s) }
 	part(version)

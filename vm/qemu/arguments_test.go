@@ -2,7 +2,6 @@ package qemu
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"slices"
 	"strings"
@@ -14,8 +13,7 @@ import (
 func sample(r role) configuration {
 	return configuration{
 		role: r, mark: "hauberk-m0-mark", accelerator: TCG, commandLine: commandLine(2600000), cacheMiB: 32, memoryMiB: 128, cpus: 1,
-		disks:    []vm.Disk{{Serial: "root"}, {Serial: "data", Writable: true}},
-		networks: []vm.Network{{MAC: net.HardwareAddr{2, 0, 0, 0, 0, 1}}},
+		disks: []disk{{"r0", "file"}, {"w1", "host_device"}},
 	}
 }
 
@@ -44,12 +42,12 @@ func TestArguments(t *testing.T) {
 // state fits no other.
 func TestCloneFitsItsTemplate(t *testing.T) {
 	c := sample(roleClone)
-	c.disks, c.networks = nil, nil
+	c.disks = nil
 	boot := sample(roleTemplate)
-	boot.disks, boot.networks = nil, nil
+	boot.disks = nil
 	fixed := func(args []string) (out []string) {
 		for i, a := range args {
-			if i > 0 && slices.Contains([]string{"-device", "-M", "-m", "-smp", "-accel", "-cpu", "-serial"}, args[i-1]) {
+			if i > 0 && slices.Contains([]string{"-device", "-M", "-m", "-smp", "-accel", "-cpu", "-serial", "-netdev", "-blockdev"}, args[i-1]) {
 				out = append(out, args[i-1], a)
 			}
 		}

@@ -52,11 +52,23 @@ func image(t *testing.T, text string) *os.File {
 	return f
 }
 
+// device gives the guest's file of a slot.
+func device(t *testing.T, a *agent, slot string) string {
+	t.Helper()
+	for _, name := range strings.Fields(say(t, a, "find /sys/block/vd*")) {
+		if say(t, a, "read "+name+"/serial") == slot {
+			return "/dev/" + filepath.Base(name)
+		}
+	}
+	t.Fatalf("the guest has no disk %s", slot)
+	return ""
+}
+
 // eventually asks until the answer is wanted: devices appear after a rescan.
 func eventually(t *testing.T, a *agent, line, want string) {
 	t.Helper()
 	var got string
-	for range 200 {
+	for range 700 {
 		if got = say(t, a, line); got == want {
 			return
 		}
@@ -81,8 +93,8 @@ func TestDevices(t *testing.T) {
 			root, data := image(t, "the-root"), image(t, "the-data")
 			s := machine(0, spec)
 			s.ID = name
-			s.Disks = []vm.Disk{{File: root, Serial: "root"}, {File: data, Serial: "data", Writable: true}}
-			s.Networks = []vm.Network{{Tap: tap(t), MAC: net.HardwareAddr{0x02, 0, 0, 0x0a, 0x58, 1}}}
+			s.Disks = []vm.Disk{{File: root, Slot: "r0"}, {File: data, Slot: "w1"}}
+			s.Networks = []vm.Network{{Tap: tap(t)}, {Tap: tap(t)}}
 			began := time.Now()
 			m, err := start(s)
 			if err != nil {
@@ -91,20 +103,24 @@ func TestDevices(t *testing.T) {
 			a := converse(t, ctx, m)
 			say(t, a, "ping")
 			answered := time.Since(began)
-			if got := say(t, a, "rescan"); got != "ok" {
-				t.Fatalf("rescan: %s", got)
+			t.Logf("%s answers after %v", name, answered.Round(time.Millisecond))
+			r0, w1 := device(t, a, "r0"), device(t, a, "w1")
+			if got := say(t, a, "read /sys/class/net/eth0/address"); got != "02:48:4e:00:00:00" {
+				t.Errorf("the first network device is %q", got)
 			}
-			eventually(t, a, "read /sys/block/vda/serial", "root")
-			eventually(t, a, "read /sys/class/net/eth0/address", "02:00:00:0a:58:01")
-			t.Logf("%s answers after %v, has its devices after %v", name, answered.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
-			eventually(t, a, "read /sys/block/vdb/serial", "data")
-			eventually(t, a, "read /dev/vda", "the-root")
-			eventually(t, a, "read /dev/vdb", "the-data")
-			if got := say(t, a, "write /dev/vda broken"); got == "ok" {
+			if got := say(t, a, "rescan"); got != "ok" { // the second is none of the template's
+				t.Errorf("rescan: %s", got)
+			}
+			eventually(t, a, "read /sys/class/net/eth1/address", "02:48:4e:00:00:01")
+			for _, line := range [][2]string{
+				{"read " + r0, "the-root"}, {"read " + w1, "the-data"}, {"read " + device(t, a, "r7"), ""}, {"write " + w1 + " changed!", "ok"},
+			} {
+				if got := say(t, a, line[0]); got != line[1] {
+					t.Errorf("%s: %q, want %q", line[0], got, line[1])
+				}
+			}
+			if got := say(t, a, "write "+r0+" broken"); got == "ok" {
 				t.Error("the guest wrote to a read-only disk")
-			}
-			if got := say(t, a, "write /dev/vdb changed!"); got != "ok" {
-				t.Errorf("write to the writable disk: %s", got)
 			}
 			begins(t, root, "the-root")
 			begins(t, data, "changed!")
@@ -273,18 +289,20 @@ func TestStartsRefuse(t *testing.T) {
 	}
 	defer null.Close()
 	for says, edit := range map[string]func(*vm.Spec){
-		"is not letters":   func(s *vm.Spec) { s.ID = "../x" },
-		"as root":          func(s *vm.Spec) { s.UID = 0 },
-		"memory of 1 MiB":  func(s *vm.Spec) { s.Template.MemoryMiB = 1 },
-		"0 CPUs":           func(s *vm.Spec) { s.Template.CPUs = 0 },
-		"has digest":       func(s *vm.Spec) { s.Template.Kernel.Digest = strings.Repeat("0", 64) },
-		"not a SHA-256":    func(s *vm.Spec) { s.Template.Initrd.Digest = "x" },
-		"no such file":     func(s *vm.Spec) { s.Template.Initrd.Path = "/nowhere" },
-		"needs a file":     func(s *vm.Spec) { s.Disks = []vm.Disk{{File: null, Serial: "a,b"}} },
-		"disks are more":   func(s *vm.Spec) { s.Disks = make([]vm.Disk, 9) },
-		"hardware address": func(s *vm.Spec) { s.Networks = []vm.Network{{Tap: null, MAC: net.HardwareAddr{1, 0, 0, 0, 0, 0}}} },
-		"QEMU says":        func(s *vm.Spec) { s.Networks = []vm.Network{{Tap: null, MAC: net.HardwareAddr{2, 0, 0, 0, 0, 0}}} },
-		"no trust domain":  func(s *vm.Spec) { s.Template.TrustDomain = "" },
+		"is not letters":  func(s *vm.Spec) { s.ID = "../x" },
+		"as root":         func(s *vm.Spec) { s.UID = 0 },
+		"memory of 1 MiB": func(s *vm.Spec) { s.Template.MemoryMiB = 1 },
+		"0 CPUs":          func(s *vm.Spec) { s.Template.CPUs = 0 },
+		"has digest":      func(s *vm.Spec) { s.Template.Kernel.Digest = strings.Repeat("0", 64) },
+		"not a SHA-256":   func(s *vm.Spec) { s.Template.Initrd.Digest = "x" },
+		"no such file":    func(s *vm.Spec) { s.Template.Initrd.Path = "/nowhere" },
+		`not "a,b"`:       func(s *vm.Spec) { s.Disks = []vm.Disk{{File: null, Slot: "a,b"}} },
+		`not "r1"`:        func(s *vm.Spec) { s.Disks = []vm.Disk{{File: null, Slot: "r1"}, {File: null, Slot: "r1"}} },
+		"needs a file":    func(s *vm.Spec) { s.Disks = []vm.Disk{{Slot: "r0"}} },
+		"nor a block":     func(s *vm.Spec) { s.Disks = []vm.Disk{{File: null, Slot: "r0"}} },
+		"needs a tap":     func(s *vm.Spec) { s.Networks = []vm.Network{{}} },
+		"QEMU says":       func(s *vm.Spec) { s.Networks = []vm.Network{{Tap: null}} },
+		"no trust domain": func(s *vm.Spec) { s.Template.TrustDomain = "" },
 	} {
 		s := machine(0, spec)
 		edit(&s)
@@ -295,4 +313,68 @@ func TestStartsRefuse(t *testing.T) {
 	if left, err := os.ReadDir(run); err != nil || len(left) != 0 {
 		t.Errorf("refused starts left %v, %v", left, err)
 	}
+}
+
+// TestSlots puts disks into running machines and takes them out again: what a
+// guest reads is what is there, never what was there before.
+func TestSlots(t *testing.T) {
+	spec := needMachine(t)
+	run, ctx := filepath.Join(t.TempDir(), "run"), deadline(t)
+	d := driver(t, run)
+	template, err := d.Template(ctx, spec, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := machine(0, spec)
+	s.Disks, s.DiskLimit = []vm.Disk{{File: image(t, "at-start"), Slot: "r0"}}, 64<<10
+	m, err := d.Clone(ctx, template, s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := converse(t, ctx, m)
+	r0, w0 := device(t, a, "r0"), device(t, a, "w0")
+	reads := func(dev, want string) {
+		t.Helper()
+		if got := say(t, a, "read "+dev); got != want {
+			t.Errorf("%s reads %q, want %q", dev, got, want)
+		}
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	reads(r0, "at-start")
+	if err := m.Attach(ctx, vm.Disk{File: image(t, "x"), Slot: "r0"}); !errors.Is(err, vm.ErrSlotTaken) {
+		t.Errorf("attach to a full slot: %v", err)
+	}
+	must(m.Detach(ctx, "r0"))
+	must(m.Detach(ctx, "r0"))
+	reads(r0, "")
+	data := image(t, "writable")
+	must(m.Attach(ctx, vm.Disk{File: image(t, "second"), Slot: "r0"}))
+	must(m.Attach(ctx, vm.Disk{File: data, Slot: "w0"}))
+	reads(r0, "second")
+	reads(w0, "writable")
+	if got := say(t, a, "write "+w0+" changed!"); got != "ok" {
+		t.Errorf("write: %s", got)
+	}
+	begins(t, data, "changed!")
+	if err := m.Attach(ctx, vm.Disk{File: data, Slot: "w9"}); err == nil {
+		t.Error("there is no slot w9")
+	}
+	must(m.Release())
+	if m, err = d.Adopt(ctx, m.Dir()); err != nil {
+		t.Fatal(err)
+	}
+	must(m.Detach(ctx, "r0"))
+	must(m.Attach(ctx, vm.Disk{File: image(t, "third"), Slot: "r0"}))
+	reads(r0, "third")
+	for _, slot := range vm.Slots() {
+		must(m.Detach(ctx, slot))
+	}
+	reads(w0, "")
+	confined(t, m)
+	must(m.Kill(ctx))
 }

@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/jail"
 )
@@ -65,6 +66,7 @@ type Driver struct {
 	version     string
 	commandLine string
 	jail        *jail.Jail
+	nowhere     *netns.Nowhere // of the taps of guests without a network
 
 	making    sync.Mutex // held while a template is made
 	mu        sync.Mutex
@@ -104,18 +106,22 @@ func Open(ctx context.Context, c Config) (*Driver, error) {
 	if c.Run, err = filepath.Abs(c.Run); err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	j, err := jail.Open(c.Accelerator.devices()...)
+	nowhere, err := netns.OpenNowhere()
 	if err != nil {
 		return nil, fmt.Errorf("open QEMU driver: %w", err)
 	}
-	return &Driver{config: c, version: version, commandLine: commandLine(tsc), jail: j}, nil
+	j, err := jail.Open(c.Accelerator.devices()...)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), nowhere.Close())
+	}
+	return &Driver{config: c, version: version, commandLine: commandLine(tsc), jail: j, nowhere: nowhere}, nil
 }
 
 // Close frees the jail and the templates. Machines run on.
 func (d *Driver) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	errs := []error{d.jail.Close()}
+	errs := []error{d.jail.Close(), d.nowhere.Close()}
 	for _, t := range d.templates {
 		errs = append(errs, t.Close())
 	}
@@ -181,7 +187,7 @@ func (d *Driver) boot(ctx context.Context, spec vm.Spec, r role, memory *os.File
 	defer initrd.Close()
 	return d.launch(ctx, launch{
 		spec: spec, role: r, memory: memory, boot: []*os.File{kernel, initrd},
-		begin: func(ctx context.Context, mon *monitor) error { return mon.Resume(ctx) },
+		begin: func(context.Context, *monitor) error { return nil },
 	})
 }
 
@@ -192,8 +198,10 @@ type launch struct {
 	memory   *os.File
 	boot     []*os.File // kernel and initrd
 	template string     // key
-	// begin brings the guest to run.
+	// begin brings the guest to where it can run.
 	begin func(context.Context, *monitor) error
+
+	tap *os.File // of the first network device
 }
 
 // launch starts a QEMU and takes its machine. Nothing is left if it fails.
@@ -208,6 +216,13 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 			err = started.undo(ctx, err)
 		}
 	}()
+	if len(l.spec.Networks) > 0 {
+		l.tap = l.spec.Networks[0].Tap
+	} else if started.tap, err = d.nowhere.Tap(); err != nil {
+		return nil, nil, err
+	} else {
+		l.tap = started.tap
+	}
 	c := d.configuration(l)
 	journal, err := vm.NewJournal(l.spec.ID, driverName, c.mark, l.spec.UID)
 	if err != nil {
@@ -228,22 +243,39 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 	if started.monitor, err = openMonitor(ctx, conn); err != nil {
 		return nil, nil, err
 	}
-	if err := l.begin(ctx, started.monitor); err != nil {
+	if err := l.run(ctx, started.monitor); err != nil {
 		return nil, nil, err
 	}
 	if err := journal.Ready(dir.Path, started.process.Pid); err != nil {
 		return nil, nil, err
 	}
-	m, err := vm.NewMachine(ctx, dir, started.process, started.monitor)
+	m, err := vm.NewMachine(ctx, vm.Parts{Dir: dir, Process: started.process, Monitor: started.monitor, Tap: started.tap})
 	if err != nil {
 		return nil, nil, err
 	}
 	return m, started.monitor, nil
 }
 
+// run brings the guest to run, with the devices that no template has.
+func (l launch) run(ctx context.Context, mon *monitor) error {
+	if err := l.begin(ctx, mon); err != nil {
+		return err
+	}
+	for i, n := range l.spec.Networks {
+		if i == 0 {
+			continue // the board's
+		}
+		if err := mon.plugNetwork(ctx, i, n.Tap); err != nil {
+			return err
+		}
+	}
+	return mon.Resume(ctx)
+}
+
 // started is what a start has made so far.
 type started struct {
 	dir     *vm.RunDir
+	tap     *os.File // if it is the machine's own
 	process *os.Process
 	monitor *monitor
 }
@@ -259,6 +291,9 @@ func (s *started) undo(ctx context.Context, err error) error {
 	if s.monitor != nil {
 		_ = s.monitor.Close()
 	}
+	if s.tap != nil {
+		_ = s.tap.Close()
+	}
 	if said := s.dir.Tail(vm.MonitorLog, 1024); said != "" {
 		err = fmt.Errorf("%w: QEMU says %s", err, said)
 	}
@@ -270,7 +305,7 @@ func (s *started) undo(ctx context.Context, err error) error {
 
 func (d *Driver) configuration(l launch) configuration {
 	c := d.shape(l.spec.Template)
-	c.role, c.disks, c.networks = l.role, l.spec.Disks, l.spec.Networks
+	c.role = l.role
 	c.mark = "hauberk-" + l.spec.ID + "-" + strings.ToLower(rand.Text()[:12])
 	return c
 }
@@ -298,20 +333,18 @@ func (d *Driver) start(dir *vm.RunDir, c configuration, l launch) (*os.Process, 
 		}
 		files, ours = append(files, f), append(ours, f)
 	}
-	files = append(append(files, l.memory), l.boot...)
-	fileSize := int64(maxMonitorLog)
-	for _, disk := range c.disks {
-		f, size, err := reopen(disk)
+	files = append(append(files, l.memory, l.tap), l.boot...)
+	fileSize := max(maxMonitorLog, l.spec.DiskLimit)
+	for _, d := range l.spec.Disks {
+		f, fi, err := reopen(d)
 		if err != nil {
 			return nil, err
 		}
 		files, ours = append(files, f), append(ours, f)
-		if disk.Writable {
-			fileSize = max(fileSize, size)
+		c.disks = append(c.disks, disk{d.Slot, diskDriver(fi)})
+		if d.Slot.Writable() {
+			fileSize = max(fileSize, fi.Size())
 		}
-	}
-	for _, n := range c.networks {
-		files = append(files, n.Tap)
 	}
 	output, err := dir.Create(vm.MonitorLog)
 	if err != nil {
@@ -327,21 +360,23 @@ func (d *Driver) start(dir *vm.RunDir, c configuration, l launch) (*os.Process, 
 
 // reopen opens a disk anew with no more than the rights it needs, so that
 // machines share no file position and a read-only disk is one.
-func reopen(d vm.Disk) (*os.File, int64, error) {
+func reopen(d vm.Disk) (*os.File, os.FileInfo, error) {
 	flags := os.O_RDONLY
-	if d.Writable {
+	if d.Slot.Writable() {
 		flags = os.O_RDWR
 	}
 	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", d.File.Fd()), flags, 0)
 	if err != nil {
-		return nil, 0, fmt.Errorf("open disk %q: %w", d.Serial, err)
+		return nil, nil, fmt.Errorf("open disk %s: %w", d.Slot, err)
 	}
 	fi, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return nil, 0, fmt.Errorf("open disk %q: %w", d.Serial, err)
+	if err == nil && !fi.Mode().IsRegular() && fi.Mode().Type() != os.ModeDevice {
+		err = errors.New("it is neither a file nor a block device")
 	}
-	return f, fi.Size(), nil
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("open disk %s: %w", d.Slot, err), f.Close())
+	}
+	return f, fi, nil
 }
 
 // memfd makes a file in memory. Anyone who holds it may seal it.
@@ -376,7 +411,7 @@ func (d *Driver) Adopt(ctx context.Context, path string) (*vm.Machine, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("adopt machine in %s: %w", path, err), dir.Close())
 	}
-	m, err := vm.NewMachine(ctx, dir, nil, mon)
+	m, err := vm.NewMachine(ctx, vm.Parts{Dir: dir, Monitor: mon})
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine: %w", err)
 	}

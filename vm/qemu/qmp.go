@@ -77,6 +77,8 @@ type monitor struct {
 	done    chan struct{} // closed when the reader has ended
 	err     error         // why, once done is closed
 
+	plugging sync.Mutex // held while a device changes
+
 	mu   sync.Mutex // held while a command is under way
 	last uint64
 }

@@ -1,0 +1,153 @@
+package netns
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Nowhere is a network namespace without a name that holds taps until they are
+// taken to where they belong. It ends with its last tap.
+type Nowhere struct {
+	mu   sync.Mutex
+	file *os.File
+}
+
+// OpenNowhere makes an empty namespace.
+func OpenNowhere() (*Nowhere, error) {
+	n := &Nowhere{}
+	err := onThread(func() (err error) {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		n.file, err = os.Open(threadNS())
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make namespace for loose taps: %w", err)
+	}
+	return n, nil
+}
+
+// Tap makes a tap that is down and has no address. It goes with the last holder
+// of its descriptor.
+func (n *Nowhere) Tap() (tap *os.File, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.file == nil {
+		return nil, fmt.Errorf("make loose tap: %w", os.ErrClosed)
+	}
+	name := "hb" + strings.ToLower(rand.Text()[:10]) // of no link where it will go
+	err = within(n.file, func() (err error) {
+		tap, err = openTap(name, 0)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make loose tap: %w", err)
+	}
+	return tap, nil
+}
+
+// Close forgets the namespace. Taps in it stay.
+func (n *Nowhere) Close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.file == nil {
+		return nil
+	}
+	err := n.file.Close()
+	n.file = nil
+	return err
+}
+
+// Move takes a tap from the namespace it is in to that of the file, under a
+// name. What was set up for the tap as a link is lost, what its descriptors
+// agreed on is not.
+func Move(tap *os.File, to *os.File, name string) error {
+	from, old, err := whereIs(tap)
+	if err != nil {
+		return fmt.Errorf("move tap: %w", err)
+	}
+	defer from.Close()
+	err = within(from, func() error {
+		link, err := netlink.LinkByName(old)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetNsFd(link, int(to.Fd()))
+	})
+	if err == nil {
+		err = within(to, func() error {
+			link, err := netlink.LinkByName(old)
+			if err != nil || old == name {
+				return err
+			}
+			return netlink.LinkSetName(link, name)
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("move tap %s to be %s: %w", old, name, err)
+	}
+	return nil
+}
+
+// whereIs asks a tap's descriptor for its namespace and name.
+func whereIs(tap *os.File) (*os.File, string, error) {
+	raw, err := tap.SyscallConn()
+	if err != nil {
+		return nil, "", err
+	}
+	req, err := unix.NewIfreq("any")
+	if err != nil {
+		return nil, "", err
+	}
+	fd, failed := -1, error(nil)
+	err = raw.Control(func(t uintptr) {
+		if failed = unix.IoctlIfreq(int(t), unix.TUNGETIFF, req); failed == nil {
+			fd, failed = unix.IoctlRetInt(int(t), unix.SIOCGSKNS)
+		}
+	})
+	if err := errors.Join(err, failed); err != nil {
+		return nil, "", fmt.Errorf("ask tap where it is: %w", err)
+	}
+	unix.CloseOnExec(fd)
+	return os.NewFile(uintptr(fd), "netns"), req.Name(), nil
+}
+
+// within runs f on a thread in a namespace.
+func within(file *os.File, f func() error) error {
+	return onThread(func() error {
+		err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET)
+		runtime.KeepAlive(file)
+		if err != nil {
+			return fmt.Errorf("enter namespace: %w", err)
+		}
+		return f()
+	})
+}
+
+// Adopt takes a loose tap into the namespace and does with it what Tap does
+// with one of its own.
+func (ns *Namespace) Adopt(tap *os.File, g Guest) error {
+	err := g.check()
+	if err == nil && ns.file == nil {
+		err = os.ErrClosed
+	}
+	if err == nil {
+		err = Move(tap, ns.file, Device)
+	}
+	if err == nil {
+		err = ns.Do(func() error { return enclose(Device, g) })
+	}
+	if err != nil {
+		return fmt.Errorf("adopt tap in %q: %w", ns.name, err)
+	}
+	return nil
+}

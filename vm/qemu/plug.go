@@ -1,0 +1,107 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"hauberk.dev/vm"
+)
+
+// Devices of the board have an id below this path.
+const peripheral = "/machine/peripheral/"
+
+// fdSet numbers the set that holds a slot's file. It is the slot's for ever, so
+// that whoever adopts a machine need not be told.
+func fdSet(s vm.Slot) int { return slices.Index(vm.Slots(), s) + 1 }
+
+func diskNode(s vm.Slot) string { return "disk-" + string(s) }
+
+// diskDriver is what QEMU reads a file with.
+func diskDriver(fi os.FileInfo) string {
+	if fi.Mode().IsRegular() {
+		return "file"
+	}
+	return "host_device"
+}
+
+// Attach puts a disk into an empty slot.
+func (m *monitor) Attach(ctx context.Context, d vm.Disk) error {
+	m.plugging.Lock()
+	defer m.plugging.Unlock()
+	node, err := m.drive(ctx, d.Slot)
+	if err != nil {
+		return err
+	}
+	if node != emptyNode(d.Slot) {
+		return vm.ErrSlotTaken
+	}
+	f, fi, err := reopen(d)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	m.clear(ctx, d.Slot) // of what an attempt left that died
+	if err := m.execute(ctx, "add-fd", map[string]int{"fdset-id": fdSet(d.Slot)}, nil, f); err != nil {
+		return err
+	}
+	err = m.execute(ctx, "blockdev-add", map[string]any{
+		"driver": diskDriver(fi), "node-name": diskNode(d.Slot), "filename": fmt.Sprintf("/dev/fdset/%d", fdSet(d.Slot)),
+		"read-only": !d.Slot.Writable(), "locking": "off", "discard": "unmap",
+	}, nil)
+	if err == nil {
+		err = m.setDrive(ctx, d.Slot, diskNode(d.Slot))
+	}
+	if err != nil {
+		m.clear(ctx, d.Slot)
+	}
+	return err
+}
+
+// Detach empties a slot.
+func (m *monitor) Detach(ctx context.Context, s vm.Slot) error {
+	m.plugging.Lock()
+	defer m.plugging.Unlock()
+	node, err := m.drive(ctx, s)
+	if err != nil || node == emptyNode(s) {
+		return err
+	}
+	if err := m.setDrive(ctx, s, emptyNode(s)); err != nil {
+		return err
+	}
+	err = m.execute(ctx, "blockdev-del", map[string]string{"node-name": node}, nil)
+	return errors.Join(err, m.execute(ctx, "remove-fd", map[string]int{"fdset-id": fdSet(s)}, nil))
+}
+
+// clear forgets a slot's file, if there is one and nothing reads it.
+func (m *monitor) clear(ctx context.Context, s vm.Slot) {
+	_ = m.execute(ctx, "blockdev-del", map[string]string{"node-name": diskNode(s)}, nil)
+	_ = m.execute(ctx, "remove-fd", map[string]int{"fdset-id": fdSet(s)}, nil)
+}
+
+func (m *monitor) drive(ctx context.Context, s vm.Slot) (node string, err error) {
+	err = m.execute(ctx, "qom-get", map[string]string{"path": peripheral + string(s), "property": "drive"}, &node)
+	return node, err
+}
+
+func (m *monitor) setDrive(ctx context.Context, s vm.Slot, node string) error {
+	return m.execute(ctx, "qom-set", map[string]string{"path": peripheral + string(s), "property": "drive", "value": node}, nil)
+}
+
+// plugNetwork gives the guest its i-th network device.
+func (m *monitor) plugNetwork(ctx context.Context, i int, tap *os.File) error {
+	id := fmt.Sprintf("net%d", i)
+	if err := m.execute(ctx, "getfd", map[string]string{"fdname": id}, nil, tap); err != nil {
+		return err
+	}
+	err := m.execute(ctx, "netdev_add", map[string]any{"type": "tap", "id": id, "fd": id, "vhost": false}, nil)
+	if err != nil {
+		return err
+	}
+	return m.execute(ctx, "device_add", map[string]string{
+		"driver": "virtio-net-pci", "id": fmt.Sprintf("nic%d", i), "netdev": id, "mac": deviceMAC(i).String(),
+		"bus": shelf(i), "romfile": "", "disable-legacy": "on",
+	}, nil)
+}
