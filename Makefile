@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,11 @@ bench: ## measure, and print the conditions with the figures (root)
 	scripts/setup bench
 	$(MAKE) build
 	scripts/bench
+
+bench-sandbox: ## measure sandboxes beside runc and gVisor (root)
+	scripts/setup bench
+	$(MAKE) build
+	scripts/bench-sandbox
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

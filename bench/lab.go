@@ -39,6 +39,7 @@ var workload = []string{"/bin/busybox", "sh", "-c", "echo up; exec /bin/busybox 
 type lab struct {
 	n          int
 	bin, dir   string
+	rivals     string // where gVisor's programs are
 	log        io.Writer
 	conditions conditions
 

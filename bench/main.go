@@ -23,9 +23,20 @@ import (
 )
 
 // most bounds a whole run; figures of parts that were done are still printed.
-const most = 8 * time.Minute
+const most = 50 * time.Minute
 
 func main() {
+	if len(os.Args) > 2 && (os.Args[1] == "inside" || os.Args[1] == "outside") {
+		act := inside
+		if os.Args[1] == "outside" {
+			act = func(args []string) error { return outside(args[0]) }
+		}
+		if err := act(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, os.Args[1:], os.Stdout, os.Stderr); err != nil {
@@ -45,13 +56,18 @@ var parts = []part{
 	{"launch", launches}, {"memory", memories}, {"mesh", hops}, {"records", records}, {"system", system},
 }
 
+// beside are the parts that need more than Debian has (scripts/bench-sandbox):
+// containerd with us, runc and gVisor side by side.
+var beside = []part{{"start", starts}, {"idle", idles}, {"rates", rates}, {"traffic", traffics}}
+
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	format := flags.String("o", "table", "how figures are printed: table or json")
-	only := flags.String("only", "", "parts to run, separated by commas (default all): "+names())
+	only := flags.String("only", "", "parts to run, separated by commas (default all of the first line)\n"+names(parts)+"\n"+names(beside))
 	n := flags.Int("n", 12, "launches of each kind, and violations")
 	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
+	rivals := flags.String("rivals", "", "directory of runsc and containerd-shim-runsc-v1, for the parts "+names(beside))
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
@@ -70,6 +86,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
+	l.rivals = *rivals
 	defer func() { err = errors.Join(err, l.Close()) }()
 	r := report{Conditions: l.conditions}
 	var errs []error
@@ -93,9 +110,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	return errors.Join(append(errs, r.print(stdout))...)
 }
 
-func names() string {
+func names(list []part) string {
 	var all []string
-	for _, p := range parts {
+	for _, p := range list {
 		all = append(all, p.name)
 	}
 	return strings.Join(all, ",")
@@ -107,11 +124,12 @@ func choose(only string) ([]part, error) {
 	}
 	var wanted []part
 	for name := range strings.SplitSeq(only, ",") {
-		i := slices.IndexFunc(parts, func(p part) bool { return p.name == name })
+		all := slices.Concat(parts, beside)
+		i := slices.IndexFunc(all, func(p part) bool { return p.name == name })
 		if i < 0 {
-			return nil, fmt.Errorf("no part %q; there are %s", name, names())
+			return nil, fmt.Errorf("no part %q; there are %s", name, names(all))
 		}
-		wanted = append(wanted, parts[i])
+		wanted = append(wanted, all[i])
 	}
 	return wanted, nil
 }

@@ -1,0 +1,293 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// The runtimes that containerd starts side by side.
+const (
+	ours   = "io.containerd.hauberk.v2"
+	runcV2 = "io.containerd.runc.v2"
+	runsc  = "io.containerd.runsc.v1"
+
+	engineImage = "docker.io/bench/inside:1"
+	callTime    = 3 * time.Minute
+)
+
+// runtimeUnderTest is a runtime and how it is told to start.
+type runtimeUnderTest struct {
+	name  string // in the table
+	shim  string
+	start string // HAUBERK_SHIM_START, of ours
+}
+
+var underTest = []runtimeUnderTest{
+	{"hauberk, from the pool", ours, "pool"},
+	{"hauberk, cloned", ours, "clone"},
+	{"hauberk, cold", ours, "cold"},
+	{"runc", runcV2, ""},
+	{"gVisor", runsc, ""},
+}
+
+// engine is a containerd with directories of its own, and the runtime that its
+// shims start.
+type engine struct {
+	runtimeUnderTest
+	dir    string
+	cmd    *exec.Cmd
+	exited chan struct{}
+	made   int
+}
+
+// openEngine starts Debian's containerd for one runtime and imports the image.
+func openEngine(ctx context.Context, l *lab, r runtimeUnderTest) (_ *engine, err error) {
+	dir, err := os.MkdirTemp("", "hb-") // short, for sockets
+	if err != nil {
+		return nil, err
+	}
+	e := &engine{runtimeUnderTest: r, dir: dir, exited: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("start containerd for %s: %w", r.name, err), e.close(ctx))
+		}
+	}()
+	config := fmt.Sprintf(`version = 2
+root = %q
+state = %q
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+[grpc]
+address = %q
+[ttrpc]
+address = %q
+`, e.path("root"), e.path("state"), e.path("c.sock"), e.path("c.sock.ttrpc"))
+	if err := os.WriteFile(e.path("config.toml"), []byte(config), 0o600); err != nil {
+		return nil, err
+	}
+	log, err := os.Create(e.path("log"))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	e.cmd = exec.Command("containerd", "-c", e.path("config.toml"))
+	e.cmd.Stdout, e.cmd.Stderr = log, log
+	e.cmd.Env = append(os.Environ(), "PATH="+l.bin+":"+l.rivals+":"+os.Getenv("PATH"),
+		"HAUBERK_SHIM_STATE="+e.path("s"), "HAUBERK_SHIM_RUN="+e.path("r"), "HAUBERK_SHIM_START="+r.start)
+	if err := e.cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { e.cmd.Wait(); close(e.exited) }()
+	if err := e.await(ctx); err != nil {
+		return nil, err
+	}
+	archive := filepath.Join(l.dir, "inside.tar")
+	if _, err := os.Stat(archive); err != nil {
+		if err := writeArchive(archive); err != nil {
+			return nil, err
+		}
+	}
+	_, err = e.ctr(ctx, "images", "import", archive)
+	return e, err
+}
+
+func (e *engine) path(name string) string { return filepath.Join(e.dir, name) }
+
+// await waits until containerd answers.
+func (e *engine) await(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		_, err := e.ctr(ctx, "version")
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-e.exited:
+			return fmt.Errorf("it ended: %s", text(e.path("log")))
+		case <-ctx.Done():
+			return err
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// ctr calls containerd's client and returns what it printed.
+func (e *engine) ctr(ctx context.Context, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "ctr", append([]string{"-a", e.path("c.sock")}, args...)...)
+	cmd.WaitDelay = time.Second
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("ctr %s: %w: %.600s", strings.Join(args, " "), err, out)
+	}
+	return string(out), nil
+}
+
+func (e *engine) id() string {
+	e.made++
+	return "b" + strconv.Itoa(e.made)
+}
+
+// run starts a container that ends by itself and returns what it printed.
+func (e *engine) run(ctx context.Context, flags []string, args ...string) (string, error) {
+	return e.ctr(ctx, append(append(append([]string{"run", "--rm", "--runtime", e.shim}, flags...), engineImage, e.id()), args...)...)
+}
+
+// word starts a container and times its first word.
+func (e *engine) word(ctx context.Context, id string) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "ctr", "-a", e.path("c.sock"), "run", "--rm", "--runtime", e.shim, engineImage, id, "/bin/busybox", "echo", "up")
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	got := make([]byte, 3)
+	_, err = io.ReadFull(out, got)
+	took := time.Since(began)
+	if werr := cmd.Wait(); werr != nil || err != nil || string(got) != "up\n" {
+		return 0, fmt.Errorf("%s: first word %q: %w, %w: %.600s", e.name, got, err, werr, said.Bytes())
+	}
+	return took, nil
+}
+
+// idle starts a container that sleeps, and returns its name.
+func (e *engine) idle(ctx context.Context, flags ...string) (string, error) {
+	id := e.id()
+	_, err := e.ctr(ctx, append(append([]string{"run", "-d", "--runtime", e.shim}, flags...), engineImage, id, "/bin/busybox", "sleep", "3600")...)
+	return id, err
+}
+
+// end ends containers made by idle.
+func (e *engine) end(ctx context.Context, ids ...string) error {
+	var errs []error
+	for _, id := range ids {
+		_, err := e.ctr(ctx, "tasks", "rm", "-f", id)
+		_, gone := e.ctr(ctx, "containers", "rm", id)
+		errs = append(errs, err, gone)
+	}
+	return errors.Join(errs...)
+}
+
+// close ends containerd and what its shims keep for later.
+func (e *engine) close(context.Context) error {
+	if e.cmd != nil && e.cmd.Process != nil {
+		e.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-e.exited:
+		case <-time.After(20 * time.Second):
+			e.cmd.Process.Kill()
+			<-e.exited
+		}
+	}
+	return errors.Join(endKeeper(e.path("r")), os.RemoveAll(e.dir))
+}
+
+// endKeeper ends the process that keeps templates for the shims of a run
+// directory: it would end by itself, but later than who measures next.
+func endKeeper(run string) error {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		pid, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			continue
+		}
+		env, err := os.ReadFile("/proc/" + entry.Name() + "/environ")
+		if err != nil || !bytes.Contains(env, []byte("HAUBERK_SHIM_RUN="+run+"\x00")) {
+			continue
+		}
+		line, _ := os.ReadFile("/proc/" + entry.Name() + "/cmdline")
+		if !bytes.Contains(line, []byte("containerd-shim-hauberk-v2")) {
+			continue
+		}
+		p, err := os.FindProcess(pid)
+		if err == nil {
+			p.Signal(syscall.SIGTERM)
+		}
+		for range 100 {
+			if p.Signal(syscall.Signal(0)) != nil {
+				break
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	}
+	return nil
+}
+
+// writeArchive writes an OCI layout with busybox and this program in it.
+func writeArchive(path string) error {
+	layer, err := layerOf(map[string]string{"bin/busybox": busybox, "inside": "/proc/self/exe"})
+	if err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	out := tar.NewWriter(&b)
+	type object = map[string]any
+	var errs []error
+	file := func(name string, data []byte) {
+		errs = append(errs, out.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data))}))
+		_, err := out.Write(data)
+		errs = append(errs, err)
+	}
+	blob := func(kind string, data []byte) object {
+		digest := fmt.Sprintf("%x", sha256.Sum256(data))
+		file("blobs/sha256/"+digest, data)
+		return object{"mediaType": "application/vnd.oci.image." + kind, "digest": "sha256:" + digest, "size": len(data)}
+	}
+	text := func(v any) []byte {
+		raw, err := json.Marshal(v)
+		errs = append(errs, err)
+		return raw
+	}
+	lay := blob("layer.v1.tar", layer)
+	config := blob("config.v1+json", text(object{"architecture": "amd64", "os": "linux",
+		"config": object{"Env": []string{"PATH=/bin"}}, "rootfs": object{"type": "layers", "diff_ids": []any{lay["digest"]}}}))
+	manifest := blob("manifest.v1+json", text(object{"schemaVersion": 2, "config": config, "layers": []any{lay}}))
+	manifest["annotations"] = object{"io.containerd.image.name": engineImage}
+	file("index.json", text(object{"schemaVersion": 2, "manifests": []any{manifest}}))
+	file("oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`))
+	if err := errors.Join(append(errs, out.Close())...); err != nil {
+		return err
+	}
+	return os.WriteFile(path, b.Bytes(), 0o600)
+}
+
+// layerOf makes a layer of programs.
+func layerOf(programs map[string]string) ([]byte, error) {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	var errs []error
+	for _, dir := range []string{"bin/", "etc/", "proc/", "sys/", "dev/", "tmp/", "work/"} {
+		errs = append(errs, w.WriteHeader(&tar.Header{Name: dir, Typeflag: tar.TypeDir, Mode: 0o755}))
+	}
+	for name, from := range programs {
+		data, err := os.ReadFile(from)
+		errs = append(errs, err, w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))}))
+		_, err = w.Write(data)
+		errs = append(errs, err)
+	}
+	return b.Bytes(), errors.Join(append(errs, w.Close())...)
+}
