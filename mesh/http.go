@@ -16,6 +16,7 @@ import (
 
 const (
 	headTimeout = 30 * time.Second // from the first byte of a head to its last
+	askTime     = 5 * time.Second  // for a client that will be refused to ask
 	lingerTime  = time.Second      // for a client to read a last answer
 	maxPipeline = 16               // requests of one client under way
 )
@@ -51,6 +52,24 @@ func respond(w io.Writer, status int, r refusal, closing bool) error {
 	_, err = fmt.Fprintf(w, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n%s",
 		status, statusText[status], len(body), connection, body)
 	return err
+}
+
+// refuseHTTP answers the first request of a connection that goes nowhere, and
+// closes. A client that asks nothing gets no answer: it would take one for the
+// answer to what it asks next.
+func refuseHTTP(c *net.TCPConn, r refusal) {
+	c.SetReadDeadline(time.Now().Add(askTime))
+	var first [1]byte
+	if _, err := c.Read(first[:]); err != nil {
+		abortTCP(c)
+		return
+	}
+	c.SetDeadline(time.Now().Add(lingerTime))
+	if answer(c, 503, r) != nil {
+		abortTCP(c)
+		return
+	}
+	linger(c)
 }
 
 // linger closes a connection so that a client that is still sending gets to

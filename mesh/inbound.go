@@ -198,9 +198,7 @@ func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 		ev.Kind, ev.Reason = api.EventUnreachable, "no instance of the service runs on this node"
 		p.events.add(ev)
 		if svc != nil && svc.ports[port.Port].Protocol == "http" {
-			c.SetDeadline(time.Now().Add(lingerTime))
-			answer(c, 503, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
-			linger(tcp)
+			refuseHTTP(tcp, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
 			return
 		}
 		abortTCP(tcp)
@@ -269,7 +267,7 @@ func (a *arrival) connect(e *entry) (*net.TCPConn, error) {
 // serve registers the connection, judges it and connects it to the guest.
 func (a *arrival) serve(svc *service) {
 	isHTTP := svc.ports[a.port].Protocol == "http"
-	e := &entry{direction: "in", party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), sever: a.sever, close: a.cut}
+	e := &entry{direction: "in", guest: a.guest.Load, party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), sever: a.sever, close: a.cut}
 	key := serviceKey(svc.Namespace, svc.Name)
 	if !isHTTP {
 		if v := a.judge(svc, call{caller: a.who.peerIdentity, port: a.port}); !v.allowed {

@@ -40,6 +40,7 @@ const (
 	poolIdle           = 5 * time.Minute
 	flowIdle           = 2 * time.Hour
 	janitorPeriod      = time.Minute
+	silencePeriod      = 5 * time.Second
 	maxPlan            = 64 << 20 // bytes
 )
 
@@ -48,12 +49,15 @@ type Options struct {
 	Log *slog.Logger
 	// Connections open at once per sandbox and direction; 0 means 1024.
 	Connections int
+
+	silence time.Duration // of a guest, before it is given up; 0 means 30 s
 }
 
 // Proxy is the data plane of one node.
 type Proxy struct {
 	log     *slog.Logger
 	limit   int
+	silence time.Duration // of a guest's kernel
 	started time.Time
 
 	directory atomic.Pointer[directory]
@@ -83,8 +87,11 @@ func New(o Options) *Proxy {
 	if o.Connections == 0 {
 		o.Connections = defaultConnections
 	}
+	if o.silence == 0 {
+		o.silence = defaultSilence
+	}
 	p := &Proxy{
-		log: o.Log, limit: o.Connections, started: time.Now(), events: newEvents(),
+		log: o.Log, limit: o.Connections, silence: o.silence, started: time.Now(), events: newEvents(),
 		sandboxes: map[string]*sandbox{}, byAddress: map[netip.Addr]*sandbox{},
 		shakes: make(chan struct{}, maxHandshakes), planned: make(chan struct{}),
 	}
@@ -176,10 +183,12 @@ func (p *Proxy) ask(ctx context.Context, m *api.Message) (*api.Message, []*os.Fi
 	return s.Call(ctx, m)
 }
 
-// janitor closes what has been idle for too long.
+// janitor closes what has been idle or silent for too long.
 func (p *Proxy) janitor(ctx context.Context) {
 	tick := time.NewTicker(janitorPeriod)
 	defer tick.Stop()
+	often := time.NewTicker(min(silencePeriod, p.silence/4))
+	defer often.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -187,6 +196,8 @@ func (p *Proxy) janitor(ctx context.Context) {
 		case now := <-tick.C:
 			p.pool.sweep(now)
 			p.registry.sweep(now)
+		case <-often.C:
+			p.giveUpSilent()
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"time"
 
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/mesh/hbone"
@@ -24,6 +23,7 @@ func (sb *sandbox) outbound(c net.Conn) {
 		return
 	}
 	defer sb.leave(out)
+	sb.p.listenFor(tcp)
 	from, to := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
 	facts := sb.facts.Load()
 	ev := api.Event{Source: from.String(), Destination: to.String()}
@@ -71,6 +71,7 @@ func (sb *sandbox) toService(c *net.TCPConn, t target, ev api.Event) {
 		return
 	}
 	e.peerInstance = endpoint.Instance
+	e.guest = func() *net.TCPConn { return c }
 	e.sever = func() { severTCP(c) }
 	e.close = func() { abortTCP(c); stream.Reset(hbone.CodeCancel) }
 	if err := sb.register(e); err != nil {
@@ -139,10 +140,8 @@ func (sb *sandbox) refuseOutbound(c *net.TCPConn, t target, ev api.Event) {
 		abortTCP(c)
 		return
 	}
-	c.SetDeadline(time.Now().Add(lingerTime))
-	answer(c, 503, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
+	refuseHTTP(c, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
 		Hint: "hauberk why " + sb.facts.Load().Instance})
-	linger(c)
 }
 
 // toOutside forwards to a destination that the egress rules list, in the clear:
@@ -167,6 +166,7 @@ func (sb *sandbox) toOutside(c *net.TCPConn, to netip.AddrPort, ev api.Event) {
 		return
 	}
 	remote := far.(*net.TCPConn)
+	e.guest = func() *net.TCPConn { return c }
 	e.sever = func() { severTCP(c); severTCP(remote) }
 	e.close = func() { abortTCP(c); abortTCP(remote) }
 	if err := sb.register(e); err != nil {

@@ -3,8 +3,10 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,6 +39,8 @@ type entry struct {
 	since     time.Time
 	// allowed tells after a change of plan whether the connection may stay.
 	allowed func(*directory) bool
+	// guest is the connection to the local sandbox itself, nil while there is none.
+	guest func() *net.TCPConn
 	// sever stops the connection's sockets from carrying bytes, quickly; close
 	// then ends it and frees what it holds. Each is called at most once by the
 	// registry, and neither may call back into it.
@@ -227,6 +231,13 @@ func set(all []string) map[string]bool {
 		m[s] = true
 	}
 	return m
+}
+
+// all is every entry of the moment.
+func (r *registry) all() []*entry {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Collect(maps.Keys(r.entries))
 }
 
 // flows lists what is open.

@@ -166,6 +166,7 @@ func (sb *sandbox) connect(ctx context.Context, port uint16) (*net.TCPConn, erro
 	if err != nil {
 		return nil, fmt.Errorf("connect to guest port %d: %w", port, err)
 	}
+	sb.p.listenFor(c)
 	return c, nil
 }
 
