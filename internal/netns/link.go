@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -152,10 +153,11 @@ func prepare() error {
 	return nil
 }
 
-// sysctl writes a key below net. A kernel without IPv6 needs none of it off.
+// sysctl writes a key below net. A kernel without IPv6, or without a filter on
+// bridges, needs none of it off.
 func sysctl(key, value string) error {
 	err := os.WriteFile("/proc/sys/net/"+key, []byte(value), 0)
-	if errors.Is(err, os.ErrNotExist) && key[:4] == "ipv6" {
+	if errors.Is(err, os.ErrNotExist) && (strings.HasPrefix(key, "ipv6/") || strings.HasPrefix(key, "bridge/")) {
 		return nil
 	}
 	if err != nil {

@@ -1,7 +1,8 @@
-// Package netns makes the network namespace of a sandbox: a place that holds
-// the tap of one guest and nothing else.
+// Package netns puts a guest's tap into a network namespace: one that it makes,
+// a place that holds the tap of one guest and nothing else, or one that CNI
+// plugins made, whose place on the network the guest then takes (Join).
 //
-// There is no way out of such a namespace. It has no other link and forwards
+// There is no way out of a namespace made here. It has no other link and forwards
 // nothing. TCP from the guest, whatever its destination, is handed by TPROXY to
 // a listener inside the namespace; DNS to the gateway address reaches a socket
 // inside it; everything else is dropped and counted by destination. Frames that

@@ -31,3 +31,19 @@ func openTap(name string, owner int) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil
 }
+
+// whereTap gives the name of a tap and the namespace it is in.
+func whereTap(fd int) (name string, home *os.File, err error) {
+	req, err := unix.NewIfreq(Device) // overwritten
+	if err != nil {
+		return "", nil, err
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNGETIFF, uintptr(unsafe.Pointer(req))); errno != 0 {
+		return "", nil, fmt.Errorf("read name of tap: %w", errno)
+	}
+	ns, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.TUNGETDEVNETNS, 0)
+	if errno != 0 {
+		return "", nil, fmt.Errorf("open namespace of tap: %w", errno)
+	}
+	return req.Name(), os.NewFile(ns, "namespace of "+req.Name()), nil
+}
