@@ -25,8 +25,6 @@ const (
 	// of hauberk-node.
 	uidBase  = 0x48480000
 	uidCount = 1 << 16
-	// rootSlot holds the disk of the root.
-	rootSlot = vm.Slot("r0")
 	// upperShare of the guest's memory may be written to the root.
 	upperShare = 4
 	// agentTime bounds the first answer of a guest's agent after a cold boot.
@@ -66,17 +64,21 @@ func openGuests(ctx context.Context, c config, log *slog.Logger) (*guests, error
 	return &guests{conf: c, guest: guest}, nil
 }
 
-// boot starts a machine with a root. The lock lasts until the machine's journal
-// names its user, so no two machines have the same.
-func (g *guests) boot(ctx context.Context, id string, s size, img image.Image) (*vm.Machine, error) {
-	if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
-		return nil, err
+// boot starts a machine. The lock lasts until the machine's journal names its
+// user, so no two machines have the same.
+func (g *guests) boot(ctx context.Context, id string, w wish) (*vm.Machine, error) {
+	spec := vm.Spec{ID: id, Template: g.guest.Template(w.size.memoryMiB, w.size.processors, "containerd")}
+	if img := w.first; img.Path != "" {
+		if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
+			return nil, err
+		}
+		disk, err := os.Open(img.Path)
+		if err != nil {
+			return nil, fmt.Errorf("boot %s: %w", id, err)
+		}
+		defer disk.Close()
+		spec.Disks = []vm.Disk{{File: disk, Slot: vm.ReadOnlySlot(0)}}
 	}
-	disk, err := os.Open(img.Path)
-	if err != nil {
-		return nil, fmt.Errorf("boot %s: %w", id, err)
-	}
-	defer disk.Close()
 	unlock, err := flock.Take(ctx, filepath.Join(g.conf.run, ".lock"))
 	if err != nil {
 		return nil, fmt.Errorf("boot %s: %w", id, err)
@@ -86,10 +88,8 @@ func (g *guests) boot(ctx context.Context, id string, s size, img image.Image) (
 	if err != nil {
 		return nil, fmt.Errorf("boot %s: %w", id, err)
 	}
-	return g.guest.Driver.Boot(ctx, vm.Spec{
-		ID: id, UID: user, GID: user, Disks: []vm.Disk{{File: disk, Slot: rootSlot}},
-		Template: g.guest.Template(s.memoryMiB, s.processors, "containerd"),
-	})
+	spec.UID, spec.GID = user, user
+	return g.guest.Driver.Boot(ctx, spec)
 }
 
 // freeUser finds a user that no machine has. Nothing runs before its journal

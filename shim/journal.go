@@ -6,12 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
+	"syscall"
+	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/ttrpc"
 
 	"hauberk.dev/internal/atomicfile"
 	"hauberk.dev/internal/strictjson"
@@ -24,13 +30,15 @@ const (
 	maxJournal     = 64 << 10
 )
 
-// journal is what a bundle says of its sandbox. It is written before the
-// machine is, so that nothing is ever started and forgotten.
+// journal is what a container's bundle says of its pod. That of the pod is
+// written before the machine is, so that nothing is ever started and forgotten.
 type journal struct {
 	Version int    `json:"version"`
 	ID      string `json:"id"`
+	Pod     string `json:"pod,omitempty"`
 	Machine string `json:"machine"`
-	Run     string `json:"run"` // directory of the machines
+	Run     string `json:"run"`              // directory of the machines
+	Socket  string `json:"socket,omitempty"` // of the pod's shim
 }
 
 func (j journal) write(bundle string) error {
@@ -67,21 +75,65 @@ func parseJournal(raw []byte) (journal, error) {
 	return j, nil
 }
 
-// remove ends what a shim that died has left: its machine with the run
-// directory, and its socket. It can be called again.
+func removeJournal(bundle string) error {
+	if err := os.Remove(filepath.Join(bundle, journalName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove journal: %w", err)
+	}
+	return nil
+}
+
+// remove ends what is left of a container that containerd gives up. If its shim
+// died, that is the pod: machine, run directory and socket. If it lives, which
+// containerd need not have noticed, the shim is told. It can be called again.
 func remove(ctx context.Context, a arguments, c config) (*task.DeleteResponse, error) {
+	r := &task.DeleteResponse{ExitStatus: 128 + 9, ExitedAt: timestamppb.Now()}
+	j, err := journalOf(a, c)
+	if err != nil {
+		return nil, fmt.Errorf("delete %s: %w", a.id, err)
+	}
+	alive := j.Socket != "" && served(j.Socket)
+	if alive {
+		if err = dismiss(ctx, a, j, r); err != nil {
+			alive = served(j.Socket) // it may just have been dying
+		}
+	}
+	if !alive {
+		err = removePod(ctx, a, j, r)
+	}
+	if err == nil {
+		err = removeJournal(a.bundle)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("delete %s: %w", a.id, err)
+	}
+	return r, nil
+}
+
+// journalOf reads a container's journal. If its shim died before there was one,
+// or all of it is removed, names are known all the same.
+func journalOf(a arguments, c config) (journal, error) {
+	socket, err := readAddress(a.bundle)
+	if err != nil {
+		return journal{}, err
+	}
 	j, err := readJournal(a.bundle)
 	if errors.Is(err, fs.ErrNotExist) {
-		// It died before it made anything; the name is known all the same.
-		j, err = journal{Machine: machineID(a), Run: c.machines()}, nil
+		pod, _, err := readGroup(a.bundle, a.id)
+		shim := a
+		shim.id = pod
+		return journal{ID: a.id, Pod: pod, Machine: machineID(shim), Run: c.machines(), Socket: socket}, err
 	}
-	if err != nil {
-		return nil, fmt.Errorf("delete %s: %w", a.id, err)
+	if j.Socket == "" {
+		j.Socket = socket
 	}
-	r := &task.DeleteResponse{ExitStatus: 128 + 9, ExitedAt: timestamppb.Now()}
+	return j, err
+}
+
+// removePod ends the machine of a pod whose shim is dead.
+func removePod(ctx context.Context, a arguments, j journal, r *task.DeleteResponse) error {
 	found, err := vm.Orphans(j.Run)
 	if err != nil {
-		return nil, fmt.Errorf("delete %s: %w", a.id, err)
+		return err
 	}
 	for _, o := range found {
 		if o.ID != j.Machine {
@@ -89,14 +141,40 @@ func remove(ctx context.Context, a arguments, c config) (*task.DeleteResponse, e
 		}
 		r.Pid = uint32(o.Journal.PID)
 		if err := o.End(ctx); err != nil {
-			return nil, fmt.Errorf("delete %s: %w", a.id, err)
+			return err
 		}
 	}
-	if err := removeSocket(a.bundle); err != nil {
-		return nil, fmt.Errorf("delete %s: %w", a.id, err)
+	return removeSocket(a.bundle)
+}
+
+// dismissTime is how long a living shim may take to end a container.
+const dismissTime = mercy + 5*time.Second
+
+// dismiss has a living shim end one container. One that does not is killed.
+func dismiss(ctx context.Context, a arguments, j journal, r *task.DeleteResponse) error {
+	bounded, cancel := context.WithTimeout(ctx, dismissTime)
+	defer cancel()
+	conn, err := (&net.Dialer{}).DialContext(bounded, "unix", j.Socket)
+	if err != nil {
+		return err
 	}
-	if err := os.Remove(filepath.Join(a.bundle, journalName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("delete %s: %w", a.id, err)
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	shim := task.NewTTRPCTaskClient(client)
+	_, err = shim.Kill(bounded, &task.KillRequest{ID: a.id, Signal: uint32(syscall.SIGKILL), All: true})
+	if err == nil {
+		_, err = shim.Wait(bounded, &task.WaitRequest{ID: a.id})
 	}
-	return r, nil
+	if err == nil || status.Code(err) == codes.NotFound { // not here, or ended
+		var d *task.DeleteResponse
+		if d, err = shim.Delete(bounded, &task.DeleteRequest{ID: a.id}); err == nil {
+			r.Pid, r.ExitStatus, r.ExitedAt = d.Pid, d.ExitStatus, d.ExitedAt
+		}
+	}
+	if err == nil || status.Code(err) == codes.NotFound {
+		// If that was its last, it ends.
+		_, _ = shim.Shutdown(bounded, &task.ShutdownRequest{ID: a.id})
+		return nil
+	}
+	return err
 }

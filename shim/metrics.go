@@ -13,11 +13,11 @@ import (
 const metricsURL = "io.containerd.cgroups.v2.Metrics"
 
 // metrics are the figures of a container. They are the guest's word.
-func metrics(c guestproto.ContainerStats, s size) *anypb.Any {
+func metrics(c guestproto.ContainerStats, l limits) *anypb.Any {
 	var b []byte
-	b = message(b, 1, map[protowire.Number]uint64{1: uint64(c.Pids), 2: uint64(s.pids)}) // pids: current, limit
+	b = message(b, 1, map[protowire.Number]uint64{1: uint64(c.Pids), 2: uint64(l.pids)}) // pids: current, limit
 	b = message(b, 2, map[protowire.Number]uint64{1: c.CPU})                             // cpu: usage_usec
-	b = message(b, 4, map[protowire.Number]uint64{32: c.Memory, 33: s.limit})            // memory: usage, usage_limit
+	b = message(b, 4, map[protowire.Number]uint64{32: c.Memory, 33: l.memory})           // memory: usage, usage_limit
 	b = message(b, 8, map[protowire.Number]uint64{5: uint64(c.OOMKills)})                // memory_events: oom_kill
 	return &anypb.Any{TypeUrl: metricsURL, Value: b}
 }

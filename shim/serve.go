@@ -61,7 +61,7 @@ func serve(ctx context.Context, a arguments, c config) error {
 	ready := prepare(ctx, c, log)
 	release := ownSocket(ln.Addr().String())
 	s := &service{
-		args: a, conf: c, log: log,
+		args: a, conf: c, log: log, containers: map[string]*container{}, socket: ln.Addr().String(),
 		// The socket goes before containerd hears that the shim does: it may
 		// start another of the same name at once.
 		stop:    func() { release(); stop() },

@@ -2,7 +2,6 @@ package shim
 
 import (
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -28,9 +27,6 @@ const (
 	scheme         = "unix://"
 	maxBootstrap   = 1 << 20
 	maxConfig      = 4 << 20
-	// sandboxID is the annotation by which the CRI says whose pod a container
-	// belongs to.
-	sandboxID = "io.kubernetes.cri.sandbox-id"
 	// eventsAddress is the variable that names containerd's ttrpc socket.
 	eventsAddress = "TTRPC_ADDRESS"
 )
@@ -51,8 +47,8 @@ func readBootstrap(stdin io.Reader, a arguments) (*bootstrap.BootstrapParams, er
 	return p, nil
 }
 
-// socketPath is where the shim of a container listens: short, for a socket's
-// name may have 108 bytes.
+// socketPath is where the shim of a pod, which a names, listens: short, for a
+// socket's name may have 108 bytes.
 func socketPath(a arguments, p *bootstrap.BootstrapParams) (string, error) {
 	dir := p.GetSocketDir()
 	if dir == "" {
@@ -77,31 +73,30 @@ func answer(p *bootstrap.BootstrapParams, socket string) ([]byte, error) {
 	return proto.Marshal(&bootstrap.BootstrapResult{Version: 3, Address: address, Protocol: "ttrpc"})
 }
 
-// start starts the process that serves, and says where it listens.
+// start starts the process that serves, and says where it listens. A container
+// of a pod has that of its pod.
 func start(a arguments, stdin io.Reader, stdout io.Writer) error {
 	p, err := readBootstrap(stdin, a)
 	if err != nil {
 		return err
 	}
-	if err := alone(a); err != nil {
-		return err
+	pod, role, err := readGroup(a.bundle, a.id)
+	if err != nil {
+		return fmt.Errorf("start shim: %w", err)
 	}
-	socket, err := socketPath(a, p)
+	shim := a
+	shim.id = pod
+	socket, err := socketPath(shim, p)
 	if err != nil {
 		return err
 	}
-	ln, err := listen(socket)
+	if role == roleMember {
+		err = join(a, socket)
+	} else {
+		err = found(a, p, socket)
+	}
 	if err != nil {
 		return err
-	}
-	if ln != nil { // else it is served already
-		events := p.GetContainerdTtrpcAddress()
-		if events == "" {
-			events = os.Getenv(eventsAddress)
-		}
-		if err := spawn(a, socket, events, ln); err != nil {
-			return errors.Join(err, os.Remove(socket))
-		}
 	}
 	out, err := answer(p, socket)
 	if err == nil {
@@ -110,26 +105,37 @@ func start(a arguments, stdin io.Reader, stdout io.Writer) error {
 	return err
 }
 
-// alone refuses a container that belongs to another's pod: a machine gets its
-// disks before it runs.
-func alone(a arguments) error {
-	raw, err := readFile(filepath.Join(a.bundle, "config.json"), maxConfig)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // the sandbox service starts a shim before there is one
+// found starts the shim of a pod, unless it is there.
+func found(a arguments, p *bootstrap.BootstrapParams, socket string) error {
+	ln, err := listen(socket)
+	if err != nil || ln == nil {
+		return err
 	}
-	if err != nil {
-		return fmt.Errorf("read bundle: %w", err)
+	events := p.GetContainerdTtrpcAddress()
+	if events == "" {
+		events = os.Getenv(eventsAddress)
 	}
-	var spec struct {
-		Annotations map[string]string `json:"annotations"`
-	}
-	if err := json.Unmarshal(raw, &spec); err != nil {
-		return fmt.Errorf("read bundle: config.json: %w", err)
-	}
-	if pod := spec.Annotations[sandboxID]; pod != "" && pod != a.id {
-		return fmt.Errorf("start shim: annotation %s %q: a pod of more than one container is not supported", sandboxID, pod)
+	if err := spawn(a, socket, events, ln); err != nil {
+		return errors.Join(err, os.Remove(socket))
 	}
 	return nil
+}
+
+// join finds the shim of a container's pod.
+func join(a arguments, socket string) error {
+	if !served(socket) {
+		return fmt.Errorf("start shim: the pod of container %q is not running", a.id)
+	}
+	if err := atomicfile.Write(filepath.Join(a.bundle, addressFile), []byte(scheme+socket), 0o644); err != nil {
+		return fmt.Errorf("start shim: %w", err)
+	}
+	return nil
+}
+
+// served says whether a shim listens on a socket.
+func served(socket string) bool {
+	conn, err := net.Dial("unix", socket)
+	return err == nil && conn.Close() == nil
 }
 
 // listen opens the socket of a shim. It returns nil if a shim serves it: then
@@ -151,9 +157,8 @@ func listen(socket string) (*os.File, error) {
 		if !errors.Is(err, syscall.EADDRINUSE) {
 			return nil, fmt.Errorf("open socket: %w", err)
 		}
-		conn, err := net.Dial("unix", socket)
-		if err == nil {
-			return nil, conn.Close()
+		if served(socket) {
+			return nil, nil
 		}
 		// Nobody listens: its shim was killed.
 		if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -209,19 +214,30 @@ func ownSocket(path string) (release func()) {
 // addressFile of a bundle says where its shim listens.
 const addressFile = "address"
 
-// removeSocket removes the socket that a bundle names.
-func removeSocket(bundle string) error {
+// readAddress gives the socket that a bundle names, or nothing.
+func readAddress(bundle string) (socket string, err error) {
 	raw, err := readFile(filepath.Join(bundle, addressFile), 4096)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return "", nil
 	}
 	if err != nil {
-		return err
+		return "", err
 	}
 	socket, ok := strings.CutPrefix(strings.TrimSpace(string(raw)), scheme)
-	fi, err := os.Lstat(socket)
-	if !ok || err != nil || fi.Mode().Type() != fs.ModeSocket {
-		return nil // gone, or none of ours
+	if fi, err := os.Lstat(socket); !ok || err != nil || fi.Mode().Type() != fs.ModeSocket {
+		return "", nil // gone, or none of ours
 	}
-	return os.Remove(socket)
+	return socket, nil
+}
+
+// removeSocket removes the socket that a bundle names.
+func removeSocket(bundle string) error {
+	socket, err := readAddress(bundle)
+	if err != nil || socket == "" {
+		return err
+	}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }

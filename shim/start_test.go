@@ -199,20 +199,36 @@ func TestRemoveNothing(t *testing.T) {
 	}
 }
 
-func TestAlone(t *testing.T) {
-	a := caller
-	a.bundle = t.TempDir()
-	for text, want := range map[string]string{
-		`{"annotations": {"io.kubernetes.cri.sandbox-id": "web-1"}}`: "",
-		`{}`: "",
-		`{"annotations": {"io.kubernetes.cri.sandbox-id": "pod-7"}}`: "annotation io.kubernetes.cri.sandbox-id",
-		`{`: "config.json",
+// TestGroup reads whose pod a container is of.
+func TestGroup(t *testing.T) {
+	const kind, pod = `"io.kubernetes.cri.container-type": "`, `"io.kubernetes.cri.sandbox-id": "`
+	bundle := t.TempDir()
+	if got, role, err := readGroup(bundle, "web-1"); got != "web-1" || role != roleAlone || err != nil {
+		t.Errorf("no configuration: %q, %v, %v", got, role, err)
+	}
+	for text, want := range map[string]struct {
+		pod  string
+		role role
+		err  string
+	}{
+		`{}`:                                   {pod: "web-1"},
+		`{"annotations": {` + pod + `web-1"}}`: {pod: "web-1"},
+		`{"annotations": {` + kind + `sandbox", ` + pod + `web-1"}}`:                                                    {pod: "web-1", role: roleSandbox},
+		`{"annotations": {` + kind + `container", ` + pod + `pod-7"}}`:                                                  {pod: "pod-7", role: roleMember},
+		`{"annotations": {` + pod + `pod-7"}}`:                                                                          {pod: "pod-7", role: roleMember},
+		`{"annotations": {"io.kubernetes.cri-o.ContainerType": "container", "io.kubernetes.cri-o.SandboxID": "pod-7"}}`: {pod: "pod-7", role: roleMember},
+		`{"annotations": {` + kind + `container", ` + pod + `web-1"}}`:                                                  {err: "contradict"},
+		`{"annotations": {` + kind + `sandbox", ` + pod + `pod-7"}}`:                                                    {err: "contradict"},
+		`{"annotations": {` + kind + `other"}}`:                                                                         {err: "contradict"},
+		`{"annotations": {` + pod + `../x"}}`:                                                                           {err: "names no pod"},
+		`{`:                                                                                                             {err: "config.json"},
 	} {
-		if err := os.WriteFile(filepath.Join(a.bundle, "config.json"), []byte(text), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(bundle, "config.json"), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := alone(a); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
-			t.Errorf("%s: %v, want %q", text, err, want)
+		got, role, err := readGroup(bundle, "web-1")
+		if got != want.pod || role != want.role || (err == nil) != (want.err == "") || err != nil && !strings.Contains(err.Error(), want.err) {
+			t.Errorf("%s: %q, %v, %v, want %+v", text, got, role, err, want)
 		}
 	}
 }

@@ -1,0 +1,369 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/containerd/containerd/api/events"
+	"github.com/containerd/containerd/api/types"
+
+	"hauberk.dev/api/guestproto"
+	"hauberk.dev/image"
+	"hauberk.dev/vm"
+)
+
+const (
+	// lastWords bounds how long a container's end waits for its output and
+	// for the ends of what else ran in it.
+	lastWords = 5 * time.Second
+	// mercy is how long a guest may take to kill what it was told to; then
+	// the machine goes.
+	mercy = 10 * time.Second
+	// maxExecs leaves room in the guest's table of processes.
+	maxExecs = guestproto.MaxProcesses - 1
+)
+
+// container is one of a pod.
+type container struct {
+	id     string
+	bundle string
+	names  streams
+	role   role
+	log    *slog.Logger
+	exited func(*container, *running, exit)
+	made   chan struct{} // closed when create has ended
+	err    error         // of create; read after made
+
+	pod   *pod
+	first *running
+	root  int           // its slot, -1 if it has none
+	ended chan struct{} // closed when nothing of it runs any more
+
+	pausing sync.Mutex // held while it is paused or resumed
+
+	mu     sync.Mutex
+	execs  map[string]*running
+	paused bool
+	limits limits
+}
+
+// limits are what a container may use, as its statistics say.
+type limits struct {
+	memory uint64 // bytes; 0: none
+	pids   uint32 // 0: none
+}
+
+// pause says whether it is the CRI's pause container: it holds the pod, and
+// nothing of it is in the guest.
+func (c *container) pause() bool { return c.role == roleSandbox }
+
+// make makes the container in its pod up to its first exec.
+func (c *container) make(ctx context.Context, img image.Image, create guestproto.Create, upper uint64) (err error) {
+	p := c.pod
+	if c.root, err = p.attach(ctx, c.id, img); err != nil {
+		c.root = -1
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.remove(context.WithoutCancel(ctx)))
+		}
+	}()
+	mount := guestproto.MountRoot{Root: uint8(c.root), Serial: string(vm.ReadOnlySlot(c.root)), UpperBytes: upper}
+	if _, err := p.channel.MountRoot(ctx, mount); err != nil {
+		return err
+	}
+	create.Root = uint8(c.root)
+	guest, err := p.channel.Create(ctx, create)
+	if err != nil {
+		return err
+	}
+	c.first.setProcess(guest)
+	return nil
+}
+
+// remove takes the container out of a pod that goes on. It can be called
+// again.
+func (c *container) remove(ctx context.Context) error {
+	if c.root < 0 {
+		return nil
+	}
+	select {
+	case <-c.pod.machine.Done():
+		c.root = -1 // all is gone
+		return nil
+	default:
+	}
+	ctx, cancel := context.WithTimeout(ctx, cleanup)
+	defer cancel()
+	if g := c.first.process(); g != nil {
+		if err := g.Forget(ctx); err != nil {
+			return fmt.Errorf("remove container %q: %w", c.id, err)
+		}
+		c.first.setProcess(nil)
+	}
+	if err := c.pod.detach(ctx, c.root); err != nil {
+		return fmt.Errorf("remove container %q: %w", c.id, err)
+	}
+	c.root = -1
+	return nil
+}
+
+// watch waits for the end of a process and tells of it.
+func (c *container) watch(r *running, p *vm.Process) {
+	status := lostStatus
+	if st, err := p.Wait(context.Background()); err == nil {
+		status = st.Code
+	} else {
+		c.log.Debug("machine is gone", "container", c.id, "exec", r.id, "err", err, "machine", c.pod.machine.Err())
+	}
+	c.finish(r, status)
+}
+
+// watchPause waits for the end of the machine, which is a pause's own if
+// nobody kills it before.
+func (c *container) watchPause() {
+	select {
+	case <-c.pod.done:
+		c.finish(c.first, lostStatus)
+	case <-c.first.done:
+	}
+}
+
+// finish notes and tells the end of a process, after those of the container's
+// other processes if it is the first. With what holds the pod, the pod ends.
+func (c *container) finish(r *running, status int) {
+	if r == c.first {
+		c.lastExecs()
+	}
+	r.announcing.Lock()
+	first := r.finish(status)
+	if first {
+		_, status, at := r.state()
+		c.exited(c, r, exit{status, at})
+	}
+	r.announcing.Unlock()
+	if !first || r != c.first {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	r.io.drain(ctx)
+	cancel()
+	if c.role != roleMember {
+		if err := c.pod.end(); err != nil {
+			c.log.Error("end machine", "err", err)
+		}
+	}
+	close(c.ended)
+}
+
+// lastExecs waits for what else ran in the container: its end comes first.
+func (c *container) lastExecs() {
+	late := time.After(lastWords)
+	c.mu.Lock()
+	var open []*running
+	for _, r := range c.execs {
+		if p, _, _ := r.state(); p == phaseRunning {
+			open = append(open, r)
+		}
+	}
+	c.mu.Unlock()
+	for _, r := range open {
+		select {
+		case <-r.done:
+		case <-late:
+			return
+		}
+	}
+}
+
+var (
+	errNotCreated = errors.New("it was started before")
+	errPaused     = errors.New("the container is paused")
+	errNoExec     = errors.New("nothing can run in a pod's pause container: it is not in the guest")
+)
+
+// start starts a process and tells of it by told.
+func (c *container) start(ctx context.Context, r *running, told func()) error {
+	r.announcing.Lock()
+	defer r.announcing.Unlock()
+	if p, _, _ := r.state(); p != phaseCreated {
+		return errNotCreated
+	}
+	if c.isPaused() {
+		return errPaused
+	}
+	switch {
+	case r == c.first && c.pause():
+	case r == c.first:
+		if err := r.process().Start(ctx); err != nil {
+			return err // its end was heard of
+		}
+	default:
+		if err := c.exec(ctx, r); err != nil {
+			r.io.close()
+			r.finish(notRun)
+			return err
+		}
+	}
+	r.started()
+	told()
+	return nil
+}
+
+// exec starts one more process in the container.
+func (c *container) exec(ctx context.Context, r *running) error {
+	if err := r.io.open(ctx); err != nil {
+		return err
+	}
+	p, err := c.pod.channel.Exec(ctx, c.first.process(), r.program)
+	if err != nil {
+		return err
+	}
+	r.setProcess(p)
+	r.io.run(p)
+	go c.watch(r, p)
+	return nil
+}
+
+// add notes an exec that is to be started.
+func (c *container) add(r *running) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.execs[r.id]; ok {
+		return status.Errorf(codes.AlreadyExists, "exec %q in %q is there", r.id, c.id)
+	}
+	if len(c.execs) >= maxExecs {
+		return status.Errorf(codes.ResourceExhausted, "exec in %q: %d are there", c.id, len(c.execs))
+	}
+	c.execs[r.id] = r
+	return nil
+}
+
+// drop forgets an exec.
+func (c *container) drop(exec string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.execs, exec)
+}
+
+// kill signals a process, or all of the container. What a guest does not do in
+// time is done to its machine.
+func (c *container) kill(ctx context.Context, r *running, s syscall.Signal, all bool) error {
+	if c.pause() {
+		c.killPause(s)
+		return nil
+	}
+	fatal := s == syscall.SIGKILL && (r == c.first || all)
+	if c.isPaused() {
+		if fatal {
+			return c.pod.machine.Kill(ctx)
+		}
+		return errPaused
+	}
+	p := r.process()
+	if p == nil {
+		return errors.New("it was not started")
+	}
+	signal := p.Signal
+	if all {
+		signal = p.SignalAll
+	}
+	if !fatal {
+		return signal(ctx, s)
+	}
+	bounded, cancel := context.WithTimeout(ctx, mercy)
+	defer cancel()
+	if err := signal(bounded, s); err != nil {
+		c.log.Warn("guest does not kill", "container", c.id, "err", err)
+		return c.pod.machine.Kill(ctx)
+	}
+	go c.insist()
+	return nil
+}
+
+// killPause does what the pause program does with a signal.
+func (c *container) killPause(s syscall.Signal) {
+	switch s {
+	case syscall.SIGKILL:
+		go c.finish(c.first, lostStatus)
+	case syscall.SIGINT, syscall.SIGTERM:
+		if ph, _, _ := c.first.state(); ph == phaseRunning {
+			go c.finish(c.first, 0)
+		}
+	}
+}
+
+// insist kills the machine if the guest does not end the container.
+func (c *container) insist() {
+	select {
+	case <-c.first.done:
+	case <-time.After(mercy):
+		c.log.Error("guest does not kill in time", "container", c.id)
+		if err := c.pod.end(); err != nil {
+			c.log.Error("end machine", "err", err)
+		}
+	}
+}
+
+// freeze stops the container's processes, or lets them go on.
+func (c *container) freeze(ctx context.Context, frozen bool) error {
+	c.pausing.Lock()
+	defer c.pausing.Unlock()
+	act := c.pod.machine.Resume
+	if frozen {
+		act = c.pod.machine.Pause
+	}
+	if err := act(ctx); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	c.paused = frozen
+	c.mu.Unlock()
+	return nil
+}
+
+func (c *container) isPaused() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.paused
+}
+
+// find gives the container's first process, or an exec.
+func (c *container) find(exec string) (*running, bool) {
+	if exec == "" {
+		return c.first, true
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r, ok := c.execs[exec]
+	return r, ok
+}
+
+// close ends all copying of the container's streams.
+func (c *container) close() {
+	if c.first != nil {
+		c.first.io.close()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range c.execs {
+		r.io.close()
+	}
+}
+
+// created is the event of a container that is made.
+func (c *container) created(rootfs []*types.Mount) *events.TaskCreate {
+	return &events.TaskCreate{
+		ContainerID: c.id, Bundle: c.bundle, Pid: c.pod.pid(), Rootfs: rootfs,
+		IO: &events.TaskIO{Stdin: c.names.Stdin, Stdout: c.names.Stdout, Stderr: c.names.Stderr, Terminal: c.names.Terminal},
+	}
+}

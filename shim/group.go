@@ -1,0 +1,68 @@
+package shim
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+)
+
+// role of a container in its pod.
+type role int
+
+const (
+	roleAlone   role = iota // its pod is its own
+	roleSandbox             // it stands for a pod, and runs nothing
+	roleMember              // it is one of a pod
+)
+
+// annotations by which a container runtime interface says what a container is,
+// and whose: containerd's and CRI-O's.
+var criAnnotations = []struct{ kind, pod string }{
+	{"io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"},
+	{"io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"},
+}
+
+// groupOf says to which pod a container belongs, and as what.
+func groupOf(annotations map[string]string, id string) (pod string, r role, err error) {
+	for _, names := range criAnnotations {
+		kind, pod := annotations[names.kind], annotations[names.pod]
+		switch {
+		case kind == "" && (pod == "" || pod == id):
+			continue
+		case len(pod) > maxIdentifier || pod != "" && !identifier.MatchString(pod):
+			return "", 0, fmt.Errorf("annotation %s %.128q: it names no pod", names.pod, pod)
+		case kind == "sandbox" && (pod == "" || pod == id):
+			return id, roleSandbox, nil
+		case (kind == "container" || kind == "") && pod != "" && pod != id:
+			return pod, roleMember, nil
+		}
+		return "", 0, fmt.Errorf("annotations %s %.32q and %s %.128q: they contradict each other", names.kind, kind, names.pod, pod)
+	}
+	return id, roleAlone, nil
+}
+
+// readGroup is groupOf of the container in a bundle. Without a configuration
+// it is a pod of its own: the sandbox service starts a shim before there is
+// one, and a deletion may come after it went.
+func readGroup(bundle, id string) (pod string, r role, err error) {
+	raw, err := readFile(filepath.Join(bundle, "config.json"), maxConfig)
+	if errors.Is(err, fs.ErrNotExist) {
+		return id, roleAlone, nil
+	}
+	if err != nil {
+		return "", 0, fmt.Errorf("read bundle: %w", err)
+	}
+	var spec struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	if err := json.Unmarshal(raw, &spec); err != nil {
+		return "", 0, fmt.Errorf("read bundle: config.json: %w", err)
+	}
+	pod, r, err = groupOf(spec.Annotations, id)
+	if err != nil {
+		return "", 0, fmt.Errorf("read bundle: config.json: %w", err)
+	}
+	return pod, r, nil
+}
