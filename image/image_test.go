@@ -593,23 +593,32 @@ func TestRefusedLayers(t *testing.T) {
 		headers []tar.Header
 		want    string
 	}{
-		"absolute":        {[]tar.Header{{Name: "/etc/shadow"}}, "absolute"},
-		"climbs":          {[]tar.Header{{Name: "a/../../b"}}, "climbs"},
-		"long element":    {[]tar.Header{{Name: strings.Repeat("x", 256)}}, "longer than 255"},
-		"device":          {[]tar.Header{{Name: "sda", Typeflag: tar.TypeBlock}}, "device"},
-		"whiteout device": {[]tar.Header{{Name: "sda", Typeflag: tar.TypeChar}}, "device"},
-		"link escapes":    {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../../etc"}, {Name: "l/x"}}, "out of the image"},
-		"link loop":       {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "l"}, {Name: "l/x"}}, "40 symbolic links"},
-		"below a file":    {[]tar.Header{{Name: "f"}, {Name: "f/x"}}, "not a directory"},
-		"hard link out":   {[]tar.Header{{Name: "h", Typeflag: tar.TypeLink, Linkname: "../etc/passwd"}}, "climbs"},
-		"hard link void":  {[]tar.Header{{Name: "h", Typeflag: tar.TypeLink, Linkname: "none"}}, "not exist"},
-		"hard link dir":   {[]tar.Header{{Name: "h", Typeflag: tar.TypeLink, Linkname: "etc"}}, "directory"},
-		"root is a file":  {[]tar.Header{{Name: "./"[:1]}}, "root"},
-		"empty whiteout":  {[]tar.Header{{Name: "a/.wh."}}, "names nothing"},
-		"dot whiteout":    {[]tar.Header{{Name: "a/.wh..."}}, "names nothing"},
-		"overlay steered": {[]tar.Header{{Name: "a", PAXRecords: map[string]string{"SCHILY.xattr.trusted.overlay.opaque": "y"}}}, "steer"},
-		"unknown xattr":   {[]tar.Header{{Name: "a", PAXRecords: map[string]string{"SCHILY.xattr.odd.name": "y"}}}, "known kind"},
-		"owner":           {[]tar.Header{{Name: "a", Uid: 1<<32 - 1}}, "out of range"},
+		"absolute":          {[]tar.Header{{Name: "/etc/shadow"}}, "absolute"},
+		"climbs":            {[]tar.Header{{Name: "a/../../b"}}, "climbs"},
+		"long element":      {[]tar.Header{{Name: strings.Repeat("x", 256)}}, "longer than 255"},
+		"device":            {[]tar.Header{{Name: "sda", Typeflag: tar.TypeBlock}}, "device"},
+		"whiteout device":   {[]tar.Header{{Name: "sda", Typeflag: tar.TypeChar}}, "device"},
+		"link escapes":      {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../../etc"}, {Name: "l/x"}}, "out of the image"},
+		"link loop":         {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "l"}, {Name: "l/x"}}, "40 symbolic links"},
+		"below a file":      {[]tar.Header{{Name: "f"}, {Name: "f/x"}}, "not a directory"},
+		"hard link out":     {[]tar.Header{{Name: "h", Typeflag: tar.TypeLink, Linkname: "../etc/passwd"}}, "climbs"},
+		"hard link void":    {[]tar.Header{{Name: "h", Typeflag: tar.TypeLink, Linkname: "none"}}, "not exist"},
+		"hard link dir":     {[]tar.Header{{Name: "h", Typeflag: tar.TypeLink, Linkname: "etc"}}, "directory"},
+		"root is a file":    {[]tar.Header{{Name: "./"[:1]}}, "root"},
+		"empty whiteout":    {[]tar.Header{{Name: "a/.wh."}}, "names nothing"},
+		"dot whiteout":      {[]tar.Header{{Name: "a/.wh..."}}, "names nothing"},
+		"overlay steered":   {[]tar.Header{{Name: "a", PAXRecords: map[string]string{"SCHILY.xattr.trusted.overlay.opaque": "y"}}}, "steer"},
+		"unknown xattr":     {[]tar.Header{{Name: "a", PAXRecords: map[string]string{"SCHILY.xattr.odd.name": "y"}}}, "known kind"},
+		"whiteout escapes":  {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../../etc"}, {Name: "l/.wh.passwd"}}, "out of the image"},
+		"opaque escapes":    {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "a/../../.."}, {Name: "l/.wh..wh..opq"}, {Name: "a", Typeflag: tar.TypeDir}, {Name: "l/.wh..wh..opq"}}, "out of the image"},
+		"hard link escapes": {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "/../etc"}, {Name: "h", Typeflag: tar.TypeLink, Linkname: "l/passwd"}}, "out of the image"},
+		"renamed link":      {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink, Linkname: "../.."}, {Name: "m", Typeflag: tar.TypeLink, Linkname: "l"}, {Name: "m/x"}}, "out of the image"},
+		"long path":         {[]tar.Header{{Name: strings.Repeat("dir/", 1024) + "f"}}, "at most 4095"},
+		"too deep":          {[]tar.Header{{Name: strings.Repeat("d/", 600) + "f"}, {Name: "l", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("d/", 600)}, {Name: "l/" + strings.Repeat("e/", 600) + "f"}}, "1024 directories deep"},
+		"link to nothing":   {[]tar.Header{{Name: "l", Typeflag: tar.TypeSymlink}}, "symbolic link"},
+		"large attributes":  {[]tar.Header{{Name: "a", PAXRecords: map[string]string{"SCHILY.xattr.user.a": strings.Repeat("x", 64<<10)}}}, "larger than"},
+		"contiguous file":   {[]tar.Header{{Name: "a", Typeflag: tar.TypeCont}}, "not known"},
+		"owner":             {[]tar.Header{{Name: "a", Uid: 1<<32 - 1}}, "out of range"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := store{}
@@ -664,6 +673,110 @@ func TestBounds(t *testing.T) {
 			_, err := pull(t.Context(), s, d, t.TempDir(), lim)
 			if err == nil || test.want != nil && !errors.Is(err, test.want) {
 				t.Fatalf("got %v", err)
+			}
+		})
+	}
+}
+
+// TestWhiteoutsOfNothing: they remove nothing, and make nothing.
+func TestWhiteoutsOfNothing(t *testing.T) {
+	s := store{}
+	img := pullForTest(t, s, s.image(t, archive(t, passwd), archive(t, tar.Header{Name: "never/.wh.was"}, tar.Header{Name: "nor/this/.wh..wh..opq"})))
+	var got []string
+	for _, line := range list(t, mount(t, img.Path)) {
+		name, _, _ := strings.Cut(line, " ")
+		got = append(got, name)
+	}
+	if want := []string{".", "etc", "etc/passwd"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// TestManyWhiteouts: those of one file each cost what they look like; those
+// that search the same tree again and again are stopped.
+func TestManyWhiteouts(t *testing.T) {
+	full := []tar.Header{passwd}
+	for i := range 4000 {
+		full = append(full, tar.Header{Name: fmt.Sprintf("d/e/%d", i)})
+	}
+	var each, again []tar.Header
+	for i := range 10_000 {
+		each = append(each, tar.Header{Name: fmt.Sprintf("d/e/.wh.%d", i)})
+		// What this layer has put there stays, and is looked at each time.
+		again = append(again, tar.Header{Name: fmt.Sprintf("d/e/%d", i%4000)}, tar.Header{Name: "d/.wh..wh..opq"})
+	}
+	lim := standard
+	lim.entries = 40_000
+	s := store{}
+	if _, err := pull(t.Context(), s, s.image(t, archive(t, full...), archive(t, each...)), t.TempDir(), lim); err != nil {
+		t.Errorf("ten thousand whiteouts: %v", err)
+	}
+	began := time.Now()
+	_, err := pull(t.Context(), s, s.image(t, archive(t, full...), archive(t, again...)), t.TempDir(), lim)
+	if err == nil || !strings.Contains(err.Error(), "whiteouts that look at more than") {
+		t.Errorf("got %v", err)
+	}
+	if took := time.Since(began); took > 20*time.Second {
+		t.Errorf("it took %v", took)
+	}
+}
+
+// TestTooManyLayers has one layer more than an image may.
+func TestTooManyLayers(t *testing.T) {
+	layers := [][]byte{archive(t, passwd)}
+	for range standard.layers - 1 {
+		layers = append(layers, archive(t, tar.Header{Name: "same", Uname: "x"}))
+	}
+	s := store{}
+	pullForTest(t, s, s.image(t, layers...))
+	if _, err := Pull(t.Context(), s, s.image(t, append(layers, layers[1])...), t.TempDir()); err == nil || !strings.Contains(err.Error(), "layers") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// TestBombs has layers of a few kilobytes that say they are more than anybody
+// has: with the standard limits they must be refused before they are written.
+func TestBombs(t *testing.T) {
+	claimed := archive(t, passwd, tar.Header{Name: "big", Uname: "x"})
+	// A sparse file of 64 GiB with no data at all, as GNU tar 1.0 in pax writes.
+	var sparse bytes.Buffer
+	w := tar.NewWriter(&sparse)
+	sizes := "1\n68719476736\n0\n"
+	block := sizes + strings.Repeat("\x00", 512-len(sizes))
+	record := func(k, v string) string { return fmt.Sprintf("%d %s=%s\n", len(k)+len(v)+5, k, v) }
+	pax := record("GNU.sparse.major", "1") + record("GNU.sparse.minor", "0") + record("GNU.sparse.name", "big") + record("GNU.sparse.realsize", "68719476736")
+	w.WriteHeader(&tar.Header{Name: "x", Typeflag: tar.TypeReg, Size: int64(len(pax)), Mode: 0o644})
+	io.WriteString(w, pax)
+	w.WriteHeader(&tar.Header{Name: "big", Typeflag: tar.TypeReg, Size: 512, Mode: 0o644})
+	io.WriteString(w, block)
+	w.Close()
+	holes := sparse.Bytes()
+	holes[156] = tar.TypeXHeader // which the writer does not write by itself
+	sum := 0
+	copy(holes[148:], "        ")
+	for _, c := range holes[:512] {
+		sum += int(c)
+	}
+	copy(holes[148:], fmt.Sprintf("%06o\x00 ", sum))
+	// The size field of "big" in a plain header, 17 GiB in base 256.
+	at := bytes.Index(claimed, []byte("big\x00"))
+	copy(claimed[at+124:], []byte{0x80, 0, 0, 0, 0, 0, 0, 4, 0x40, 0, 0, 0})
+	sum = 0
+	copy(claimed[at+148:], "        ")
+	for _, c := range claimed[at : at+512] {
+		sum += int(c)
+	}
+	copy(claimed[at+148:], fmt.Sprintf("%06o\x00 ", sum))
+	for name, layer := range map[string][]byte{"sparse": holes, "claimed size": claimed} {
+		t.Run(name, func(t *testing.T) {
+			s := store{}
+			began := time.Now()
+			_, err := Pull(t.Context(), s, s.image(t, layer), t.TempDir())
+			if !errors.Is(err, errTooLarge) {
+				t.Errorf("got %v", err)
+			}
+			if took := time.Since(began); took > 10*time.Second {
+				t.Errorf("it took %v", took)
 			}
 		})
 	}

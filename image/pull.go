@@ -23,7 +23,8 @@ import (
 // every change of the bytes, and old files are made again.
 //
 //	1  2026-11: first.
-const formatVersion = 1
+//	2  2026-11: whiteouts make no directories, hard links lead through links.
+const formatVersion = 2
 
 // record says what a cached file is. It lies beside it, and is written after.
 type record struct {

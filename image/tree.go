@@ -1,6 +1,7 @@
 package image
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -99,10 +100,30 @@ func (t *tree) cleanName(name string) ([]string, error) {
 	return out, nil
 }
 
-// dir returns the directory the elements lead to, following symbolic links
-// inside the image as a container's kernel would, and making directories that
-// no layer mentions. A link that climbs above the root is refused.
+// dir returns the directory the elements lead to, and makes directories that no
+// layer mentions.
 func (t *tree) dir(elems []string, layer int) (*file, error) {
+	return t.walk(elems, func(at *file, name string) (*entry, error) {
+		e := &entry{file: newDir(), layer: layer}
+		if err := t.charge(name, e.file); err != nil {
+			return nil, err
+		}
+		at.entries[name] = e
+		return e, nil
+	})
+}
+
+// existing is dir that makes nothing.
+func (t *tree) existing(elems []string) (*file, error) {
+	return t.walk(elems, func(_ *file, name string) (*entry, error) {
+		return nil, fmt.Errorf("%q: %w", name, fs.ErrNotExist)
+	})
+}
+
+// walk returns the directory the elements lead to, following symbolic links
+// inside the image as a container's kernel would. A link that climbs above the
+// root is refused.
+func (t *tree) walk(elems []string, missing func(at *file, name string) (*entry, error)) (*file, error) {
 	stack := []*file{t.root.file}
 	links := 0
 	rest := append([]string(nil), elems...)
@@ -123,12 +144,11 @@ func (t *tree) dir(elems []string, layer int) (*file, error) {
 		next, ok := at.entries[e]
 		switch {
 		case !ok:
-			next = &entry{file: newDir(), layer: layer}
-			if err := t.charge(e, next.file); err != nil {
+			made, err := missing(at, e)
+			if err != nil {
 				return nil, err
 			}
-			at.entries[e] = next
-			stack = append(stack, next.file)
+			stack = append(stack, made.file)
 		case next.file.isDir():
 			stack = append(stack, next.file)
 		case next.file.mode&modeType == modeSymlink:
@@ -177,21 +197,27 @@ func (t *tree) put(elems []string, f *file, layer int) error {
 // find returns the file the elements name, without following a link in the
 // last one.
 func (t *tree) find(elems []string) (*file, error) {
-	at := t.root.file
-	for i, e := range elems {
-		next, ok := at.entries[e]
-		if !ok {
-			return nil, fmt.Errorf("%q: %w", path.Join(elems[:i+1]...), fs.ErrNotExist)
-		}
-		at = next.file
+	if len(elems) == 0 {
+		return t.root.file, nil
 	}
-	return at, nil
+	at, err := t.existing(elems[:len(elems)-1])
+	if err != nil {
+		return nil, err
+	}
+	e, ok := at.entries[elems[len(elems)-1]]
+	if !ok {
+		return nil, fmt.Errorf("%q: %w", path.Join(elems...), fs.ErrNotExist)
+	}
+	return e.file, nil
 }
 
 // whiteout removes what lower layers put under a name; what this layer put
 // there stays, whatever the order of the entries.
 func (t *tree) whiteout(dir []string, name string, layer int) error {
-	at, err := t.dir(dir, layer)
+	at, err := t.existing(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // nothing to remove, and nothing to make for that
+	}
 	if err != nil {
 		return err
 	}
@@ -203,7 +229,10 @@ func (t *tree) whiteout(dir []string, name string, layer int) error {
 
 // opaque removes what lower layers put into a directory.
 func (t *tree) opaque(dir []string, layer int) error {
-	at, err := t.dir(dir, layer)
+	at, err := t.existing(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
