@@ -36,7 +36,8 @@ const (
 // Link fits the programs to one guest kernel and gives the bundle that the
 // guest's agent loads: no BTF of the kernel is needed any more where it runs.
 // Each source of type information is either bare (.BTF) or an ELF file that
-// holds it, such as the kernel itself or overlay.ko. buildID is the GNU build
+// holds it, such as the kernel itself or overlay.ko; overlayModuleBTF is nil
+// where overlay is built into the kernel. buildID is the GNU build
 // id of that kernel in hexadecimal; the agent refuses to load the bundle into
 // any other.
 func Link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte, err error) {
@@ -51,12 +52,9 @@ func Link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte
 	if err != nil {
 		return nil, fmt.Errorf("link guard: read BTF of the guest's kernel: %w", err)
 	}
-	if overlayModuleBTF, err = bare(overlayModuleBTF); err != nil {
-		return nil, fmt.Errorf("link guard: read the overlay module: %w", err)
-	}
-	overlay, err := btf.LoadSplitSpecFromReader(overlayModuleBTF, kernel)
+	overlay, err := overlayTypes(overlayModuleBTF, kernel)
 	if err != nil {
-		return nil, fmt.Errorf("link guard: read BTF of the overlay module: %w", err)
+		return nil, err
 	}
 	if err := checkOverlay(overlay); err != nil {
 		return nil, fmt.Errorf("link guard: %w", err)
@@ -67,6 +65,22 @@ func Link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte
 	}
 	l := linker{kernel: kernel, overlay: overlay, spec: spec}
 	return l.bundle(buildID)
+}
+
+// overlayTypes are those of the overlay module, or of the kernel that holds it.
+func overlayTypes(module io.ReaderAt, kernel *btf.Spec) (*btf.Spec, error) {
+	if module == nil {
+		return kernel, nil
+	}
+	module, err := bare(module)
+	if err != nil {
+		return nil, fmt.Errorf("link guard: read the overlay module: %w", err)
+	}
+	overlay, err := btf.LoadSplitSpecFromReader(module, kernel)
+	if err != nil {
+		return nil, fmt.Errorf("link guard: read BTF of the overlay module: %w", err)
+	}
+	return overlay, nil
 }
 
 // bare gives the type information of an ELF file, or r if it is none.
@@ -284,7 +298,7 @@ func (l *linker) relocate(code asm.Instructions) error {
 	}
 	// No type of our own reaches the kernel, so any number will do for one.
 	local := func(btf.Type) (btf.TypeID, error) { return 0, nil }
-	fixups, err := btf.CORERelocate(relos, []*btf.Spec{l.kernel, l.overlay}, binary.LittleEndian, local)
+	fixups, err := btf.CORERelocate(relos, l.types(), binary.LittleEndian, local)
 	if err != nil {
 		return fmt.Errorf("relocate: %w", err)
 	}
@@ -300,6 +314,14 @@ func (l *linker) relocate(code asm.Instructions) error {
 		}
 	}
 	return nil
+}
+
+// types are where the fields that programs read are looked up.
+func (l *linker) types() []*btf.Spec {
+	if l.overlay == l.kernel {
+		return []*btf.Spec{l.kernel}
+	}
+	return []*btf.Spec{l.kernel, l.overlay}
 }
 
 // alternative says whether a relocation is of one of several shapes of a

@@ -2,6 +2,7 @@ package guard
 
 import (
 	"bytes"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
@@ -71,8 +72,13 @@ func TestLinkRefuses(t *testing.T) {
 		{"broken kernel", []byte("not BTF at all"), overlay, "aa", "BTF of the guest's kernel"},
 		{"cut kernel", types[:len(types)/2], overlay, "aa", "BTF of the guest's kernel"},
 		{"another module", types, other, "aa", "find overlay's inode"},
+		{"said to be built in", types, nil, "aa", "find overlay's inode"},
 	} {
-		_, err := Link(bytes.NewReader(tt.kernel), bytes.NewReader(tt.overlay), tt.id)
+		var module io.ReaderAt
+		if tt.overlay != nil {
+			module = bytes.NewReader(tt.overlay)
+		}
+		_, err := Link(bytes.NewReader(tt.kernel), module, tt.id)
 		if err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v; want an error with %q", tt.name, err, tt.want)
 		}

@@ -46,6 +46,7 @@ type Artefacts struct {
 	Modules []string `json:"-"`
 
 	cache   string
+	names   []string // that Prepare was asked for
 	modules []module
 }
 
@@ -80,7 +81,7 @@ func Prepare(cache string, k Installed, names ...string) (*Artefacts, error) {
 			return nil, fmt.Errorf("prepare kernel %s: %w", k.Image, err)
 		}
 	}
-	a.Release, a.cache = k.Release, cache
+	a.Release, a.cache, a.names = k.Release, cache, names
 	if a.modules, err = readModules(k.Modules, names); err != nil {
 		return nil, fmt.Errorf("prepare kernel: %w", err)
 	}
@@ -211,12 +212,17 @@ func unpackModule(file string, packed []byte) ([]byte, error) {
 	return data, err
 }
 
+// ErrBuiltIn says that a module is part of the kernel itself.
+var ErrBuiltIn = errors.New("it is built into the kernel")
+
 // Module returns one of the modules that Prepare was asked for, unpacked.
 func (a *Artefacts) Module(name string) ([]byte, error) {
-	for _, m := range a.modules {
-		if moduleName(m.name) == moduleName(name) {
-			return m.data, nil
-		}
+	same := func(other string) bool { return moduleName(other) == moduleName(name) }
+	if i := slices.IndexFunc(a.modules, func(m module) bool { return same(m.name) }); i >= 0 {
+		return a.modules[i].data, nil
+	}
+	if slices.ContainsFunc(a.names, same) {
+		return nil, fmt.Errorf("find module %q: %w", name, ErrBuiltIn)
 	}
 	return nil, fmt.Errorf("find module %q: it is not among those of the sandbox", name)
 }

@@ -26,7 +26,8 @@ import (
 )
 
 // Link fits the Guard's programs to a guest's kernel, by the type information
-// of the kernel and of its overlay module. buildID names the kernel.
+// of the kernel and of its overlay module, nil where that is built in. buildID
+// names the kernel.
 type Link func(kernel, overlay io.ReaderAt, buildID string) (bundle []byte, err error)
 
 // Config says what to boot.
@@ -166,11 +167,14 @@ func link(f Link, k *kernel.Artefacts) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("link guard: %w", err)
 	}
-	overlay, err := k.Module("overlay")
-	if err != nil {
+	var module io.ReaderAt
+	switch overlay, err := k.Module("overlay"); {
+	case err == nil:
+		module = bytes.NewReader(overlay)
+	case !errors.Is(err, kernel.ErrBuiltIn):
 		return nil, fmt.Errorf("link guard: %w", err)
 	}
-	bundle, err := f(bytes.NewReader(types), bytes.NewReader(overlay), k.BuildID)
+	bundle, err := f(bytes.NewReader(types), module, k.BuildID)
 	if err == nil && len(bundle) == 0 {
 		err = errors.New("link guard: the bundle is empty")
 	}
