@@ -156,7 +156,7 @@ func find(want string) (kernel.Installed, error) {
 	case want == "":
 		return kernel.Find("/", kernel.Flavour)
 	case strings.Contains(want, "/"):
-		return kernel.At("/", want)
+		return kernel.At(filepath.Dir(filepath.Dir(want)), want) // its modules lie beside boot
 	}
 	return kernel.Find("/", kernel.Series(want, kernel.Flavour))
 }
