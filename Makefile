@@ -12,10 +12,10 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-debian critest-runc clean
 
 help: ## say what each target does
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 up: ## install, build, start everything, deploy examples/bank, print URLs (root)
 	scripts/setup run
@@ -61,6 +61,19 @@ bench-sandbox: ## measure sandboxes beside runc and gVisor (root)
 	scripts/setup bench
 	$(MAKE) build
 	scripts/bench-sandbox
+
+critest: ## validate the runtime by Kubernetes' suite, on containerd 2 (root)
+	scripts/setup test
+	go run ./test/critest
+
+critest-debian: ## the same on Debian's containerd (root)
+	scripts/setup test
+	go run ./test/critest -debian
+
+critest-runc: ## the same with runc, on both (root)
+	scripts/setup test
+	go run ./test/critest -runtime runc
+	go run ./test/critest -runtime runc -debian
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build
