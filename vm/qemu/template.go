@@ -198,6 +198,11 @@ func restore(ctx context.Context, mon *monitor, state *os.File) error {
 	if err := ignoreShared(ctx, mon); err != nil {
 		return err
 	}
+	// QEMU would announce the devices' hardware addresses, as if the template
+	// had moved here; the guest uses others, and to a fence it looks like lying.
+	if err := mon.execute(ctx, "migrate-set-parameters", map[string]int{"announce-rounds": 0}, nil); err != nil {
+		return err
+	}
 	if err := mon.execute(ctx, "getfd", map[string]string{"fdname": "state"}, nil, state); err != nil {
 		return err
 	}
