@@ -51,6 +51,10 @@ type Config struct {
 	GID        uint32   `json:"gid"`
 	Groups     []uint32 `json:"groups,omitempty"`
 	WorkingDir string   `json:"workingDir"`
+	// Home of the user by the same files, if they name one.
+	Home string `json:"home,omitempty"`
+	// StopSignal as the image states it, such as "SIGQUIT" or "3".
+	StopSignal string `json:"stopSignal,omitempty"`
 }
 
 // limits bound what one image may cost. They are fields so that tests can

@@ -43,25 +43,7 @@ func (l Layout) Manifest(name string) (string, error) {
 	if int64(len(raw)) > standard.manifest {
 		return "", fmt.Errorf("read %s: larger than %d bytes", f.Name(), standard.manifest)
 	}
-	var index v1.Index
-	if err := decode(raw, &index); err != nil {
-		return "", fmt.Errorf("read %s: %w", f.Name(), err)
-	}
-	found := ""
-	for _, d := range index.Manifests {
-		if name != "" && d.Annotations[v1.AnnotationRefName] != name {
-			continue
-		}
-		if found != "" {
-			return "", fmt.Errorf("read %s: more than one manifest is named %q", f.Name(), name)
-		}
-		found = string(d.Digest)
-	}
-	if found == "" {
-		return "", fmt.Errorf("read %s: no manifest is named %q", f.Name(), name)
-	}
-	_, err = parseDigest(found)
-	return found, err
+	return named(raw, name, f.Name())
 }
 
 // Registry is a repository behind the OCI distribution protocol.
@@ -94,7 +76,7 @@ func (r Registry) get(ctx context.Context, kind, digest string) (io.ReadCloser, 
 		return nil, err
 	}
 	if kind == "manifests" {
-		req.Header.Set("Accept", v1.MediaTypeImageManifest+", "+dockerManifest)
+		req.Header.Set("Accept", strings.Join([]string{v1.MediaTypeImageManifest, dockerManifest, v1.MediaTypeImageIndex, dockerIndex}, ", "))
 	}
 	resp, err := r.Client.Do(req)
 	if err != nil {

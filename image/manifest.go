@@ -20,6 +20,7 @@ import (
 // has the shape of the OCI ones.
 const (
 	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerIndex    = "application/vnd.docker.distribution.manifest.list.v2+json"
 	dockerConfig   = "application/vnd.docker.container.image.v1+json"
 	dockerLayer    = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 )
@@ -116,6 +117,7 @@ func parseConfig(raw []byte, n int) (Config, []string, error) {
 		Env:        c.Config.Env,
 		User:       c.Config.User,
 		WorkingDir: c.Config.WorkingDir,
+		StopSignal: c.Config.StopSignal,
 	}
 	if out.WorkingDir == "" {
 		out.WorkingDir = "/"

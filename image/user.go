@@ -1,8 +1,10 @@
 package image
 
 import (
+	"encoding/json"
 	"fmt"
 	"math"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,6 +33,9 @@ func (c *Config) resolve(passwd, group string) error {
 			continue
 		}
 		name, uid, c.GID, found = f[0], id, gid, true
+		if len(f) > 5 && strings.HasPrefix(f[5], "/") {
+			c.Home = f[5]
+		}
 		break
 	}
 	if !numeric && !found {
@@ -46,6 +51,25 @@ func (c *Config) resolve(passwd, group string) error {
 	}
 	c.Groups = memberships(name, group)
 	return nil
+}
+
+// As gives the configuration with another user, in the words of an image: "",
+// "user" or "user:group", each a number or a name.
+func (i Image) As(user string) (Config, error) {
+	raw, err := os.ReadFile(strings.TrimSuffix(i.Path, ".erofs") + ".json")
+	if err != nil {
+		return Config{}, fmt.Errorf("resolve user %q: %w", user, err)
+	}
+	var r record
+	if err := json.Unmarshal(raw, &r); err != nil {
+		return Config{}, fmt.Errorf("resolve user %q: %w", user, err)
+	}
+	if strings.ContainsRune(user, 0) {
+		return Config{}, fmt.Errorf("resolve user %q: it holds a zero byte", user)
+	}
+	c := i.Config
+	c.User, c.UID, c.GID, c.Groups, c.Home = user, 0, 0, nil, ""
+	return c, c.resolve(r.Passwd, r.Group)
 }
 
 // number reads an identity; ok is false for a name.
