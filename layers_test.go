@@ -22,7 +22,7 @@ var floors = [][]string{
 	{"id", "evidence", "plan", "policy", "ledger"},
 	{"ca", "attest", "release", "xds", "mesh", "vm", "image", "guard", "enclave", "contain"},
 	{"shim", "guest", "kube", "console", "registry"},
-	{"node", "control"},
+	{"node", "control", "sandbox"},
 	{"cmd", "test", "bench", "examples", "deploy"},
 }
 

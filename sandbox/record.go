@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"hauberk.dev/internal/atomicfile"
+	"hauberk.dev/internal/flock"
 	"hauberk.dev/internal/strictjson"
 	"hauberk.dev/shim/client"
 )
@@ -26,7 +27,7 @@ type record struct {
 	Options Options `json:"options"`
 	Info    Info    `json:"info"`
 	// Made says that the shim has made it; before, it can only be removed.
-	Made bool `json:"made"`
+	Made bool  `json:"made"`
 	Exit *Exit `json:"exit,omitempty"`
 	// Process that Exec's take after: environment, directory and user.
 	Process process `json:"process"`
@@ -139,7 +140,7 @@ func (b *Sandbox) unanswered(ctx context.Context) (Info, error) {
 
 // settled notes an end that nobody waits for.
 func (b *Sandbox) settled(ctx context.Context, r record) (Info, error) {
-	if unlock, err := b.flock(tryWatch, ".watch"); err != nil {
+	if unlock, err := b.flock(flock.Try, ".watch"); err != nil {
 		return Info{}, err
 	} else if unlock == nil {
 		i := r.info() // who waits for it will settle it

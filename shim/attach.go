@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"hauberk.dev/api/admin"
 	"hauberk.dev/internal/outlog"
@@ -20,7 +22,8 @@ import (
 // Then the shim does: a stream named attach:///PATH is served on a Unix socket,
 // to any number of clients that come and go, in the frames of package admin;
 // and what was written is kept in a log, if the name ends with ?log=PATH&size=N.
-// The same name stands for all streams of a process.
+// The same name stands for all streams of a process. With wait=1 the process
+// starts when the first client is there, so that it misses nothing.
 
 const (
 	attachScheme  = "attach:"
@@ -39,17 +42,39 @@ type hub struct {
 	mu      sync.Mutex
 	outputs int // that have not ended
 	clients map[net.Conn]struct{}
+	first   chan struct{} // closed when somebody has come; nil if nobody waits
 	closed  bool
 }
 
 // openHub serves a name for a number of outputs.
-func openHub(name string, outputs int) (h *hub, err error) {
+func openHub(ctx context.Context, name string, outputs int) (*hub, error) {
+	h, err := serveHub(name, outputs)
+	if err != nil || h.first == nil {
+		return h, err
+	}
+	select {
+	case <-h.first:
+		return h, nil
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	case <-time.After(fifoTime):
+		err = fmt.Errorf("nobody attaches within %v", fifoTime)
+	}
+	h.close()
+	return nil, fmt.Errorf("open streams: %w", err)
+}
+
+func serveHub(name string, outputs int) (h *hub, err error) {
 	u, err := url.Parse(name)
 	if err != nil || u.Host != "" || !filepath.IsAbs(u.Path) {
 		return nil, fmt.Errorf("open streams %.256q: want attach:///PATH", name)
 	}
 	h = &hub{outputs: outputs, clients: map[net.Conn]struct{}{}}
 	h.in, h.write = io.Pipe()
+	if u.Query().Get("wait") != "" {
+		h.first = make(chan struct{})
+	}
+	come := h.first
 	if log := u.Query().Get("log"); log != "" {
 		size := int64(defaultLogMax)
 		if s := u.Query().Get("size"); s != "" {
@@ -70,7 +95,7 @@ func openHub(name string, outputs int) (h *hub, err error) {
 	if err := os.Chmod(u.Path, 0o600); err != nil {
 		return nil, errors.Join(fmt.Errorf("open streams: %w", err), h.ln.Close(), h.closeLog())
 	}
-	h.wg.Go(h.accept)
+	h.wg.Go(func() { h.accept(come) })
 	return h, nil
 }
 
@@ -81,7 +106,8 @@ func (h *hub) closeLog() error {
 	return h.log.Close()
 }
 
-func (h *hub) accept() {
+// accept takes clients; come is closed with the first, if it is not nil.
+func (h *hub) accept(come chan struct{}) {
 	for {
 		conn, err := h.ln.Accept()
 		if err != nil {
@@ -99,6 +125,10 @@ func (h *hub) accept() {
 		_ = admin.WriteFrame(conn, admin.FrameStdout, nil)
 		h.wg.Go(func() { h.listen(conn) })
 		h.mu.Unlock()
+		if come != nil {
+			close(come)
+			come = nil
+		}
 	}
 }
 

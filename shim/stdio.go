@@ -71,7 +71,7 @@ func (s *stdio) open(ctx context.Context) error {
 		wanted[1] = "" // one stream has it all
 	}
 	if attached(s.names.Stdout) {
-		return s.attach(wanted)
+		return s.attach(ctx, wanted)
 	}
 	for i, name := range wanted {
 		if name == "" {
@@ -91,7 +91,7 @@ func (s *stdio) open(ctx context.Context) error {
 }
 
 // attach opens streams that clients attach to.
-func (s *stdio) attach(wanted []string) (err error) {
+func (s *stdio) attach(ctx context.Context, wanted []string) (err error) {
 	for _, name := range append(wanted, s.names.Stdin) {
 		if name != "" && name != s.names.Stdout {
 			return fmt.Errorf("open streams %.256q: want %.256q, or none", name, s.names.Stdout)
@@ -101,7 +101,7 @@ func (s *stdio) attach(wanted []string) (err error) {
 	if wanted[1] != "" {
 		outputs = 2
 	}
-	if s.hub, err = openHub(s.names.Stdout, outputs); err != nil {
+	if s.hub, err = openHub(ctx, s.names.Stdout, outputs); err != nil {
 		return err
 	}
 	s.output[0] = &output{file: s.hub.output(admin.FrameStdout)}

@@ -60,42 +60,6 @@ func (s *session) statusTable(w io.Writer, st admin.Status) error {
 	return show.Rows(w, []string{"NODE", "READY", "ACCELERATOR", "GUARD", "INSTANCES", "SEEN"}, rows)
 }
 
-func (s *session) ps() *cobra.Command {
-	var namespace string
-	var wide bool
-	c := &cobra.Command{
-		Use: "ps", Short: "List the instances of workloads",
-		Example: "  hauberk ps\n  hauberk ps -n bank --wide\n  hauberk ps -o json",
-		Args:    args(0, 0, ""),
-		RunE: func(c *cobra.Command, _ []string) error {
-			list, err := s.client().Instances(c.Context(), namespace)
-			if err != nil {
-				return err
-			}
-			return s.print(list, func(w io.Writer) error { return s.instanceTable(w, list, wide) })
-		},
-	}
-	c.Flags().StringVarP(&namespace, "namespace", "n", "", "only this namespace")
-	c.Flags().BoolVarP(&wide, "wide", "w", false, "show image, identity and Guard as well")
-	return c
-}
-
-func (s *session) instanceTable(w io.Writer, list []admin.Instance, wide bool) error {
-	heading := []string{"NAMESPACE", "INSTANCE", "WORKLOAD", "PHASE", "ADDRESS", "AGE", "REASON"}
-	if wide {
-		heading = append(heading, "IMAGE", "DIGEST", "IDENTITY", "GUARD")
-	}
-	var rows [][]string
-	for _, i := range list {
-		r := []string{i.Namespace, i.Name, i.Workload, i.Phase, i.Address, show.Age(i.StartedAt, s.now()), reason(i)}
-		if wide {
-			r = append(r, i.Image, show.Short(i.Digest), i.Identity, i.Guard)
-		}
-		rows = append(rows, r)
-	}
-	return show.Rows(w, heading, rows)
-}
-
 func reason(i admin.Instance) string {
 	switch {
 	case i.Reason != "" && i.Message != "":
@@ -175,33 +139,6 @@ func storyTable(w io.Writer, story admin.Story) error {
 		rows = append(rows, []string{at, c.Link, index, c.Text})
 	}
 	return show.Rows(w, []string{"WHEN", "LINK", "LEDGER", "WHAT"}, rows)
-}
-
-func (s *session) logs() *cobra.Command {
-	var namespace, instance string
-	var follow bool
-	c := &cobra.Command{
-		Use: "logs [NAMESPACE/]WORKLOAD", Short: "Print what a workload wrote",
-		Example:           "  hauberk logs bank/web\n  hauberk logs -n bank -f transfer",
-		Args:              args(1, 1, "a WORKLOAD"),
-		ValidArgsFunction: s.completeWorkloads,
-		RunE: func(c *cobra.Command, args []string) error {
-			ns, workload := address(namespace, args[0])
-			r, err := s.client().Logs(c.Context(), ns, workload, instance, follow)
-			if err != nil {
-				return err
-			}
-			defer r.Close()
-			if _, err := io.Copy(s.Out, r); err != nil && c.Context().Err() == nil {
-				return fmt.Errorf("read logs of %s: %w", workload, err)
-			}
-			return nil // an interrupt is how following ends
-		},
-	}
-	c.Flags().StringVarP(&namespace, "namespace", "n", "default", "namespace of the workload")
-	c.Flags().StringVarP(&instance, "instance", "i", "", "only this instance")
-	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on until interrupted")
-	return c
 }
 
 // completeWorkloads offers NAMESPACE/WORKLOAD of what runs; without a control

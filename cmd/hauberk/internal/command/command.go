@@ -94,7 +94,9 @@ func (s *session) complain(err error) {
 	case errors.Is(err, context.Canceled):
 		err = errors.New("interrupted")
 	}
-	fmt.Fprintf(s.Err, "hauberk: %s\n", show.Clean(err.Error()))
+	for l := range strings.Lines(err.Error()) { // several faults are a line each
+		fmt.Fprintf(s.Err, "hauberk: %s\n", show.Clean(strings.TrimSuffix(l, "\n")))
+	}
 	if fix != "" {
 		fmt.Fprintf(s.Err, "  fix: %s\n", show.Clean(fix))
 	}
@@ -112,6 +114,7 @@ talk to.`,
   hauberk ps                     what runs
   hauberk why transfer           what happened to a workload, in order
   hauberk incidents              what was contained
+  hauberk run --rm -it busybox   a sandbox by hand, without all the rest
   hauberk down                   stop everything`,
 		Args:          known,
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
@@ -124,15 +127,16 @@ talk to.`,
 	root.SetErr(s.Err)
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usage(c, err) })
 	flags := root.PersistentFlags()
-	flags.StringVar(&s.state, "state", "/var/lib/hauberk", "directory of what must survive a restart")
-	flags.StringVar(&s.run, "run", "/run/hauberk", "directory of sockets and process ids")
+	flags.StringVar(&s.state, "state", defaultState, "directory of what must survive a restart")
+	flags.StringVar(&s.run, "run", defaultRun, "directory of sockets and process ids")
 	flags.VarP(&s.format, "output", "o", "how answers are printed")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(show.Formats(), cobra.ShellCompDirectiveNoFileComp))
 	for _, name := range []string{"state", "run"} {
 		_ = root.MarkPersistentFlagDirname(name)
 	}
-	root.AddGroup(&cobra.Group{ID: "run", Title: "Run:"}, &cobra.Group{ID: "ask", Title: "Ask:"}, &cobra.Group{ID: "release", Title: "Build and release:"})
+	root.AddGroup(&cobra.Group{ID: "run", Title: "Run:"}, &cobra.Group{ID: "hand", Title: "Sandboxes by hand:"}, &cobra.Group{ID: "ask", Title: "Ask:"}, &cobra.Group{ID: "release", Title: "Build and release:"})
 	group(root, "run", s.up(), s.down(), s.apply(), s.delete(), s.restart(), s.exec())
+	group(root, "hand", s.runBox(), s.attachBox(), s.stopBox(), s.kill(), s.rm(), s.pause(), s.resume(), s.wait(), s.stats(), s.inspect(), s.images(), s.pull(), s.rmi())
 	group(root, "ask", s.status(), s.ps(), s.logs(), s.why(), s.incidents(), s.ledger())
 	group(root, "release", s.build(), s.release())
 	root.AddCommand(s.version(), s.supervise())
