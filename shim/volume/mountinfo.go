@@ -1,0 +1,100 @@
+package volume
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// mountLine is what a line of /proc/self/mountinfo says of a mount.
+type mountLine struct {
+	device, root, point string
+}
+
+// originOf says where else a path is that a bind mount shows: the path itself
+// if none does.
+func originOf(path string) (string, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	lines, err := parseMounts(f)
+	if err != nil {
+		return "", err
+	}
+	return origin(lines, path), nil
+}
+
+func origin(lines []mountLine, path string) string {
+	var here mountLine
+	for _, l := range lines {
+		if l.point == path {
+			here = l // the last is on top
+		}
+	}
+	if here.point == "" {
+		return path
+	}
+	if kubeletVolume.MatchString(here.root) {
+		return here.root
+	}
+	// The volume may be a file system of its own.
+	for _, l := range lines {
+		if l.device == here.device && l.root == "/" && kubeletVolume.MatchString(l.point) {
+			return filepath.Join(l.point, here.root)
+		}
+	}
+	return path
+}
+
+const (
+	maxMountLine  = 64 << 10
+	maxMountLines = 1 << 17
+)
+
+func parseMounts(r io.Reader) (lines []mountLine, err error) {
+	sc := bufio.NewScanner(r)
+	sc.Buffer(nil, maxMountLine)
+	for sc.Scan() {
+		// 36 35 98:0 /root /point options … - type source options
+		f := strings.Fields(sc.Text())
+		if len(f) < 6 {
+			return nil, fmt.Errorf("read mountinfo: line %.128q", sc.Text())
+		}
+		if len(lines) == maxMountLines {
+			return nil, fmt.Errorf("read mountinfo: more than %d mounts", maxMountLines)
+		}
+		lines = append(lines, mountLine{f[2], unescape(f[3]), unescape(f[4])})
+	}
+	return lines, sc.Err()
+}
+
+// unescape undoes \040 and the like.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) && digits(s[i+1:i+4]) {
+			b.WriteByte((s[i+1]-'0')<<6 | (s[i+2]-'0')<<3 | s[i+3] - '0')
+			i += 3
+			continue
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+func digits(s string) bool {
+	for i := range len(s) {
+		if s[i] < '0' || s[i] > '7' {
+			return false
+		}
+	}
+	return true
+}
