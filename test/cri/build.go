@@ -14,46 +14,46 @@ import (
 	"strings"
 )
 
-// Module is a release of a Go module whose programs are wanted.
-type Module struct {
-	Path, Version string
-	Programs      []string             // packages, such as ./cmd/ctr
-	Tests         []string             // packages whose tests are wanted as a program
-	Edits         map[string][2]string // by file: a text that occurs once, and what it becomes
+// module is a release of a Go module whose programs are wanted.
+type module struct {
+	path, version string
+	programs      []string             // packages, such as ./cmd/ctr
+	tests         []string             // packages whose tests are wanted as a program
+	edits         map[string][2]string // by file: a text that occurs once, and what it becomes
 }
 
 // The modules of the validation suite and of the containerd it is run on.
 var (
-	Suite      = Module{Path: "sigs.k8s.io/cri-tools", Version: "v1.36.0", Programs: []string{"./cmd/crictl"}, Tests: []string{"./cmd/critest"}}
-	Containerd = Module{Path: "github.com/containerd/containerd/v2", Version: "v2.4.2",
-		Programs: []string{"./cmd/containerd", "./cmd/ctr", "./cmd/containerd-shim-runc-v2"}}
+	suite      = module{path: "sigs.k8s.io/cri-tools", version: "v1.36.0", programs: []string{"./cmd/crictl"}, tests: []string{"./cmd/critest"}}
+	containerd = module{path: "github.com/containerd/containerd/v2", version: "v2.4.2",
+		programs: []string{"./cmd/containerd", "./cmd/ctr", "./cmd/containerd-shim-runc-v2"}}
 )
 
-// Build builds a module's programs from a copy of what the module proxy has,
+// build builds a module's programs from a copy of what the module proxy has,
 // and returns the directory with them: a folder of cache, made once for each
 // version, edit and version of Go.
-func (m Module) Build(ctx context.Context, cache string, tell func(string, ...any)) (string, error) {
+func (m module) build(ctx context.Context, cache string, tell func(string, ...any)) (string, error) {
 	goVersion, err := command(ctx, "", "go", "env", "GOVERSION")
 	if err != nil {
-		return "", fmt.Errorf("build %s: %w", m.Path, err)
+		return "", fmt.Errorf("build %s: %w", m.path, err)
 	}
-	key, err := json.Marshal([]any{m, strings.TrimSpace(string(goVersion))})
+	key, err := json.Marshal([]any{m.programs, m.tests, m.edits, strings.TrimSpace(string(goVersion))})
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, fmt.Sprintf("%s-%s-%.6x", filepath.Base(strings.TrimSuffix(m.Path, "/v2")), m.Version, sha256.Sum256(key)))
+	dir := filepath.Join(cache, fmt.Sprintf("%s-%s-%.6x", filepath.Base(strings.TrimSuffix(m.path, "/v2")), m.version, sha256.Sum256(key)))
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	tell("building %s@%s, some minutes once", m.Path, m.Version)
-	if err := m.build(ctx, cache, dir); err != nil {
-		return "", fmt.Errorf("build %s@%s: %w", m.Path, m.Version, err)
+	tell("building %s@%s, some minutes once", m.path, m.version)
+	if err := m.make(ctx, cache, dir); err != nil {
+		return "", fmt.Errorf("build %s@%s: %w", m.path, m.version, err)
 	}
 	return dir, nil
 }
 
-func (m Module) build(ctx context.Context, cache, dir string) error {
-	raw, err := command(ctx, os.TempDir(), "go", "mod", "download", "-json", m.Path+"@"+m.Version)
+func (m module) make(ctx context.Context, cache, dir string) error {
+	raw, err := command(ctx, os.TempDir(), "go", "mod", "download", "-json", m.path+"@"+m.version)
 	if err != nil {
 		return err
 	}
@@ -73,10 +73,10 @@ func (m Module) build(ctx context.Context, cache, dir string) error {
 	if err := errors.Join(os.Mkdir(programs, 0o755), copyTree(got.Dir, source), m.edit(source)); err != nil {
 		return err
 	}
-	if _, err := command(ctx, source, "go", append([]string{"build", "-o", programs + "/"}, m.Programs...)...); err != nil {
+	if _, err := command(ctx, source, "go", append([]string{"build", "-o", programs + "/"}, m.programs...)...); err != nil {
 		return err
 	}
-	for _, t := range m.Tests {
+	for _, t := range m.tests {
 		if _, err := command(ctx, source, "go", "test", "-c", "-o", filepath.Join(programs, filepath.Base(t)), t); err != nil {
 			return err
 		}
@@ -84,8 +84,8 @@ func (m Module) build(ctx context.Context, cache, dir string) error {
 	return os.Rename(programs, dir)
 }
 
-func (m Module) edit(source string) error {
-	for name, change := range m.Edits {
+func (m module) edit(source string) error {
+	for name, change := range m.edits {
 		name = filepath.Join(source, name)
 		raw, err := os.ReadFile(name)
 		if err != nil {
@@ -122,8 +122,8 @@ func copyTree(from, to string) error {
 	})
 }
 
-// Own builds programs of this tree into dir.
-func Own(ctx context.Context, dir string, packages ...string) error {
+// own builds programs of this tree into dir.
+func own(ctx context.Context, dir string, packages ...string) error {
 	if _, err := command(ctx, "", "go", append([]string{"build", "-o", dir + "/"}, packages...)...); err != nil {
 		return fmt.Errorf("build %s: %w", strings.Join(packages, " "), err)
 	}

@@ -17,9 +17,9 @@ import (
 	"hauberk.dev/registry"
 )
 
-// Sandbox is the image of pods of runtimes that need one. It is none of those
+// sandboxImage is the image of pods of runtimes that need one. It is none of those
 // that the suite pulls and removes.
-const Sandbox = "registry.k8s.io/pause:3.10.2"
+const sandboxImage = "registry.k8s.io/pause:3.10.2"
 
 // Busybox is the suite's image for everything.
 const Busybox = "registry.k8s.io/e2e-test-images/busybox:1.29-2"
@@ -30,10 +30,10 @@ const staging = "k8s-staging-cri-tools/"
 // hosts are the registries whose images are made here.
 var hosts = []string{"registry.k8s.io", "k8s.gcr.io", "gcr.io"}
 
-// Images makes every image that the suite asks for, equal in what the suite
+// makeImages makes every image that the suite asks for, equal in what the suite
 // sees of them, and puts them into a registry's content. It returns the digest
 // of the one image that the suite names by digest.
-func Images(ctx context.Context, store *registry.Store, inside, busybox string) (byDigest string, err error) {
+func makeImages(ctx context.Context, store *registry.Store, inside, busybox string) (byDigest string, err error) {
 	m := &maker{ctx: ctx, store: store, made: map[string]string{}}
 	if m.inside, err = os.ReadFile(inside); err != nil {
 		return "", fmt.Errorf("make images: %w", err)

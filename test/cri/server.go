@@ -21,34 +21,34 @@ import (
 	"hauberk.dev/registry"
 )
 
-// Options say what shall run.
-type Options struct {
-	Dir      string          // for everything that is written; short, for sockets
-	Programs string          // directory with containerd; empty for Debian's
-	Own      string          // directory with Hauberk's shim and guest
-	Shipped  string          // configuration with the runtime, as users get it
-	Images   *registry.Store // what can be pulled
+// options say what shall run.
+type options struct {
+	dir      string          // for everything that is written
+	programs string          // directory with containerd; empty for Debian's
+	own      string          // directory with Hauberk's shim and guest
+	shipped  string          // configuration with the runtime, as users get it
+	images   *registry.Store // what can be pulled
 }
 
 // Server is a running containerd.
 type Server struct {
-	options Options
+	options options
 	web     *http.Server
 	address string // of the registry
 	cmd     *exec.Cmd
 	exited  chan struct{}
 }
 
-// Subnet of the pods. It is the namespace's own, so it meets no other.
-const Subnet = "10.85.0.0/16"
+// subnet of the pods. It is the namespace's own, so it meets no other.
+const subnet = "10.85.0.0/16"
 
-// Start starts containerd and waits until its CRI answers.
-func Start(ctx context.Context, o Options) (*Server, error) {
+// start starts containerd and waits until its CRI answers.
+func start(ctx context.Context, o options) (*Server, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("start registry: %w", err)
 	}
-	s := &Server{options: o, address: l.Addr().String(), web: &http.Server{Handler: registry.Handler(o.Images, nil)}}
+	s := &Server{options: o, address: l.Addr().String(), web: &http.Server{Handler: registry.Handler(o.images, nil)}}
 	go s.web.Serve(l)
 	if err := s.configure(); err != nil {
 		s.web.Close()
@@ -62,14 +62,14 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 }
 
 func (s *Server) path(elem ...string) string {
-	return filepath.Join(append([]string{s.options.Dir}, elem...)...)
+	return filepath.Join(append([]string{s.options.dir}, elem...)...)
 }
 
 // Endpoint is the address of the CRI.
 func (s *Server) Endpoint() string { return "unix://" + s.path("c.sock") }
 
 // Program is the path of one of containerd's programs.
-func (s *Server) Program(name string) string { return filepath.Join(s.options.Programs, name) }
+func (s *Server) Program(name string) string { return filepath.Join(s.options.programs, name) }
 
 // Log is the path of what containerd and its shims said.
 func (s *Server) Log() string { return s.path("containerd.log") }
@@ -106,12 +106,12 @@ func (s *Server) Restart(ctx context.Context) error {
 	}
 	defer log.Close()
 	name := "containerd"
-	if s.options.Programs != "" {
+	if s.options.programs != "" {
 		name = s.Program(name)
 	}
 	s.cmd = exec.Command(name, "-c", s.path("config.toml"))
 	s.cmd.Stdout, s.cmd.Stderr = log, log
-	path := s.options.Own + ":" + s.options.Programs + ":" + os.Getenv("PATH")
+	path := s.options.own + ":" + s.options.programs + ":" + os.Getenv("PATH")
 	s.cmd.Env = append(os.Environ(), "PATH="+path, "TMPDIR="+s.path("tmp"),
 		"HAUBERK_SHIM_STATE="+s.path("shim"), "HAUBERK_SHIM_RUN="+s.path("run"))
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -146,7 +146,7 @@ func (s *Server) await(ctx context.Context) error {
 // Ctr calls containerd's client.
 func (s *Server) Ctr(ctx context.Context, args ...string) (string, error) {
 	name := "ctr"
-	if s.options.Programs != "" {
+	if s.options.programs != "" {
 		name = s.Program(name)
 	}
 	out, err := command(ctx, "", name, append([]string{"-a", s.path("c.sock")}, args...)...)
@@ -164,7 +164,7 @@ func Tail(name string, most int) string {
 
 // configure writes the files that containerd and its CNI read.
 func (s *Server) configure() error {
-	shipped, err := os.ReadFile(s.options.Shipped)
+	shipped, err := os.ReadFile(s.options.shipped)
 	if err != nil {
 		return err
 	}
@@ -190,7 +190,7 @@ func (s *Server) network() string {
  {"type": "bridge", "bridge": "pods0", "isGateway": true, "ipMasq": true, "ipam": {"type": "host-local", "dataDir": %q,
   "ranges": [[{"subnet": %q}]], "routes": [{"dst": "0.0.0.0/0"}]}},
  {"type": "portmap", "capabilities": {"portMappings": true}}]}
-`, s.path("ipam"), Subnet)
+`, s.path("ipam"), subnet)
 }
 
 // config appends to the shipped configuration what makes this containerd
@@ -213,12 +213,12 @@ func (s *Server) config(shipped []byte) string {
 		version, s.path("root"), s.path("state"))
 	fmt.Fprintf(&b, "[grpc]\naddress = %q\n[ttrpc]\naddress = %q\n", s.path("c.sock"), s.path("c.sock.ttrpc"))
 	if version == "2" {
-		set(runtime, "", "restrict_oom_score_adj = true\nnetns_mounts_under_state_dir = true\nsandbox_image = %q\nstream_server_port = \"0\"", Sandbox)
+		set(runtime, "", "restrict_oom_score_adj = true\nnetns_mounts_under_state_dir = true\nsandbox_image = %q\nstream_server_port = \"0\"", sandboxImage)
 		set(runtime, "cni", "bin_dir = %q\nconf_dir = %q", "/usr/lib/cni", s.path("cni"))
 	} else {
 		set(runtime, "", "restrict_oom_score_adj = true\nnetns_mounts_under_state_dir = true")
 		set(runtime, "cni", "bin_dirs = [%q]\nconf_dir = %q", "/usr/lib/cni", s.path("cni"))
-		set(images, "pinned_images", "sandbox = %q", Sandbox)
+		set(images, "pinned_images", "sandbox = %q", sandboxImage)
 		set(streaming, "", "stream_server_port = \"0\"")
 	}
 	set(images, "registry", "config_path = %q", s.path("hosts"))

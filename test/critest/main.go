@@ -7,7 +7,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -20,14 +19,13 @@ import (
 	"syscall"
 	"time"
 
-	"hauberk.dev/registry"
 	"hauberk.dev/test/cri"
 )
 
 func main() {
 	o := options{}
 	flag.StringVar(&o.runtime, "runtime", "hauberk", "runtime handler to validate: hauberk or runc")
-	flag.BoolVar(&o.debian, "debian", false, "on Debian's containerd instead of "+cri.Containerd.Version)
+	flag.BoolVar(&o.debian, "debian", false, "on Debian's containerd instead of the one of the module proxy")
 	flag.StringVar(&o.focus, "focus", "", "only specs whose name this regular expression finds")
 	flag.StringVar(&o.skip, "skip", "", "but not those that this one finds")
 	flag.StringVar(&o.cache, "cache", "", "directory for what is built (default: hauberk/critest in the user's cache)")
@@ -55,97 +53,27 @@ type options struct {
 
 func say(format string, args ...any) { fmt.Printf("critest: "+format+"\n", args...) }
 
-// tools are directories that are filled before the suite's own network begins.
-type tools struct{ Suite, Containerd, Work string }
-
-// madeOutside tells the inside of the namespaces what the outside made.
-const madeOutside = "HAUBERK_CRITEST_TOOLS"
-
 func run(ctx context.Context, o options, rest []string) (code int, err error) {
 	switch {
 	case len(rest) > 0:
 		return 2, fmt.Errorf("unknown argument %q", rest[0])
 	case o.runtime != "hauberk" && o.runtime != "runc":
 		return 2, fmt.Errorf("unknown runtime %q: use hauberk or runc", o.runtime)
-	case os.Getuid() != 0:
-		return 1, fmt.Errorf("containerd and machines need root")
 	}
-	made := os.Getenv(madeOutside)
-	if made == "" {
-		t, err := o.prepare(ctx)
-		defer os.RemoveAll(t.Work)
-		if err != nil {
-			return 1, err
-		}
-		raw, err := json.Marshal(t)
-		if err != nil {
-			return 1, err
-		}
-		os.Setenv(madeOutside, string(raw))
-	}
-	if inside, code, err := cri.Private(); !inside {
+	t, inside, code, err := cri.Enter(ctx, o.cache, o.debian, say)
+	if !inside || err != nil {
 		return code, err
-	}
-	var t tools
-	if err := json.Unmarshal([]byte(made), &t); err != nil {
-		return 1, fmt.Errorf("read %s: %w", madeOutside, err)
 	}
 	return 0, o.validate(ctx, t)
 }
 
-// prepare makes images and programs, or finds them made.
-func (o options) prepare(ctx context.Context) (t tools, err error) {
-	if o.cache == "" {
-		dir, err := os.UserCacheDir()
-		if err != nil {
-			dir = "/var/cache" // root without a home
-		}
-		o.cache = filepath.Join(dir, "hauberk", "critest")
-	}
-	// Short, for the sockets below it.
-	if t.Work, err = os.MkdirTemp("", "hbcri"); err != nil {
-		return t, err
-	}
-	store, err := registry.Open(filepath.Join(t.Work, "images"))
-	if err != nil {
-		return t, err
-	}
-	say("building Hauberk and images")
-	bin := filepath.Join(t.Work, "bin")
-	if err := cri.Own(ctx, bin, "hauberk.dev/test/cri/inside", "hauberk.dev/cmd/containerd-shim-hauberk-v2", "hauberk.dev/cmd/hauberk-guest"); err != nil {
-		return t, err
-	}
-	byDigest, err := cri.Images(ctx, store, filepath.Join(bin, "inside"), "/bin/busybox")
-	if err != nil {
-		return t, err
-	}
-	suite := cri.Suite
-	// The suite names one image by the digest of what is on the network.
-	suite.Edits = map[string][2]string{"pkg/validate/consts.go": {foreignDigest, byDigest}}
-	if t.Suite, err = suite.Build(ctx, o.cache, say); err != nil || o.debian {
-		return t, err
-	}
-	t.Containerd, err = cri.Containerd.Build(ctx, o.cache, say)
-	return t, err
-}
-
-const foreignDigest = "sha256:9700f9a2f5bf2c45f2f605a0bd3bce7cf37420ec9d3ed50ac2758413308766bf"
-
 // validate runs the suite inside the namespaces, and judges.
-func (o options) validate(ctx context.Context, t tools) (err error) {
+func (o options) validate(ctx context.Context, t cri.Tools) (err error) {
 	list, err := readExceptions(o.list())
 	if err != nil {
 		return err
 	}
-	store, err := registry.Open(filepath.Join(t.Work, "images"))
-	if err != nil {
-		return err
-	}
-	shipped := "deploy/containerd/config-2.toml"
-	if o.debian {
-		shipped = "deploy/containerd/config.toml"
-	}
-	server, err := cri.Start(ctx, cri.Options{Dir: t.Work, Programs: t.Containerd, Own: filepath.Join(t.Work, "bin"), Shipped: shipped, Images: store})
+	server, err := t.Start(ctx)
 	if err != nil {
 		return err
 	}
@@ -209,7 +137,7 @@ func shorten(s string) string {
 }
 
 // suite runs critest and tells of every spec as it ends.
-func (o options) suite(ctx context.Context, server *cri.Server, t tools, report string) error {
+func (o options) suite(ctx context.Context, server *cri.Server, t cri.Tools, report string) error {
 	log, err := os.Create(filepath.Join(t.Work, "suite.log"))
 	if err != nil {
 		return err
