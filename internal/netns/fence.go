@@ -89,6 +89,9 @@ func fenceIngress(c *nftables.Conn, device string, g Guest) error {
 	rule(etherType(unix.ETH_P_IP), networkNot(12, guest), spoofed)
 	rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_TCP), verdict(expr.VerdictAccept))
 	rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_UDP), network(16, Gateway.AsSlice()), transportPort(53), verdict(expr.VerdictAccept))
+	for _, port := range g.Answers {
+		rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_UDP), network(16, Gateway.AsSlice()), sourcePort(port), verdict(expr.VerdictAccept))
+	}
 	rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_UDP), count(set, true), verdict(expr.VerdictDrop))
 	rule(etherType(unix.ETH_P_IP), count(set, false), verdict(expr.VerdictDrop))
 	rule(counted(counterRest), verdict(expr.VerdictDrop))
@@ -195,6 +198,10 @@ func networkNot(offset uint32, data []byte) []expr.Any {
 
 func transportPort(port uint16) []expr.Any {
 	return match(expr.PayloadBaseTransportHeader, 2, expr.CmpOpEq, binary.BigEndian.AppendUint16(nil, port))
+}
+
+func sourcePort(port uint16) []expr.Any {
+	return match(expr.PayloadBaseTransportHeader, 0, expr.CmpOpEq, binary.BigEndian.AppendUint16(nil, port))
 }
 
 func etherType(t uint16) []expr.Any {

@@ -438,3 +438,58 @@ func tables(t *testing.T, ns *Namespace) []string {
 	slices.Sort(lines)
 	return lines
 }
+
+// TestHand gives a guest the network of a sandbox that is run by hand.
+func TestHand(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	h, err := CreateHand(dir, "box", []uint16{53})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := CreateHand(dir, "box", nil); err == nil {
+		t.Error("the same was made twice")
+	}
+	h.Close()
+	if h, err = OpenHand(dir, "box"); err != nil {
+		t.Fatal(err)
+	}
+	j, err := Join(h.Pod.Path(), JoinOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(j.Links) != 1 || j.Links[0].Name != "eth0" || fmt.Sprint(j.Links[0].Addresses) != "[198.18.0.2/32]" || !j.Links[0].NoIPv6 {
+		t.Errorf("joined %+v", j.Links)
+	}
+	guest := standIn(t, j)
+	f, err := h.Gate.ListenTransparent()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ln, err := net.FileListener(f)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			fmt.Fprintf(c, "%s>%s", c.RemoteAddr().(*net.TCPAddr).IP, c.LocalAddr())
+			c.Close()
+		}
+	}()
+	asks(t, guest, "192.0.2.7:443", "198.18.0.2>192.0.2.7:443")
+	serve(t, guest, "127.0.0.1:81", "loopback of guest")
+	asks(t, h.Pod, "127.0.0.1:81", "loopback of guest to "+HostEnd.String())
+
+	if err := errors.Join(Leave(h.Pod.Path()), h.Close(), RemoveHand(dir, "box"), RemoveHand(dir, "box")); err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("left %v, %v", left, err)
+	}
+}

@@ -36,6 +36,8 @@ type Guest struct {
 	MAC     net.HardwareAddr // six bytes
 	// Owner is the uid that may use the tap, normally QEMU's.
 	Owner int
+	// Answers are UDP ports of the guest from which it may answer the gateway.
+	Answers []uint16
 }
 
 func (g Guest) check() error {
@@ -78,14 +80,16 @@ func (ns *Namespace) Tap(g Guest) (*os.File, error) {
 // other end is put into the namespace peer, under the same name, with the guest's
 // addresses. It plays a guest where there is none: in tests, and for processes
 // that run without a machine of their own.
-func (ns *Namespace) Veth(g Guest, peer *Namespace) error {
+func (ns *Namespace) Veth(g Guest, peer *Namespace) error { return ns.veth(g, peer, Device) }
+
+func (ns *Namespace) veth(g Guest, peer *Namespace, name string) error {
 	if err := g.check(); err != nil {
 		return fmt.Errorf("make veth in %q: %w", ns.name, err)
 	}
 	err := ns.Do(func() error {
 		la := netlink.NewLinkAttrs()
 		la.Name = Device
-		err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: la, PeerName: Device,
+		err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: la, PeerName: name,
 			PeerNamespace: netlink.NsFd(int(peer.file.Fd())), PeerHardwareAddr: g.MAC})
 		if err != nil {
 			return fmt.Errorf("add veth: %w", err)
@@ -95,7 +99,7 @@ func (ns *Namespace) Veth(g Guest, peer *Namespace) error {
 	if err != nil {
 		return err
 	}
-	return peer.Do(func() error { return playGuest(Device, g) })
+	return peer.Do(func() error { return playGuest(name, g) })
 }
 
 // playGuest configures a link the way the guest agent configures its own.

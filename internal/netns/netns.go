@@ -37,7 +37,10 @@ type Namespace struct {
 // Create makes a network namespace and binds it to dir/name, where Open finds
 // it again. The namespace lives until Delete, and after that as long as a
 // process or a socket is in it.
-func Create(dir, name string) (*Namespace, error) {
+func Create(dir, name string) (*Namespace, error) { return create(dir, name, prepare) }
+
+// create makes a namespace, which prepare makes ready before it has a name.
+func create(dir, name string, prepare func() error) (*Namespace, error) {
 	if !nameRE.MatchString(name) {
 		return nil, fmt.Errorf("create namespace %q: name must match %s", name, nameRE)
 	}
