@@ -75,10 +75,13 @@ func (p *Process) copy(ctx context.Context, out bool, at string, f func(*Process
 		complaint <- string(b)
 		q.stderr.discard()
 	}()
-	stop := context.AfterFunc(ctx, func() { q.end() })
+	stop := context.AfterFunc(ctx, func() {
+		q.stdout.cut(context.Cause(ctx)) // the guest may not care that it is to end
+		q.end()
+	})
 	defer stop()
 	err := f(q)
-	if err != nil {
+	if err != nil && ctx.Err() == nil { // else it has been told to
 		q.end()
 	}
 	q.stdout.discard()

@@ -324,7 +324,10 @@ func (p *Process) heardLocked() {
 		return
 	}
 	if p.transient && p.open == 0 {
-		p.c.reaped <- p.id // has room for every process
+		select {
+		case p.c.reaped <- p.id:
+		default: // more than a guest has, so one that lies: its table stays full
+		}
 	}
 }
 
@@ -342,6 +345,10 @@ func (p *Process) lost(err error) {
 	}
 }
 
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
+
 // stream holds what the guest sent of an output and nobody read yet, within
 // the credit it was given.
 type stream struct {
@@ -354,6 +361,7 @@ type stream struct {
 	granted   int // the guest may still send
 	taken     int // read since the last grant
 	err       error
+	left      error // its reader is gone, and why
 	discarded bool
 }
 
@@ -386,9 +394,31 @@ func (s *stream) end(err error) error {
 	return nil
 }
 
+// cut ends the stream for its reader, not for the guest.
+func (s *stream) cut(why error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.left = why
+	s.more.Broadcast()
+}
+
 // Read waits for output. The guest gets credit for what was read when that is
 // half a window.
 func (s *stream) Read(b []byte) (int, error) {
+	s.mu.Lock()
+	for len(s.buf) == 0 && s.err == nil && s.left == nil {
+		s.more.Wait()
+	}
+	if err := s.left; err != nil {
+		s.mu.Unlock()
+		return 0, err
+	}
+	s.mu.Unlock()
+	return s.read(b)
+}
+
+// read is Read also of a stream that was cut. Each stream has one reader.
+func (s *stream) read(b []byte) (int, error) {
 	s.mu.Lock()
 	for len(s.buf) == 0 && s.err == nil {
 		s.more.Wait()
@@ -428,6 +458,6 @@ func (s *stream) discard() {
 	s.discarded = true
 	s.mu.Unlock()
 	if !again {
-		go io.Copy(io.Discard, s) // ends with the stream, at the latest with the channel
+		go io.Copy(io.Discard, readerFunc(s.read)) // ends with the stream, at the latest with the channel
 	}
 }
