@@ -303,7 +303,12 @@ func (b *Sandbox) settle(ctx context.Context, r record) (record, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 	defer cancel()
 	e := Exit{Code: lost, At: time.Now(), Reason: "its shim or its machine was killed"}
-	err := b.with(ctx, "end", func(s *client.Shim) error {
+	shim, err := b.process()
+	if err != nil {
+		return r, err
+	}
+	defer shim.close()
+	err = b.with(ctx, "end", func(s *client.Shim) error {
 		got, err := s.Delete(ctx, b.id, "")
 		if err != nil {
 			return err
@@ -312,7 +317,13 @@ func (b *Sandbox) settle(ctx context.Context, r record) (record, error) {
 		return s.Shutdown(ctx, b.id, true)
 	})
 	if errors.Is(err, ErrNotRunning) {
-		err = client.Delete(ctx, b.program()) // nothing of it is left
+		err = shim.kill(ctx) // it may have ended, or hang without its socket
+		if err == nil {
+			err = client.Delete(ctx, b.program())
+		}
+	}
+	if err == nil {
+		err = shim.wait(ctx)
 	}
 	if err != nil {
 		return r, err
@@ -484,39 +495,26 @@ func (b *Sandbox) end(ctx context.Context) error {
 	if _, err := os.Stat(b.bundle()); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	s, err := client.Dial(ctx, b.bundle())
-	if err == nil {
-		bounded, cancel := context.WithTimeout(ctx, cleanup/2)
-		err = errors.Join(err, s.Shutdown(bounded, b.id, true), s.Close())
-		cancel()
-		err = errors.Join(err, b.gone(ctx))
+	shim, err := b.process()
+	if err != nil {
+		return err
 	}
-	if err != nil && !errors.Is(err, client.ErrGone) {
-		if killErr := b.killShim(); killErr != nil {
+	defer shim.close()
+	bounded, cancel := context.WithTimeout(ctx, cleanup/2)
+	defer cancel()
+	s, err := client.Dial(bounded, b.bundle())
+	if err == nil {
+		err = errors.Join(s.Shutdown(bounded, b.id, true), s.Close())
+	}
+	if err == nil {
+		err = shim.wait(bounded)
+	}
+	if err != nil {
+		if killErr := shim.kill(ctx); killErr != nil {
 			return errors.Join(err, killErr)
 		}
 	}
 	return client.Delete(ctx, b.program())
-}
-
-// gone waits until nobody serves the sandbox.
-func (b *Sandbox) gone(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, cleanup/2)
-	defer cancel()
-	for {
-		s, err := client.Dial(ctx, b.bundle())
-		if errors.Is(err, client.ErrGone) {
-			return nil
-		}
-		if err == nil {
-			_ = s.Close()
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("end shim of %s: it goes on", b.id)
-		case <-time.After(5 * time.Millisecond):
-		}
-	}
 }
 
 // tell hands on what the shim says of its progress, until it is stopped.

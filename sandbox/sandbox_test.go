@@ -278,12 +278,18 @@ func TestShimThatHangs(t *testing.T) {
 			if ours {
 				id = b.ID()
 			}
-			cmd := exec.Command("sh", "-c", "sleep 60", "-id", id)
+			cmd := exec.Command("sh", "-c", "sleep 60; true", "-id", id)
 			must(t, cmd.Start())
 			ended := make(chan error, 1)
 			go func() { ended <- cmd.Wait() }()
 			must(t, os.WriteFile(filepath.Join(b.bundle(), "shim.pid"), []byte(strings.TrimSpace(itoa(cmd.Process.Pid))), 0o600))
-			must(t, b.killShim())
+			p, err := b.process()
+			must(t, err)
+			if (p != nil) != ours {
+				t.Errorf("found %+v", p)
+			}
+			must(t, p.kill(t.Context()))
+			p.close()
 			select {
 			case <-ended:
 				if !ours {

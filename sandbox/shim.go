@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,42 +17,72 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// killShim ends a shim that does not answer, by what it left in the bundle.
-// The number may be another's by now, so the process must say whose it is.
-func (b *Sandbox) killShim() error {
+// shimProcess is the process that serves a sandbox, by what it left in the
+// bundle.
+type shimProcess struct {
+	pid int
+	fd  int
+}
+
+// process finds the shim; nil is none. The number may be another's by now, so
+// the process must say whose it is.
+func (b *Sandbox) process() (*shimProcess, error) {
 	raw, err := os.ReadFile(filepath.Join(b.bundle(), "shim.pid"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return fmt.Errorf("find shim: %w", err)
+		return nil, fmt.Errorf("find shim: %w", err)
 	}
 	pid, err := strconv.Atoi(strings.TrimSpace(string(raw)))
-	if err != nil || pid <= 1 {
-		return fmt.Errorf("find shim: process %.32q", raw)
+	if err != nil || pid < 1 {
+		return nil, fmt.Errorf("find shim: process %.32q", raw)
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if errors.Is(err, unix.ESRCH) {
-		return nil
+		return nil, nil
 	}
 	if err != nil {
-		return fmt.Errorf("find shim: %w", err)
+		return nil, fmt.Errorf("find shim: %w", err)
 	}
-	defer unix.Close(fd)
 	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	if err != nil || !slices.ContainsFunc(bytes.Split(line, []byte{0}), func(a []byte) bool { return string(a) == b.id }) {
-		return nil // it has ended, and somebody else has its number
+		return nil, unix.Close(fd) // it has ended, and somebody else has its number
 	}
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("kill shim: %w", err)
+	return &shimProcess{pid, fd}, nil
+}
+
+func (p *shimProcess) close() {
+	if p != nil {
+		_ = unix.Close(p.fd)
 	}
-	for began := time.Now(); time.Since(began) < cleanup/4; {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
-		if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+}
+
+// wait waits until the process has ended.
+func (p *shimProcess) wait(ctx context.Context) error {
+	for p != nil {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}, 20)
+		switch {
+		case n > 0:
 			return nil
+		case err != nil && !errors.Is(err, unix.EINTR):
+			return fmt.Errorf("wait for shim: %w", err)
+		case ctx.Err() != nil:
+			return fmt.Errorf("end shim: process %d goes on", p.pid)
 		}
 	}
-	return fmt.Errorf("kill shim: process %d goes on", pid)
+	return nil
+}
+
+// kill ends a process that does not end.
+func (p *shimProcess) kill(ctx context.Context) error {
+	if p == nil {
+		return nil
+	}
+	if err := unix.PidfdSendSignal(p.fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("kill shim: %w", err)
+	}
+	return p.wait(ctx)
 }
 
 // step is how the shim marks what takes long enough to be told: see package

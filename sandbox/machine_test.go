@@ -1,0 +1,424 @@
+package sandbox_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"hauberk.dev/internal/kernel"
+	"hauberk.dev/sandbox"
+)
+
+// callTime bounds one call of the tests.
+const callTime = time.Minute
+
+// place is where the tests' sandboxes are, with a real shim.
+func place(t *testing.T) sandbox.Config {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("machines need root")
+	}
+	for _, program := range []string{"qemu-system-x86_64", "busybox"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("not installed: %v", err)
+		}
+	}
+	if _, err := kernel.Find("/", kernel.Flavour); errors.Is(err, kernel.ErrMissing) {
+		t.Skip(err)
+	}
+	dir, err := os.MkdirTemp("", "hand") // short, for sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	build := exec.Command("go", "build", "-o", dir+"/", "hauberk.dev/cmd/containerd-shim-hauberk-v2", "hauberk.dev/cmd/hauberk-guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v: %s", err, out)
+	}
+	t.Cleanup(func() { leftOf(t, dir) })
+	return sandbox.Config{
+		State: dir + "/s", Run: dir + "/r", Shim: dir + "/containerd-shim-hauberk-v2", ShimState: dir + "/ss", ShimRun: dir + "/sr",
+	}
+}
+
+// leftOf finds what the tests' sandboxes have left.
+func leftOf(t *testing.T, dir string) {
+	for _, d := range []string{"s/boxes", "s/names", "sr/vm"} {
+		if left, err := os.ReadDir(filepath.Join(dir, d)); err == nil && len(left) > 0 {
+			t.Errorf("left in %s: %v", d, left)
+		}
+	}
+	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, l := range lines {
+		if raw, err := os.ReadFile(l); err == nil && bytes.Contains(raw, []byte(dir)) && !bytes.Contains(raw, []byte("\x00keep\x00")) {
+			t.Errorf("process left: %s: %q", l, raw)
+		}
+	}
+}
+
+// archive writes an image of busybox as docker save would.
+func archive(t *testing.T, path string) {
+	t.Helper()
+	program, err := exec.LookPath("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	add := func(h tar.Header, body string) {
+		h.Size = int64(len(body))
+		if err := w.WriteHeader(&h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range []string{"bin", "etc", "root", "tmp"} {
+		add(tar.Header{Name: d + "/", Typeflag: tar.TypeDir, Mode: 0o755}, "")
+	}
+	add(tar.Header{Name: "bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755}, string(raw))
+	for name := range strings.FieldsSeq("sh cat cp echo env hostname id ls mkdir ps pwd rm sleep stty tail test touch tty uname wc") {
+		add(tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox"}, "")
+	}
+	add(tar.Header{Name: "etc/passwd", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:0::/root:\napp:x:1000:1001::/home:\n")
+	add(tar.Header{Name: "etc/group", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:\napp:x:1001:\n")
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	config, err := json.Marshal(map[string]any{
+		"os": "linux", "architecture": runtime.GOARCH, "config": map[string]any{"Cmd": []string{"sh"}, "Env": []string{"PATH=/bin", "A=image"}},
+		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer.Bytes()))}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w = tar.NewWriter(f)
+	add(tar.Header{Name: "c.json", Typeflag: tar.TypeReg, Mode: 0o644}, string(config))
+	add(tar.Header{Name: "l.tar", Typeflag: tar.TypeReg, Mode: 0o644}, layer.String())
+	add(tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg, Mode: 0o644}, `[{"Config":"c.json","RepoTags":["busybox:latest"],"Layers":["l.tar"]}]`)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// world is a host with one sandbox that stays while the tests use it.
+type world struct {
+	conf  sandbox.Config
+	host  *sandbox.Host
+	image string
+	box   *sandbox.Sandbox
+}
+
+// TestSandbox is what programs do with sandboxes, on one host.
+func TestSandbox(t *testing.T) {
+	w := &world{conf: place(t)}
+	archive(t, w.conf.State+".tar")
+	w.image = "docker-archive:" + w.conf.State + ".tar"
+	var err error
+	if w.host, err = sandbox.Open(w.conf); err != nil {
+		t.Fatal(err)
+	}
+	w.box = w.start(t, sandbox.Options{Name: "stays", Stdin: true, Env: []string{"B=mine"}, Hostname: "inside",
+		Args: []string{"sh", "-c", `echo up; echo wrong >&2; while read l; do echo "got $l"; done; sleep 1000`}})
+	t.Run("streams", w.testStreams)
+	t.Run("exec", w.testExec)
+	t.Run("look", w.testLook)
+	t.Run("pause", w.testPause)
+	t.Run("stop", w.testStop)
+	t.Run("not run", w.testNotRun)
+	t.Run("shim killed", w.testShimKilled)
+	t.Run("example", w.testExample)
+}
+
+// start makes and starts a sandbox. With the test it goes.
+func (w *world) start(t *testing.T, o sandbox.Options) *sandbox.Sandbox {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	o.Image = w.image
+	b, err := w.host.Create(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), callTime)
+		defer cancel()
+		if err := b.Remove(ctx, true); err != nil && !errors.Is(err, sandbox.ErrNotFound) {
+			t.Error(err)
+		}
+	})
+	if err := b.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// exec runs a command and gives what it printed and its code.
+func (w *world) exec(t *testing.T, in string, c sandbox.Cmd) (out, errs string, code int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	c.Stdin = in != ""
+	p, err := w.box.Exec(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	var o, e strings.Builder
+	std := sandbox.Stdio{Out: &o, Err: &e}
+	if in != "" {
+		std.In = strings.NewReader(in)
+	}
+	if err := p.Run(ctx, std); err != nil {
+		t.Fatal(err)
+	}
+	if code, err = p.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return o.String(), e.String(), code
+}
+
+// until waits for a text in the log.
+func (w *world) until(t *testing.T, text string) string {
+	t.Helper()
+	var out, errs strings.Builder
+	for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(20 * time.Millisecond) {
+		out.Reset()
+		if err := w.box.Logs(t.Context(), sandbox.LogOptions{Tail: -1}, &out, &errs); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(out.String(), text) {
+			return out.String()
+		}
+	}
+	t.Fatalf("no %q in %q", text, out.String())
+	return ""
+}
+
+// testStreams attaches, leaves and comes back; the log has all of it.
+func (w *world) testStreams(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	for _, word := range []string{"one", "two"} {
+		s, err := w.box.Attach(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leave, left := context.WithCancel(ctx)
+		var out strings.Builder
+		done := make(chan error, 1)
+		in, typed := io.Pipe()
+		go func() { done <- s.Run(leave, sandbox.Stdio{In: in, Out: &out}) }()
+		fmt.Fprintln(typed, word)
+		w.until(t, "got "+word)
+		left()
+		if err := <-done; !errors.Is(err, context.Canceled) || !strings.Contains(out.String(), "got "+word) {
+			t.Errorf("attached: %v, %q", err, out.String())
+		}
+		typed.Close()
+	}
+	var out, errs strings.Builder
+	if err := w.box.Logs(ctx, sandbox.LogOptions{Tail: 1, Timestamps: true}, &out, &errs); err != nil || !strings.HasSuffix(out.String(), "Z got two\n") {
+		t.Errorf("the last line is %q, %v", out.String(), err)
+	}
+	out.Reset()
+	if err := w.box.Logs(ctx, sandbox.LogOptions{Tail: -1}, &out, &errs); err != nil || out.String() != "up\ngot one\ngot two\n" || errs.String() != "wrong\n" {
+		t.Errorf("the log has %q and %q, %v", out.String(), errs.String(), err)
+	}
+}
+
+func (w *world) testExec(t *testing.T) {
+	out, errs, code := w.exec(t, "typed", sandbox.Cmd{
+		Args: []string{"sh", "-c", "cat; echo; echo $A $B $C; pwd; id -u; hostname; echo wrong >&2; exit 9"},
+		Env:  []string{"C=here"}, Dir: "/tmp", User: "app",
+	})
+	if out != "typed\nimage mine here\n/tmp\n1000\ninside\n" || errs != "wrong\n" || code != 9 {
+		t.Errorf("printed %q and %q, ended with %d", out, errs, code)
+	}
+	if out, _, code := w.exec(t, "", sandbox.Cmd{Args: []string{"sh", "-c", "tty; stty size"}, Terminal: true, Rows: 7, Cols: 70}); out != "/dev/pts/0\r\n7 70\r\n" || code != 0 {
+		t.Errorf("with a terminal: %q, %d", out, code)
+	}
+	big := strings.Repeat("0123456789abcdef", 1<<16)
+	if out, _, _ := w.exec(t, big, sandbox.Cmd{Args: []string{"cat"}}); out != big {
+		t.Errorf("%d bytes of %d came back", len(out), len(big))
+	}
+	// What was written does not run: the Guard is there.
+	if _, _, code := w.exec(t, "", sandbox.Cmd{Args: []string{"sh", "-c", "cp /bin/busybox /tmp/x && /tmp/x echo ran"}}); code != 126 {
+		t.Errorf("a written program ended with %d, want 126", code)
+	}
+	var program *sandbox.ProgramError
+	if _, err := w.box.Exec(t.Context(), sandbox.Cmd{Args: []string{"nosuch"}}); !errors.As(err, &program) || program.Code != 127 {
+		t.Errorf("a program that is not there: %v", err)
+	}
+	p, err := w.box.Exec(t.Context(), sandbox.Cmd{Args: []string{"sh", "-c", "echo up >/tmp/detached; sleep 1000"}, Detached: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, _, _ := w.exec(t, "", sandbox.Cmd{Args: []string{"sh", "-c", "until test -s /tmp/detached; do sleep 0.1; done; cat /tmp/detached"}}); out != "up\n" {
+		t.Errorf("a detached one wrote %q", out)
+	}
+	if err := errors.Join(p.Kill(t.Context(), syscall.SIGKILL), p.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+func (w *world) testLook(t *testing.T) {
+	i, err := w.box.Info(t.Context())
+	if err != nil || i.Phase != sandbox.Running || i.Name != "stays" || i.PID == 0 || i.Policy != "baseline" {
+		t.Errorf("%+v, %v", i, err)
+	}
+	s, err := w.box.Stats(t.Context())
+	if err != nil || s.Memory == 0 || s.Pids == 0 || s.CPUMicros == 0 || s.Host == 0 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	if list, err := w.host.List(t.Context()); err != nil || len(list) != 1 || list[0].ID != w.box.ID() {
+		t.Errorf("%+v, %v", list, err)
+	}
+	if err := w.box.Remove(t.Context(), false); !errors.Is(err, sandbox.ErrRunning) {
+		t.Errorf("one that runs was removed: %v", err)
+	}
+	if err := w.box.Start(t.Context()); err == nil {
+		t.Error("it was started twice")
+	}
+	if _, err := w.host.Create(t.Context(), sandbox.Options{Name: "stays", Image: w.image}); !errors.Is(err, sandbox.ErrTaken) {
+		t.Errorf("a second of the name: %v", err)
+	}
+	if list, err := w.host.Images(); err != nil || len(list) != 1 {
+		t.Errorf("images: %+v, %v", list, err)
+	}
+}
+
+func (w *world) testPause(t *testing.T) {
+	if err := w.box.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if i, err := w.box.Info(t.Context()); err != nil || i.Phase != sandbox.Paused {
+		t.Errorf("%+v, %v", i, err)
+	}
+	if err := w.box.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if out, _, _ := w.exec(t, "", sandbox.Cmd{Args: []string{"echo", "on"}}); out != "on\n" {
+		t.Errorf("afterwards it says %q", out)
+	}
+}
+
+// testStop ends the sandbox that stayed, which is seen by who waits and by who
+// looks.
+func (w *world) testStop(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	waited := make(chan sandbox.Exit, 1)
+	go func() { e, _ := w.box.Wait(ctx); waited <- e }()
+	time.Sleep(50 * time.Millisecond)
+	e, err := w.box.Stop(ctx, 500*time.Millisecond) // a shell that is process 1 heeds no SIGTERM
+	if err != nil || e.Code != 137 {
+		t.Errorf("ended with %+v, %v", e, err)
+	}
+	if got := <-waited; got.Code != 137 {
+		t.Errorf("who waited heard %+v", got)
+	}
+	i, err := w.box.Info(ctx)
+	if err != nil || i.Phase != sandbox.Exited || i.ExitCode == nil || *i.ExitCode != 137 {
+		t.Errorf("%+v, %v", i, err)
+	}
+	if _, err := w.box.Exec(ctx, sandbox.Cmd{Args: []string{"true"}}); !errors.Is(err, sandbox.ErrNotRunning) {
+		t.Errorf("exec in what has ended: %v", err)
+	}
+	var out strings.Builder
+	if err := w.box.Logs(ctx, sandbox.LogOptions{Tail: -1, Follow: true}, &out, io.Discard); err != nil || !strings.HasPrefix(out.String(), "up\n") {
+		t.Errorf("the log of what has ended: %q, %v", out.String(), err)
+	}
+	if err := w.box.Remove(ctx, false); err != nil {
+		t.Error(err)
+	}
+}
+
+// testNotRun has one whose program is not there, which is to go at its end: it
+// does, with what it was.
+func (w *world) testNotRun(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	b, err := w.host.Create(ctx, sandbox.Options{Image: w.image, Args: []string{"nosuch"}, Remove: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var program *sandbox.ProgramError
+	if err := b.Start(ctx); !errors.As(err, &program) || program.Code != 127 {
+		t.Errorf("started: %v", err)
+	}
+	if e, err := b.Wait(ctx); err != nil || e.Code != 127 {
+		t.Errorf("ended with %+v, %v", e, err)
+	}
+	if _, err := b.Info(ctx); !errors.Is(err, sandbox.ErrNotFound) {
+		t.Errorf("it is still there: %v", err)
+	}
+}
+
+// testShimKilled kills what holds a sandbox: it is seen to be lost, its machine
+// with it, and can be removed.
+func (w *world) testShimKilled(t *testing.T) {
+	b := w.start(t, sandbox.Options{Args: []string{"sleep", "1000"}})
+	raw, err := os.ReadFile(filepath.Join(w.conf.State, "boxes", b.ID(), "bundle", "shim.pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var pid int
+	if _, err := fmt.Sscan(string(raw), &pid); err != nil || pid < 2 {
+		t.Fatal(pid, err)
+	}
+	i, err := b.Info(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	for began := time.Now(); time.Since(began) < 10*time.Second; time.Sleep(10 * time.Millisecond) {
+		if i, err = b.Info(t.Context()); err == nil && i.Phase == sandbox.Exited {
+			break
+		}
+	}
+	if i.Phase != sandbox.Exited || *i.ExitCode != 137 || i.Reason == "" {
+		t.Errorf("%+v, %v", i, err)
+	}
+}
+
+// testExample runs the example of the documentation.
+func (w *world) testExample(t *testing.T) {
+	r, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	config, imageName, output = w.conf, w.image, out
+	Example()
+	out.Close()
+	if said, err := io.ReadAll(r); err != nil || string(said) != "it said \"hello agent\\n\" and ended with 3\n" {
+		t.Errorf("printed %q, %v", said, err)
+	}
+}
