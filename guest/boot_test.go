@@ -620,7 +620,7 @@ func garbage() [][]byte {
 		binary.LittleEndian.AppendUint32(nil, guestproto.MaxFrame), frame(200, 1, 2, 3),
 		append(slices.Clone(hello), hello[:30]...), frame(guestproto.VerbPing)[:len(hello)+3],
 	}
-	for v := guestproto.VerbReseed; v <= guestproto.VerbCopy; v++ {
+	for v := guestproto.VerbReseed; v <= guestproto.VerbPull; v++ {
 		if v != guestproto.VerbShutdown && v != guestproto.VerbRescan {
 			all = append(all, frame(v, bytes.Repeat([]byte{0xfe}, 40)...))
 		}

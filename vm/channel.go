@@ -689,6 +689,16 @@ func (c *Channel) Push(ctx context.Context, dir, stamp string, files []guestprot
 	return send()
 }
 
+// Pull reads the end of a file in a directory of the pod, at most
+// guestproto.MaxChunk bytes.
+func (c *Channel) Pull(ctx context.Context, dir, path string) ([]byte, error) {
+	b, err := c.call(ctx, guestproto.VerbPull, &guestproto.Pull{Dir: dir, Path: path})
+	if err == nil && len(b) > guestproto.MaxChunk {
+		return nil, fmt.Errorf("pull %q from %q: the guest gives %d bytes", path, dir, len(b))
+	}
+	return b, err
+}
+
 // Stats asks what the guest uses. The figures are the guest's word.
 func (c *Channel) Stats(ctx context.Context) (guestproto.Stats, error) {
 	b, err := c.call(ctx, guestproto.VerbStats, nil)

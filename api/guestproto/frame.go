@@ -103,6 +103,7 @@ const (
 	VerbPush
 	VerbMountShare
 	VerbCopy
+	VerbPull
 )
 
 // Verbs the guest sends.
@@ -125,7 +126,7 @@ var verbNames = [...]string{
 	VerbInterfaces: "interfaces", VerbRoutes: "routes",
 	VerbUpdate: "update", VerbFreeze: "freeze", VerbTop: "top", VerbUnmountRoot: "unmount root",
 	VerbMakeDir: "make directory", VerbRemoveDir: "remove directory", VerbPush: "push",
-	VerbMountShare: "mount share", VerbCopy: "copy",
+	VerbMountShare: "mount share", VerbCopy: "copy", VerbPull: "pull",
 	VerbReply: "reply", VerbError: "error", VerbExit: "exit", VerbOutput: "output",
 	VerbGuardEvents: "guard events", VerbOOM: "oom",
 }

@@ -73,6 +73,7 @@ func messages() []message {
 	unmount := UnmountRoot{3}
 	dir := Dir{"d", 1, 2, 0o1777, 3, 4, "w1", "ext4"}
 	name := Name{"vol~1"}
+	pull := Pull{"d", "a/b"}
 	push := Push{"d", "..1", true, true, []PushFile{{"a/b", 0o644, 1, 2, true, []byte("x")}}}
 	copies := Copy{5, true, "/p"}
 	exec := Exec{Container: 6, Program: program}
@@ -135,6 +136,7 @@ func messages() []message {
 		{"mount share", name, name.Append, func(b []byte) (any, error) { return wrap(ParseName(VerbMountShare, b)) }, "0500766f6c7e31"},
 		{"push", push, push.Append, func(b []byte) (any, error) { return wrap(ParsePush(b)) },
 			"010064" + "03002e2e31" + "01" + "01" + "0100" + "0300612f62" + "a4010000" + "01000000" + "02000000" + "01" + "0100000078"},
+		{"pull", pull, pull.Append, func(b []byte) (any, error) { return wrap(ParsePull(b)) }, "0100640300612f62"},
 		{"copy", copies, copies.Append, func(b []byte) (any, error) { return wrap(ParseCopy(b)) }, "0500000001" + "02002f70"},
 		{"guard policy", policy, policy.Append, func(b []byte) (any, error) { return wrap(ParseGuardPolicy(b)) },
 			"0700000000000000" + "626c6f62"},
@@ -371,7 +373,7 @@ func TestVerbs(t *testing.T) {
 		9: "signal", 10: "resize", 11: "stdin", 12: "close stdin", 13: "stats", 14: "guard policy", 15: "guard status",
 		16: "ping", 17: "shutdown", 18: "processes", 19: "attach", 20: "forget", 21: "logs", 22: "credit", 23: "interfaces", 24: "routes",
 		25: "update", 26: "freeze", 27: "top", 28: "unmount root", 29: "make directory", 30: "remove directory", 31: "push",
-		32: "mount share", 33: "copy",
+		32: "mount share", 33: "copy", 34: "pull",
 		0x80: "reply", 0x81: "error", 0xc0: "exit", 0xc1: "output", 0xc2: "guard events", 0xc3: "oom",
 		0: "verb 0", 99: "verb 99", 255: "verb 255",
 	} {
@@ -505,6 +507,8 @@ func print(v any) []byte {
 	case Dir:
 		return m.Append(nil)
 	case Name:
+		return m.Append(nil)
+	case Pull:
 		return m.Append(nil)
 	case Push:
 		return m.Append(nil)

@@ -195,6 +195,24 @@ func ParsePush(b []byte) (m Push, err error) {
 	return m, r.end("push")
 }
 
+// Pull asks for the end of a file that a container may have written into a
+// directory of the pod: the last MaxChunk bytes are the reply.
+type Pull struct{ Dir, Path string }
+
+// Append appends the payload to b.
+func (m *Pull) Append(b []byte) []byte { return appendString(appendString(b, m.Dir), m.Path) }
+
+// ParsePull reads the payload of a pull.
+func ParsePull(b []byte) (m Pull, err error) {
+	r := reader{b: b}
+	m.Dir, m.Path = r.string(), r.string()
+	r.checkName(m.Dir)
+	if !goodPath(m.Path) {
+		r.fail("the path is none")
+	}
+	return m, r.end("pull")
+}
+
 // goodPath says whether a path stays below where it starts, in at most 16
 // steps, and off the names that a push with a stamp uses itself.
 func goodPath(path string) bool {

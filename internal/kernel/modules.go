@@ -10,8 +10,8 @@ import (
 )
 
 // sandboxModules are the drivers a sandbox needs: PCI transport, disk, agent
-// port, network, and the two file systems of its root.
-var sandboxModules = []string{"virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "overlay", "erofs"}
+// port, network, the two file systems of its root, and that of shares.
+var sandboxModules = []string{"virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "overlay", "erofs", "virtiofs"}
 
 // SandboxModules returns the names of the modules that every sandbox loads.
 func SandboxModules() []string { return slices.Clone(sandboxModules) }

@@ -110,7 +110,9 @@ func (l *live) refresh(ctx context.Context, g Guest) error {
 		if !stampPattern.MatchString(stamp) {
 			name = l.invent()
 		}
-		if err := g.Push(ctx, l.dir, name, files); err != nil {
+		// A view that is there got there by a push whose answer was lost: it
+		// takes its name when it is whole.
+		if err := g.Push(ctx, l.dir, name, files); err != nil && !errors.Is(err, unix.EEXIST) {
 			return err
 		}
 		l.stamp = stamp
