@@ -71,11 +71,6 @@ func (g *guests) templateSpec(s spec.Sandbox) vm.TemplateSpec {
 	return g.guest.Template(int(s.MemoryMiB), int(s.CPUs), g.n.keys.trustDomain())
 }
 
-// template returns the template for a size, made if it is the first.
-func (g *guests) template(ctx context.Context, s spec.Sandbox) (*vm.Template, error) {
-	return g.guest.Driver.Template(ctx, g.templateSpec(s), func(line string) { g.n.slog.Info("template: " + line) })
-}
-
 // clone starts a machine for an instance.
 func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, tap *os.File, user uint32) (*vm.Machine, error) {
 	if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
@@ -86,22 +81,20 @@ func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, ta
 		return nil, fmt.Errorf("clone %s: %w", i.ID, err)
 	}
 	defer root.Close()
-	for try := 0; ; try++ {
-		t, err := g.template(ctx, i.Spec.Sandbox)
-		if err != nil {
-			return nil, err
-		}
-		m, err := g.guest.Driver.Clone(ctx, t, vm.Spec{
-			ID: i.ID, Template: g.templateSpec(i.Spec.Sandbox), UID: user, GID: user,
-			Disks:    []vm.Disk{{File: root, Slot: rootSlot}},
-			Networks: []vm.Network{{Tap: tap}},
-		})
-		if errors.Is(err, vm.ErrTemplateClosed) && try == 0 {
-			continue // another size pushed it out meanwhile
-		}
-		return m, err
-	}
+	return g.guest.Clone(ctx, vm.Spec{
+		ID: i.ID, Template: g.templateSpec(i.Spec.Sandbox), UID: user, GID: user,
+		Disks:    []vm.Disk{{File: root, Slot: rootSlot}},
+		Networks: []vm.Network{{Tap: tap}},
+	}, g.progress)
 }
+
+// warm makes the template of the standard size, if it is not there.
+func (g *guests) warm(ctx context.Context) error {
+	_, err := g.guest.Driver.Template(ctx, g.templateSpec(standard), g.progress)
+	return err
+}
+
+func (g *guests) progress(line string) { g.n.slog.Info("template: " + line) }
 
 func (g *guests) adopt(ctx context.Context, id string) (*vm.Machine, error) {
 	return g.guest.Driver.Adopt(ctx, filepath.Join(g.machines, id))

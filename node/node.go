@@ -118,7 +118,7 @@ func (n *Node) Run(ctx context.Context) error {
 		return err
 	}
 	if adopted == 0 {
-		if _, err := n.guests.template(ctx, standard); err != nil {
+		if err := n.guests.warm(ctx); err != nil {
 			return err
 		}
 	}
@@ -141,7 +141,7 @@ func (n *Node) Run(ctx context.Context) error {
 // makeTemplate makes the first template while what was adopted is looked after.
 // One that was not made is made again at the next launch, which then tells why.
 func (n *Node) makeTemplate(ctx context.Context) error {
-	if _, err := n.guests.template(ctx, standard); err != nil {
+	if err := n.guests.warm(ctx); err != nil {
 		n.note(err)
 	}
 	<-ctx.Done()

@@ -6,40 +6,41 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
+	"sync"
 	"time"
 
 	"hauberk.dev/guard"
 	"hauberk.dev/image"
-	"hauberk.dev/internal/flock"
+	"hauberk.dev/shim/keep"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/boot"
 )
 
 const (
-	// uidBase is the first of the users that machines run as, far from those
-	// of hauberk-node.
-	uidBase  = 0x48480000
-	uidCount = 1 << 16
 	// upperShare of the guest's memory may be written to the root.
 	upperShare = 4
 	// agentTime bounds the first answer of a guest's agent after a cold boot.
 	agentTime = 60 * time.Second
+	// trustDomain of all that containerd starts: it is one.
+	trustDomain = "containerd"
 )
 
 // guests makes machines. Several shims share its directories.
 type guests struct {
-	conf  config
-	guest *boot.Guest
+	conf config
+	log  *slog.Logger
+
+	mu    sync.Mutex
+	guest *boot.Guest // nil until a machine is booted here
 }
 
 // directories of a shim.
-func (c config) machines() string { return filepath.Join(c.run, "vm") }
-func (c config) images() string   { return filepath.Join(c.state, "images") }
+func (c config) place() keep.Place { return keep.Place{State: c.state, Run: c.run} }
+func (c config) machines() string  { return c.place().Machines() }
+func (c config) images() string    { return filepath.Join(c.state, "images") }
 
 // machineID names the machine of a container on this host.
 func machineID(a arguments) string {
@@ -47,75 +48,110 @@ func machineID(a arguments) string {
 	return "c-" + hex.EncodeToString(sum[:12])
 }
 
-// openGuests prepares kernel, agent and Guard, and finds out what boots.
-func openGuests(ctx context.Context, c config, log *slog.Logger) (*guests, error) {
-	for _, dir := range []string{c.run, c.images()} {
+func openGuests(c config, log *slog.Logger) (*guests, error) {
+	for _, dir := range []string{c.machines(), c.images()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open guests: %w", err)
 		}
 	}
-	guest, err := boot.Open(ctx, boot.Config{State: c.state, Run: c.machines(), User: uidBase, Link: guard.Link})
-	if err != nil {
-		return nil, err
-	}
-	if guest.Notice != "" {
-		log.Debug(guest.Notice) // true of every container: not worth a line each
-	}
-	return &guests{conf: c, guest: guest}, nil
+	return &guests{conf: c, log: log}, nil
 }
 
-// boot starts a machine. The lock lasts until the machine's journal names its
-// user, so no two machines have the same.
-func (g *guests) boot(ctx context.Context, id string, w wish) (*vm.Machine, error) {
-	spec := vm.Spec{ID: id, Template: g.guest.Template(w.size.memoryMiB, w.size.processors, "containerd")}
+// machine gives a machine whose guest runs: the keeper's, or, if that cannot be
+// had, one that is booted here.
+func (g *guests) machine(ctx context.Context, id string, w wish) (*vm.Machine, error) {
 	if img := w.first; img.Path != "" {
 		if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
 			return nil, err
 		}
 		disk, err := os.Open(img.Path)
 		if err != nil {
-			return nil, fmt.Errorf("boot %s: %w", id, err)
+			return nil, fmt.Errorf("make machine %s: %w", id, err)
 		}
 		defer disk.Close()
-		spec.Disks = []vm.Disk{{File: disk, Slot: vm.ReadOnlySlot(0)}}
+		return g.withDisks(ctx, id, w, vm.Disk{File: disk, Slot: vm.ReadOnlySlot(0)})
 	}
-	unlock, err := flock.Take(ctx, filepath.Join(g.conf.run, ".lock"))
+	return g.withDisks(ctx, id, w)
+}
+
+func (g *guests) withDisks(ctx context.Context, id string, w wish, disks ...vm.Disk) (*vm.Machine, error) {
+	if g.conf.pool == "off" {
+		return g.boot(ctx, id, w, disks)
+	}
+	m, err := g.kept(ctx, id, w)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		g.log.Warn("boot a machine cold, for the keeper gave none", "machine", id, "err", err)
+		return g.boot(ctx, id, w, disks)
+	}
+	for _, d := range disks {
+		if err := m.Attach(ctx, d); err != nil {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
+			defer cancel()
+			return nil, errors.Join(err, m.Kill(ctx))
+		}
+	}
+	return m, nil
+}
+
+// kept asks the keeper for a machine.
+func (g *guests) kept(ctx context.Context, id string, w wish) (*vm.Machine, error) {
+	began := time.Now()
+	c := keep.Client{Place: g.conf.place(), Start: []string{keepAction, "-state", g.conf.state, "-run", g.conf.run, "-pool", g.conf.pool}}
+	given, err := c.Machine(ctx, keep.Request{
+		ID: id, MemoryMiB: w.size.memoryMiB, CPUs: w.size.processors, TrustDomain: trustDomain,
+	}, func(line string) { g.log.Info("keeper: " + line) })
+	if err != nil {
+		return nil, err
+	}
+	g.log.Debug("machine", "id", id, "from", given.How, "took", time.Since(began))
+	return given.Machine, nil
+}
+
+// boot starts a machine from its kernel. The lock lasts until the machine's
+// journal names its user, so no two machines have the same.
+func (g *guests) boot(ctx context.Context, id string, w wish, disks []vm.Disk) (*vm.Machine, error) {
+	guest, err := g.prepare(ctx)
+	if err != nil {
+		return nil, err
+	}
+	user, release, err := g.conf.place().User(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("boot %s: %w", id, err)
 	}
-	defer unlock()
-	user, err := freeUser(g.conf.machines())
-	if err != nil {
-		return nil, fmt.Errorf("boot %s: %w", id, err)
-	}
-	spec.UID, spec.GID = user, user
-	return g.guest.Driver.Boot(ctx, spec)
+	defer release()
+	return guest.Driver.Boot(ctx, vm.Spec{
+		ID: id, UID: user, GID: user, Disks: disks, Journaled: release,
+		Template: guest.Template(w.size.memoryMiB, w.size.processors, trustDomain),
+	})
 }
 
-// freeUser finds a user that no machine has. Nothing runs before its journal
-// stands; one that cannot be read could name anybody.
-func freeUser(machines string) (uint32, error) {
-	found, err := vm.Orphans(machines)
+// prepare prepares kernel, agent and Guard, and finds out what boots, once.
+func (g *guests) prepare(ctx context.Context) (*boot.Guest, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.guest != nil {
+		return g.guest, nil
+	}
+	guest, err := boot.Open(ctx, boot.Config{State: g.conf.state, Run: g.conf.machines(), User: keep.FirstUser, Link: guard.Link})
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	var taken []uint32
-	for _, o := range found {
-		if errors.Is(o.Err, fs.ErrNotExist) {
-			continue
-		}
-		if o.Journal.UID == 0 {
-			return 0, fmt.Errorf("find a free user: run directory %s: %w", o.Dir, o.Err)
-		}
-		taken = append(taken, o.Journal.UID)
+	if guest.Notice != "" {
+		g.log.Debug(guest.Notice) // true of every container: not worth a line each
 	}
-	for n := uint32(1); n < uidCount; n++ {
-		if !slices.Contains(taken, uidBase+n) {
-			return uidBase + n, nil
-		}
-	}
-	return 0, errors.New("find a free user: all are taken")
+	g.guest = guest
+	return guest, nil
 }
 
-// Close frees the driver. Machines run on.
-func (g *guests) Close() error { return g.guest.Close() }
+// Close frees what boots machines. They run on.
+func (g *guests) Close() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.guest == nil {
+		return nil
+	}
+	return g.guest.Close()
+}

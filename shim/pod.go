@@ -78,7 +78,7 @@ func (p *pod) open(ctx context.Context, g *guests) (err error) {
 	if err := p.journal.write(p.bundle); err != nil {
 		return err
 	}
-	m, err := g.boot(ctx, p.journal.Machine, p.wish)
+	m, err := g.machine(ctx, p.journal.Machine, p.wish)
 	if err != nil {
 		return errors.Join(err, removeJournal(p.bundle))
 	}

@@ -128,7 +128,7 @@ func prepare(ctx context.Context, c config, log *slog.Logger) *preparing {
 	p := &preparing{done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
-		p.guests, p.err = openGuests(ctx, c, log)
+		p.guests, p.err = openGuests(c, log)
 	}()
 	return p
 }

@@ -22,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -37,6 +38,8 @@ const Name = "io.containerd.hauberk.v2"
 const (
 	defaultState = "/var/lib/hauberk-shim"
 	defaultRun   = "/run/hauberk-shim"
+	defaultPool  = "1"
+	maxPool      = 64
 	// cleanup bounds what a deletion may take.
 	cleanup = 30 * time.Second
 )
@@ -45,12 +48,21 @@ const (
 type config struct {
 	state string // kernel artefacts, images
 	run   string // machines
+	// pool is how many machines the keeper keeps ahead of each size, a number,
+	// or "off": then there is no keeper, and all machines boot cold.
+	pool string
 }
 
 // environment reads the configuration, which containerd hands on from its own
 // environment.
 func environment(lookup func(string) string) (config, error) {
-	c := config{state: defaultState, run: defaultRun}
+	c := config{state: defaultState, run: defaultRun, pool: defaultPool}
+	if given := lookup("HAUBERK_SHIM_POOL"); given != "" {
+		if n, err := strconv.Atoi(given); given != "off" && (err != nil || n < 0 || n > maxPool) {
+			return config{}, fmt.Errorf("read HAUBERK_SHIM_POOL %q: want off, or a number up to %d", given, maxPool)
+		}
+		c.pool = given
+	}
 	for _, v := range []struct {
 		name string
 		into *string
@@ -125,6 +137,9 @@ func parseArguments(args []string, stderr io.Writer) (arguments, error) {
 // Main is the program: containerd calls it to start a shim, to clean up after
 // one that died, and, by itself, to serve. It ends when ctx does.
 func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == keepAction {
+		return keepMachines(ctx, args[1:], stderr)
+	}
 	a, err := parseArguments(args, stderr)
 	if err != nil {
 		return err

@@ -4,7 +4,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 )
 
 // maxConsole bounds each of the two files that hold what a guest printed.
@@ -15,7 +14,7 @@ const maxConsole = 64 << 10
 // older is dropped. Nothing here may stop the copying, for then the guest
 // would wait for its console; what cannot be written is lost.
 func keepConsole(conn net.Conn, dir *RunDir) {
-	name := filepath.Join(dir.Path, consoleLog)
+	name := dir.name(consoleLog)
 	var size int64
 	if fi, err := os.Stat(name); err == nil {
 		size = fi.Size()

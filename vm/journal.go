@@ -47,8 +47,8 @@ type Journal struct {
 	PID    int    `json:"pid,omitempty"`
 	Start  uint64 `json:"start,omitempty"` // in clock ticks since boot
 	BootID string `json:"bootID"`
-	// Scratch marks a machine its driver needs for a moment, such as the guest
-	// that becomes a template. It is nobody's sandbox and never adopted.
+	// Scratch marks a machine that is nobody's: the guest that becomes a
+	// template, or one that waits for its owner. It is never adopted.
 	Scratch bool `json:"scratch,omitempty"`
 	// Template is the key of the template cloned, empty after a cold boot.
 	Template string    `json:"template,omitempty"`

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -17,6 +18,8 @@ type Monitor interface {
 	// Pause stops the guest's processors; Resume lets them go on.
 	Pause(context.Context) error
 	Resume(context.Context) error
+	// AttachNetwork gives the guest its i-th network device.
+	AttachNetwork(ctx context.Context, i int, tap *os.File) error
 	// Attach puts a disk into an empty slot, Detach empties a slot.
 	Attach(context.Context, Disk) error
 	Detach(context.Context, Slot) error
@@ -63,7 +66,7 @@ func NewMachine(ctx context.Context, p Parts) (*Machine, error) {
 		if m.handle != nil {
 			m.handle.close()
 		}
-		return nil, errors.Join(fmt.Errorf("take machine in %s: %w", m.dir.Path, err), m.monitor.Close(), m.closeTap(), m.dir.Close())
+		return nil, errors.Join(fmt.Errorf("take machine in %s: %w", m.dir.Path(), err), m.monitor.Close(), m.closeTap(), m.dir.Close())
 	}
 	m.copied.Go(func() { keepConsole(m.console, m.dir) })
 	go m.watch()
@@ -71,7 +74,7 @@ func NewMachine(ctx context.Context, p Parts) (*Machine, error) {
 }
 
 func (m *Machine) open(ctx context.Context, child *os.Process) (err error) {
-	if m.journal, err = ReadJournal(m.dir.Path); err != nil {
+	if m.journal, err = ReadJournal(m.dir.Path()); err != nil {
 		return err
 	}
 	if m.journal.State != StateReady {
@@ -110,10 +113,40 @@ func (m *Machine) watch() {
 }
 
 // ID is the machine's name.
-func (m *Machine) ID() string { return m.journal.ID }
+func (m *Machine) ID() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.journal.ID
+}
+
+// Become makes a spare machine somebody's: it gets a name and a run directory of
+// that name below parent, on the same file system. Before it returns the machine
+// is nobody's and cannot be adopted; a name that is taken leaves it so.
+func (m *Machine) Become(parent, id string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !idPattern.MatchString(id) {
+		return fmt.Errorf("name machine %q: it is not letters, digits and hyphens, at most 63", id)
+	}
+	if !m.journal.Scratch {
+		return fmt.Errorf("name machine %s to be %s: it is somebody's", m.journal.ID, id)
+	}
+	// While the directory has its old name the journal is in the wrong place,
+	// and whoever sweeps there ends the machine.
+	j := m.journal
+	j.ID, j.Scratch = id, false
+	if err := j.Write(m.dir.Path()); err != nil {
+		return fmt.Errorf("name machine %s: %w", id, err)
+	}
+	if err := m.dir.move(filepath.Join(parent, id)); err != nil {
+		return errors.Join(fmt.Errorf("name machine %s: %w", id, err), m.journal.Write(m.dir.Path()))
+	}
+	m.journal = j
+	return nil
+}
 
 // Dir is the machine's run directory.
-func (m *Machine) Dir() string { return m.dir.Path }
+func (m *Machine) Dir() string { return m.dir.Path() }
 
 // PID is the number of the monitor's process.
 func (m *Machine) PID() int { return m.journal.PID }
@@ -180,14 +213,34 @@ func (m *Machine) Resume(ctx context.Context) error {
 
 // Tap is the tap of the first network device if the machine was given none: in
 // a namespace that nothing else is in, until it is moved. It is nil else, and
-// for a machine that was adopted. The file is closed with the machine.
+// for a machine that was adopted, unless SetTap gave it back. The file is closed
+// with the machine.
 func (m *Machine) Tap() *os.File { return m.tap }
+
+// SetTap gives an adopted machine the tap that it lost. It must be called before
+// anything that uses it.
+func (m *Machine) SetTap(tap *os.File) { m.tap = tap }
 
 func (m *Machine) closeTap() error {
 	if m.tap == nil {
 		return nil
 	}
 	return m.tap.Close()
+}
+
+// AttachNetwork gives the guest its i-th network device, from 1 on. The guest
+// finds it by a rescan. The file stays the caller's.
+func (m *Machine) AttachNetwork(ctx context.Context, i int, tap *os.File) error {
+	err := error(nil)
+	if i < 1 || i >= MaxNetworks || tap == nil {
+		err = fmt.Errorf("it needs a tap, and devices 1 to %d can be added", MaxNetworks-1)
+	} else {
+		err = m.monitor.AttachNetwork(ctx, i, tap)
+	}
+	if err != nil {
+		return fmt.Errorf("attach network %d to machine %s: %w", i, m.ID(), err)
+	}
+	return nil
 }
 
 // Attach puts a disk into an empty slot of the guest, running or paused.
@@ -248,7 +301,7 @@ func (m *Machine) Kill(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("kill machine %s: %w", m.ID(), context.Cause(ctx))
 	}
-	return errors.Join(os.RemoveAll(m.Dir()), m.Release())
+	return errors.Join(os.RemoveAll(m.dir.Path()), m.Release())
 }
 
 // Release lets go of the machine, which runs on and can be adopted. It may be

@@ -214,7 +214,7 @@ func TestConsoleIsBounded(t *testing.T) {
 	guest.Close()
 	<-done
 	var total int64
-	names, _ := filepath.Glob(filepath.Join(d.Path, consoleLog+"*"))
+	names, _ := filepath.Glob(filepath.Join(d.Path(), consoleLog+"*"))
 	for _, n := range names {
 		fi, err := os.Stat(n)
 		if err != nil {

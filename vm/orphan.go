@@ -40,14 +40,19 @@ func Orphans(parent string) ([]Orphan, error) {
 		if !e.IsDir() || !idPattern.MatchString(e.Name()) {
 			continue
 		}
-		o := Orphan{ID: e.Name(), Dir: filepath.Join(parent, e.Name())}
-		if o.Journal, o.Err = ReadJournal(o.Dir); o.Err == nil {
-			pid, _, err := o.Journal.find()
-			o.Alive, o.Err = pid != 0, err
-		}
-		out = append(out, o)
+		out = append(out, OrphanIn(filepath.Join(parent, e.Name())))
 	}
 	return out, nil
+}
+
+// OrphanIn reads one run directory.
+func OrphanIn(dir string) Orphan {
+	o := Orphan{ID: filepath.Base(dir), Dir: dir}
+	if o.Journal, o.Err = ReadJournal(dir); o.Err == nil {
+		pid, _, err := o.Journal.find()
+		o.Alive, o.Err = pid != 0, err
+	}
+	return o
 }
 
 // End kills the orphan's process, if there is one, waits until it is gone, and

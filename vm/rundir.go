@@ -10,6 +10,9 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // Names in a run directory.
@@ -25,8 +28,28 @@ const (
 // root's and open to nobody else, the machine's monitor included: a monitor
 // that a guest has broken could otherwise forge who it is.
 type RunDir struct {
-	Path string
 	open *os.File
+
+	mu   sync.Mutex
+	path string
+}
+
+// Path is where the directory is.
+func (d *RunDir) Path() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.path
+}
+
+// move gives the directory another name, which nothing may have.
+func (d *RunDir) move(to string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := unix.Renameat2(unix.AT_FDCWD, d.path, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE); err != nil {
+		return fmt.Errorf("move run directory %s to %s: %w", d.path, to, err)
+	}
+	d.path = to
+	return nil
 }
 
 // CreateRunDir makes the directory of a machine that is not there yet.
@@ -44,7 +67,7 @@ func OpenRunDir(path string) (*RunDir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open run directory: %w", err)
 	}
-	return &RunDir{Path: path, open: f}, nil
+	return &RunDir{path: path, open: f}, nil
 }
 
 // name is a path of at most 108 bytes, which is all a socket may have.
@@ -56,7 +79,7 @@ func (d *RunDir) name(file string) string {
 func (d *RunDir) Listen(file string) (*os.File, error) {
 	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: d.name(file), Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("listen in %s: %w", d.Path, err)
+		return nil, fmt.Errorf("listen in %s: %w", d.Path(), err)
 	}
 	ln.SetUnlinkOnClose(false)
 	f, err := ln.File()
@@ -68,19 +91,19 @@ func (d *RunDir) Dial(ctx context.Context, file string) (*net.UnixConn, error) {
 	var dialer net.Dialer
 	conn, err := dialer.DialContext(ctx, "unix", d.name(file))
 	if err != nil {
-		return nil, fmt.Errorf("dial %s in %s: %w", file, d.Path, err)
+		return nil, fmt.Errorf("dial %s in %s: %w", file, d.Path(), err)
 	}
 	return conn.(*net.UnixConn), nil
 }
 
 // Create makes a file that its writers append to.
 func (d *RunDir) Create(file string) (*os.File, error) {
-	return os.OpenFile(filepath.Join(d.Path, file), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	return os.OpenFile(d.name(file), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 }
 
 // Tail returns at most so many bytes of the end of a file, quoted.
 func (d *RunDir) Tail(file string, most int64) string {
-	f, err := os.Open(filepath.Join(d.Path, file))
+	f, err := os.Open(d.name(file))
 	if err != nil {
 		return ""
 	}
@@ -106,5 +129,5 @@ func (d *RunDir) Close() error {
 
 // Remove deletes the directory with all it holds, and closes it.
 func (d *RunDir) Remove() error {
-	return errors.Join(os.RemoveAll(d.Path), d.Close())
+	return errors.Join(os.RemoveAll(d.Path()), d.Close())
 }

@@ -116,6 +116,11 @@ type Spec struct {
 	// Networks are the guest's devices, in order. Without any the guest still
 	// has the first, on a tap that leads nowhere.
 	Networks []Network
+	// Spare machines are nobody's until they become somebody's.
+	Spare bool
+	// Journaled, if not nil, is called when the machine's journal stands: from
+	// then on all can see that its user is taken.
+	Journaled func()
 	// DiskLimit is how large, in bytes, a writable disk may be that is attached
 	// later. One that is there at the start may be as large as it is.
 	DiskLimit int64

@@ -2,14 +2,12 @@ package netns
 
 import (
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"os"
 	"runtime"
 	"strings"
 	"sync"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -67,60 +65,6 @@ func (n *Nowhere) Close() error {
 	return err
 }
 
-// Move takes a tap from the namespace it is in to that of the file, under a
-// name. What was set up for the tap as a link is lost, what its descriptors
-// agreed on is not.
-func Move(tap *os.File, to *os.File, name string) error {
-	from, old, err := whereIs(tap)
-	if err != nil {
-		return fmt.Errorf("move tap: %w", err)
-	}
-	defer from.Close()
-	err = within(from, func() error {
-		link, err := netlink.LinkByName(old)
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetNsFd(link, int(to.Fd()))
-	})
-	if err == nil {
-		err = within(to, func() error {
-			link, err := netlink.LinkByName(old)
-			if err != nil || old == name {
-				return err
-			}
-			return netlink.LinkSetName(link, name)
-		})
-	}
-	if err != nil {
-		return fmt.Errorf("move tap %s to be %s: %w", old, name, err)
-	}
-	return nil
-}
-
-// whereIs asks a tap's descriptor for its namespace and name.
-func whereIs(tap *os.File) (*os.File, string, error) {
-	raw, err := tap.SyscallConn()
-	if err != nil {
-		return nil, "", err
-	}
-	req, err := unix.NewIfreq("any")
-	if err != nil {
-		return nil, "", err
-	}
-	fd, failed := -1, error(nil)
-	err = raw.Control(func(t uintptr) {
-		if failed = unix.IoctlIfreq(int(t), unix.TUNGETIFF, req); failed == nil {
-			fd, failed = unix.IoctlRetInt(int(t), unix.SIOCGSKNS)
-		}
-	})
-	if err := errors.Join(err, failed); err != nil {
-		return nil, "", fmt.Errorf("ask tap where it is: %w", err)
-	}
-	unix.CloseOnExec(fd)
-	return os.NewFile(uintptr(fd), "netns"), req.Name(), nil
-}
-
 // within runs f on a thread in a namespace.
 func within(file *os.File, f func() error) error {
 	return onThread(func() error {
@@ -137,14 +81,21 @@ func within(file *os.File, f func() error) error {
 // with one of its own.
 func (ns *Namespace) Adopt(tap *os.File, g Guest) error {
 	err := g.check()
-	if err == nil && ns.file == nil {
-		err = os.ErrClosed
-	}
 	if err == nil {
-		err = Move(tap, ns.file, Device)
-	}
-	if err == nil {
-		err = ns.Do(func() error { return enclose(Device, g) })
+		err = ns.Do(func() error {
+			raw, err := tap.SyscallConn()
+			if err != nil {
+				return err
+			}
+			var moved error
+			if err := raw.Control(func(fd uintptr) { moved = moveTap(int(fd), ns, Device) }); err != nil {
+				return err
+			}
+			if moved != nil {
+				return moved
+			}
+			return enclose(Device, g)
+		})
 	}
 	if err != nil {
 		return fmt.Errorf("adopt tap in %q: %w", ns.name, err)

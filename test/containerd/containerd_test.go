@@ -110,7 +110,8 @@ func (w *world) testDetached(t *testing.T) {
 	if out, err := inside("three", "sh", "-c", "cp /bin/busybox /tmp/x && /tmp/x echo ran"); code(err) != 126 || out != "" {
 		t.Errorf("a written program: %q, %v, want exit code 126", out, err)
 	}
-	if out, err := inside("four", "ip", "-o", "link"); err != nil || strings.Count(out, "\n") != 1 || !strings.Contains(out, "lo:") {
+	// Every machine has a network device; without a network it is off.
+	if out, err := inside("four", "ip", "-o", "link"); err != nil || !strings.Contains(out, "lo:") || strings.Contains(out, "UP") {
 		t.Errorf("interfaces: %q, %v", out, err)
 	}
 	out := w.must(t, "", "task", "metrics", "stays")

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"hauberk.dev/internal/kernel"
+	"hauberk.dev/vm"
 )
 
 const (
@@ -143,6 +144,10 @@ func (w *world) end(t *testing.T) {
 		t.Logf("end of containerd's log:\n%s", tail(w.path("log"), 4096))
 	}
 	w.stop(t, syscall.SIGTERM)
+	w.machines(t)
+	if out, err := exec.Command(w.path("bin/containerd-shim-hauberk-v2"), "keep", "-end", "-run", w.path("run")).CombinedOutput(); err != nil {
+		t.Errorf("end keeper: %v: %s", err, out)
+	}
 	for pid, line := range w.processes() {
 		t.Errorf("process %d was left: %s", pid, line)
 		if p, err := os.FindProcess(pid); err == nil {
@@ -181,32 +186,40 @@ func (w *world) processes() map[int]string {
 
 var (
 	seenMu sync.Mutex
-	seen   = map[string]bool{} // names of machines of this process' worlds
+	seen   = map[string]bool{} // marks of machines of this process' worlds
 )
 
 func (w *world) ours(line string) bool {
 	seenMu.Lock()
 	defer seenMu.Unlock()
-	for id := range seen {
-		if strings.Contains(line, "hauberk-"+id+"-") {
+	for mark := range seen {
+		if strings.Contains(line, mark) {
 			return true
 		}
 	}
 	return false
 }
 
-// machines lists the run directories, and remembers their names.
+// machines lists the run directories of containers' machines, and remembers the
+// marks of these and of what the keeper keeps.
 func (w *world) machines(t *testing.T) (names []string) {
 	t.Helper()
-	entries, err := os.ReadDir(w.path("run/vm"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		t.Fatal(err)
-	}
-	seenMu.Lock()
-	defer seenMu.Unlock()
-	for _, e := range entries {
-		names = append(names, e.Name())
-		seen[e.Name()] = true
+	parents, _ := filepath.Glob(w.path("run/keep-*"))
+	for _, parent := range append(parents, w.path("run/vm")) {
+		found, err := vm.Orphans(parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seenMu.Lock()
+		for _, o := range found {
+			if o.Journal.Mark != "" {
+				seen[o.Journal.Mark] = true
+			}
+			if filepath.Base(parent) == "vm" {
+				names = append(names, o.ID)
+			}
+		}
+		seenMu.Unlock()
 	}
 	return names
 }

@@ -89,13 +89,19 @@ func (s *Server) Close() error {
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("stop containerd: %w", err)
 	}
+	var err error
 	select {
 	case <-s.exited:
-		return nil
 	case <-time.After(30 * time.Second):
 		s.Kill()
-		return errors.New("stop containerd: it does not end by SIGTERM")
+		err = errors.New("stop containerd: it does not end by SIGTERM")
 	}
+	// The keeper of machines serves all shims and outlives them.
+	keeper := exec.Command(filepath.Join(s.options.Own, "containerd-shim-hauberk-v2"), "keep", "-end", "-run", s.path("run"))
+	if out, failed := keeper.CombinedOutput(); failed != nil {
+		err = errors.Join(err, fmt.Errorf("end keeper: %w: %s", failed, out))
+	}
+	return err
 }
 
 // Restart starts containerd, the first time or after Kill.

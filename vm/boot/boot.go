@@ -112,6 +112,22 @@ func (g *Guest) Template(memoryMiB, cpus int, trustDomain string) vm.TemplateSpe
 	}
 }
 
+// Clone starts a machine from the template of its kind, which is made if it is
+// not there. It says how that goes to progress, which may be nil.
+func (g *Guest) Clone(ctx context.Context, spec vm.Spec, progress func(string)) (*vm.Machine, error) {
+	for again := false; ; again = true {
+		t, err := g.Driver.Template(ctx, spec.Template, progress)
+		if err != nil {
+			return nil, err
+		}
+		m, err := g.Driver.Clone(ctx, t, spec)
+		if errors.Is(err, vm.ErrTemplateClosed) && !again {
+			continue // another size pushed it out meanwhile
+		}
+		return m, err
+	}
+}
+
 // Measurement is the digests of everything that decides what a guest is.
 func (g *Guest) Measurement() node.Measurement {
 	return node.Measurement{
@@ -127,7 +143,7 @@ func digest(b []byte) string {
 
 // prepare unpacks the kernel, links the Guard to it and builds the initramfs.
 func (g *Guest) prepare(c Config) error {
-	installed, err := find(c.Kernel)
+	installed, err := Find(c.Kernel)
 	if err != nil {
 		return err
 	}
@@ -151,7 +167,8 @@ func (g *Guest) prepare(c Config) error {
 	return err
 }
 
-func find(want string) (kernel.Installed, error) {
+// Find gives the installed kernel that a configuration names.
+func Find(want string) (kernel.Installed, error) {
 	switch {
 	case want == "":
 		return kernel.Find("/", kernel.Flavour)

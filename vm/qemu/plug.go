@@ -90,8 +90,10 @@ func (m *monitor) setDrive(ctx context.Context, s vm.Slot, node string) error {
 	return m.execute(ctx, "qom-set", map[string]string{"path": peripheral + string(s), "property": "drive", "value": node}, nil)
 }
 
-// plugNetwork gives the guest its i-th network device.
-func (m *monitor) plugNetwork(ctx context.Context, i int, tap *os.File) error {
+// AttachNetwork gives the guest its i-th network device.
+func (m *monitor) AttachNetwork(ctx context.Context, i int, tap *os.File) error {
+	m.plugging.Lock()
+	defer m.plugging.Unlock()
 	id := fmt.Sprintf("net%d", i)
 	if err := m.execute(ctx, "getfd", map[string]string{"fdname": id}, nil, tap); err != nil {
 		return err

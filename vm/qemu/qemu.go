@@ -229,9 +229,12 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 		return nil, nil, err
 	}
 	journal.Template = l.template
-	journal.Scratch = l.role == roleTemplate || d.config.scratch
-	if err := journal.Write(dir.Path); err != nil {
+	journal.Scratch = l.role == roleTemplate || d.config.scratch || l.spec.Spare
+	if err := journal.Write(dir.Path()); err != nil {
 		return nil, nil, err
+	}
+	if l.spec.Journaled != nil {
+		l.spec.Journaled()
 	}
 	if started.process, err = d.start(dir, c, l); err != nil {
 		return nil, nil, err
@@ -246,7 +249,7 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 	if err := l.run(ctx, started.monitor); err != nil {
 		return nil, nil, err
 	}
-	if err := journal.Ready(dir.Path, started.process.Pid); err != nil {
+	if err := journal.Ready(dir.Path(), started.process.Pid); err != nil {
 		return nil, nil, err
 	}
 	m, err := vm.NewMachine(ctx, vm.Parts{Dir: dir, Process: started.process, Monitor: started.monitor, Tap: started.tap})
@@ -265,7 +268,7 @@ func (l launch) run(ctx context.Context, mon *monitor) error {
 		if i == 0 {
 			continue // the board's
 		}
-		if err := mon.plugNetwork(ctx, i, n.Tap); err != nil {
+		if err := mon.AttachNetwork(ctx, i, n.Tap); err != nil {
 			return err
 		}
 	}
@@ -395,6 +398,11 @@ func memfd(name string, size int64) (*os.File, error) {
 
 // Adopt takes up a machine that outlived whoever started it.
 func (d *Driver) Adopt(ctx context.Context, path string) (*vm.Machine, error) {
+	return Adopt(ctx, path)
+}
+
+// Adopt takes up a machine that some driver started. It needs none.
+func Adopt(ctx context.Context, path string) (*vm.Machine, error) {
 	dir, err := vm.OpenRunDir(path)
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine: %w", err)

@@ -1,0 +1,53 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"strconv"
+	"time"
+
+	"hauberk.dev/guard"
+	"hauberk.dev/shim/keep"
+)
+
+const (
+	// keepAction makes this program the keeper; shims start it so.
+	keepAction = "keep"
+	// keptSizes is how many sizes of machines are kept ahead, and how many
+	// templates there are.
+	keptSizes = 3
+	// keeperIdle is when a keeper that nobody asks ends.
+	keeperIdle = 15 * time.Minute
+	// hotDisk bounds writable disks attached to a kept machine.
+	hotDisk = 64 << 30
+)
+
+// keepMachines runs the keeper, or ends all there are.
+func keepMachines(ctx context.Context, args []string, stderr io.Writer) error {
+	f := flag.NewFlagSet(keepAction, flag.ContinueOnError)
+	f.SetOutput(stderr)
+	state := f.String("state", defaultState, "where kernels and images are kept")
+	run := f.String("run", defaultRun, "where machines are")
+	number := f.String("pool", defaultPool, "machines kept ahead of each size")
+	idle := f.Duration("idle", keeperIdle, "end when nobody asked for this long")
+	stop := f.Bool("end", false, "end the keepers of -run instead, and what they kept")
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	n, err := strconv.Atoi(*number)
+	if err != nil || n < 0 || n > maxPool || f.NArg() > 0 || *idle <= 0 {
+		return errors.Join(fmt.Errorf("read arguments: -pool %q, -idle %v, %q", *number, *idle, f.Args()), err)
+	}
+	place := keep.Place{State: *state, Run: *run}
+	if *stop {
+		return place.End(ctx)
+	}
+	return keep.Run(ctx, keep.Config{
+		Place: place, Link: guard.Link, PerSize: n, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
+		Log: slog.New(slog.NewTextHandler(stderr, nil)),
+	})
+}
