@@ -97,7 +97,7 @@ func (s *Server) Close() error {
 		err = errors.New("stop containerd: it does not end by SIGTERM")
 	}
 	// The keeper of machines serves all shims and outlives them.
-	keeper := exec.Command(filepath.Join(s.options.Own, "containerd-shim-hauberk-v2"), "keep", "-end", "-run", s.path("run"))
+	keeper := exec.Command(filepath.Join(s.options.own, "containerd-shim-hauberk-v2"), "keep", "-end", "-run", s.path("run"))
 	if out, failed := keeper.CombinedOutput(); failed != nil {
 		err = errors.Join(err, fmt.Errorf("end keeper: %w: %s", failed, out))
 	}
