@@ -460,7 +460,7 @@ func (s *session) attachTo(ctx context.Context, name string, input bool, keys st
 		return 0, err
 	}
 	return s.join(ctx, joined{
-		stream: stream, tty: tty, input: input, keys: keys, errs: s.Err, kill: b.Kill, resize: b.Resize,
+		stream: stream, tty: tty, input: input, keys: keys, errs: s.Err, kill: b.Kill, resize: b.Resize, left: leftRunning(show.Clean(name)),
 		wait: func(ctx context.Context) (int, error) { e, err := b.Wait(ctx); return e.Code, err },
 	})
 }

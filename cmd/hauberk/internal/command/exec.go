@@ -107,7 +107,7 @@ func (s *session) execBox(ctx context.Context, b *sandbox.Sandbox, o *execOption
 	}
 	return s.join(ctx, joined{
 		stream: p.Stream, tty: tty, input: o.input, keys: "ctrl-p,ctrl-q", errs: s.Err,
-		kill: p.Kill, resize: p.Resize, wait: p.Wait,
+		kill: p.Kill, resize: p.Resize, wait: p.Wait, left: "left running",
 	})
 }
 

@@ -29,7 +29,7 @@ var ready = []struct {
 	{"agent", "for code that was not written by people: the image's files stay as they are, and nothing is reached", spec.GuardPolicy{
 		Exec:  &spec.GuardExec{Origin: "image", AnonymousMemory: "allow", ShellOnSocket: "deny", Severity: spec.SeverityCritical},
 		Files: protect("w", "/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc", "/boot", "/opt"),
-		Net:   &spec.GuardNet{Egress: []spec.GuardEgress{}, Severity: spec.SeverityCritical},
+		Net:   &spec.GuardNet{Egress: []spec.GuardEgress{{CIDR: "127.0.0.0/8"}}, Severity: spec.SeverityCritical},
 		Sys:   &spec.GuardSys{Deny: everySys, Severity: spec.SeverityCritical},
 	}},
 	{"web", "for a server: as baseline, no code is made in memory, and its programs and settings stay as they are", spec.GuardPolicy{

@@ -254,7 +254,7 @@ func (s *session) runLoud(ctx context.Context, o *runOptions, errs io.Writer) (c
 		return 0, s.notStarted(b, o, err)
 	}
 	return s.join(ctx, joined{
-		stream: stream, tty: tty, input: o.interactive, keys: o.detachKeys, errs: errs,
+		stream: stream, tty: tty, input: o.interactive, keys: o.detachKeys, errs: errs, left: leftRunning(b.ID()),
 		kill: b.Kill, resize: b.Resize,
 		wait: func(ctx context.Context) (int, error) {
 			e, err := b.Wait(ctx)
@@ -264,6 +264,10 @@ func (s *session) runLoud(ctx context.Context, o *runOptions, errs io.Writer) (c
 			return e.Code, err
 		},
 	})
+}
+
+func leftRunning(name string) string {
+	return "left running; come back with: hauberk attach " + name
 }
 
 // notStarted removes a sandbox that could not be run. One whose program is at

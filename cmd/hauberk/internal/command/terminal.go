@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -72,6 +73,7 @@ type joined struct {
 	kill   func(context.Context, syscall.Signal) error
 	resize func(ctx context.Context, rows, cols uint16) error
 	wait   func(context.Context) (int, error)
+	left   string // what is said when it is left running
 }
 
 // errDetached means that the keys were typed.
@@ -106,6 +108,7 @@ func (s *session) join(ctx context.Context, j joined) (int, error) {
 	defer stop()
 	err := j.stream.Run(ctx, std)
 	if errors.Is(err, errDetached) {
+		fmt.Fprintf(j.errs, "\r\n%s\r\n", j.left)
 		return 0, nil
 	}
 	if err != nil {
@@ -163,6 +166,7 @@ type watched struct {
 	keys []byte
 	seen int    // of the keys
 	over []byte // read, and not handed on yet
+	left bool   // the keys were typed
 }
 
 func (w *watched) Read(p []byte) (int, error) {
@@ -170,12 +174,14 @@ func (w *watched) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	for len(w.over) == 0 {
+		if w.left {
+			return 0, errDetached
+		}
 		buf := make([]byte, len(p))
 		n, err := w.in.Read(buf)
-		for _, c := range buf[:n] {
-			if w.key(c) {
-				return 0, errDetached
-			}
+		w.left = slices.ContainsFunc(buf[:n], w.key) // what follows is nobody's
+		if w.left {
+			continue
 		}
 		if err != nil && len(w.over) == 0 {
 			return 0, err

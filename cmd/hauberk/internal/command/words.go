@@ -23,7 +23,7 @@ func parseSize(s string) (uint64, error) {
 		}
 	}
 	v, err := strconv.ParseFloat(text, 64)
-	if err != nil || v <= 0 || math.IsInf(v, 0) || v*float64(uint64(1)<<shift) > 1<<50 {
+	if err != nil || math.IsNaN(v) || v <= 0 || v*float64(uint64(1)<<shift) > 1<<50 {
 		return 0, fmt.Errorf("size %q: want a number with k, m, g or t, such as 256m", s)
 	}
 	return uint64(v * float64(uint64(1)<<shift)), nil
