@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"time"
 
@@ -75,7 +76,7 @@ func (g *guests) machine(ctx context.Context, id string, w wish) (*vm.Machine, e
 }
 
 func (g *guests) withDisks(ctx context.Context, id string, w wish, disks ...vm.Disk) (*vm.Machine, error) {
-	if g.conf.pool == "off" {
+	if g.conf.cold {
 		return g.boot(ctx, id, w, disks)
 	}
 	m, err := g.kept(ctx, id, w)
@@ -99,7 +100,7 @@ func (g *guests) withDisks(ctx context.Context, id string, w wish, disks ...vm.D
 // kept asks the keeper for a machine.
 func (g *guests) kept(ctx context.Context, id string, w wish) (*vm.Machine, error) {
 	began := time.Now()
-	c := keep.Client{Place: g.conf.place(), Start: []string{keepAction, "-state", g.conf.state, "-run", g.conf.run, "-pool", g.conf.pool}}
+	c := keep.Client{Place: g.conf.place(), Start: []string{keepAction, "-state", g.conf.state, "-run", g.conf.run, "-pool", strconv.Itoa(g.conf.pool)}}
 	given, err := c.Machine(ctx, keep.Request{
 		ID: id, MemoryMiB: w.size.memoryMiB, CPUs: w.size.processors, TrustDomain: trustDomain,
 	}, func(line string) { g.log.Info("keeper: " + line) })

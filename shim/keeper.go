@@ -2,12 +2,10 @@ package shim
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"strconv"
 	"time"
 
 	"hauberk.dev/guard"
@@ -32,22 +30,21 @@ func keepMachines(ctx context.Context, args []string, stderr io.Writer) error {
 	f.SetOutput(stderr)
 	state := f.String("state", defaultState, "where kernels and images are kept")
 	run := f.String("run", defaultRun, "where machines are")
-	number := f.String("pool", defaultPool, "machines kept ahead of each size")
+	number := f.Int("pool", defaultPool, "machines kept ahead of each size")
 	idle := f.Duration("idle", keeperIdle, "end when nobody asked for this long")
 	stop := f.Bool("end", false, "end the keepers of -run instead, and what they kept")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
-	n, err := strconv.Atoi(*number)
-	if err != nil || n < 0 || n > maxPool || f.NArg() > 0 || *idle <= 0 {
-		return errors.Join(fmt.Errorf("read arguments: -pool %q, -idle %v, %q", *number, *idle, f.Args()), err)
+	if *number < 0 || *number > maxPool || f.NArg() > 0 || *idle <= 0 {
+		return fmt.Errorf("read arguments: -pool %d, -idle %v, %q", *number, *idle, f.Args())
 	}
 	place := keep.Place{State: *state, Run: *run}
 	if *stop {
 		return place.End(ctx)
 	}
 	return keep.Run(ctx, keep.Config{
-		Place: place, Link: guard.Link, PerSize: n, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
+		Place: place, Link: guard.Link, PerSize: *number, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
 		Log: slog.New(slog.NewTextHandler(stderr, nil)),
 	})
 }

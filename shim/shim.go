@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -38,7 +39,7 @@ const Name = "io.containerd.hauberk.v2"
 const (
 	defaultState = "/var/lib/hauberk-shim"
 	defaultRun   = "/run/hauberk-shim"
-	defaultPool  = "1"
+	defaultPool  = 1
 	maxPool      = 64
 	// cleanup bounds what a deletion may take.
 	cleanup = 30 * time.Second
@@ -48,20 +49,37 @@ const (
 type config struct {
 	state string // kernel artefacts, images
 	run   string // machines
-	// pool is how many machines the keeper keeps ahead of each size, a number,
-	// or "off": then there is no keeper, and all machines boot cold.
-	pool string
+	// cold machines come from no keeper; else it keeps pool of each size ahead.
+	cold bool
+	pool int
+}
+
+// parseStart reads how machines start: "pool", "pool:N", "clone" or "cold".
+func (c *config) parseStart(text string) error {
+	number, counted := strings.CutPrefix(text, "pool:")
+	switch {
+	case text == "" || text == "pool":
+		c.pool = defaultPool
+	case text == "cold":
+		c.cold = true
+	case text == "clone":
+		c.pool = 0
+	default:
+		n, err := strconv.Atoi(number)
+		if !counted || err != nil || n < 0 || n > maxPool {
+			return fmt.Errorf("read HAUBERK_SHIM_START %q: want cold, clone, pool or pool:N with N up to %d", text, maxPool)
+		}
+		c.pool = n
+	}
+	return nil
 }
 
 // environment reads the configuration, which containerd hands on from its own
 // environment.
 func environment(lookup func(string) string) (config, error) {
-	c := config{state: defaultState, run: defaultRun, pool: defaultPool}
-	if given := lookup("HAUBERK_SHIM_POOL"); given != "" {
-		if n, err := strconv.Atoi(given); given != "off" && (err != nil || n < 0 || n > maxPool) {
-			return config{}, fmt.Errorf("read HAUBERK_SHIM_POOL %q: want off, or a number up to %d", given, maxPool)
-		}
-		c.pool = given
+	c := config{state: defaultState, run: defaultRun}
+	if err := c.parseStart(lookup("HAUBERK_SHIM_START")); err != nil {
+		return config{}, err
 	}
 	for _, v := range []struct {
 		name string

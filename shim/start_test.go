@@ -275,3 +275,19 @@ func FuzzJournal(f *testing.F) {
 		}
 	})
 }
+
+func TestHowMachinesStart(t *testing.T) {
+	for text, want := range map[string]config{
+		"": {pool: defaultPool}, "pool": {pool: defaultPool}, "pool:0": {}, "pool:64": {pool: 64}, "clone": {}, "cold": {cold: true},
+	} {
+		var c config
+		if err := c.parseStart(text); err != nil || c != want {
+			t.Errorf("%q: %+v, %v; want %+v", text, c, err, want)
+		}
+	}
+	for _, text := range []string{"pool:", "pool:-1", "pool:65", "pool:x", "5", "warm"} {
+		if err := new(config).parseStart(text); err == nil {
+			t.Errorf("%q was taken", text)
+		}
+	}
+}

@@ -245,7 +245,7 @@ func (c Client) start(ctx context.Context, dir string) error {
 	}
 	defer log.Close()
 	cmd := exec.Command(self, c.Start...)
-	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = "/", []string{"PATH=" + os.Getenv("PATH")}, log, log
+	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = "/", []string{"PATH=" + os.Getenv("PATH"), "HAUBERK_SHIM_RUN=" + c.Run}, log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start keeper: %w", err)

@@ -177,5 +177,6 @@ func parseAnswer(line []byte) (answer, error) {
 const (
 	patience  = 5 * time.Second  // for what a peer has to say
 	workTime  = 90 * time.Second // for a machine, a template before it included
+	lookTime  = 2 * time.Second  // between looks at what is still there
 	startTime = 10 * time.Second // for a keeper that was started
 )

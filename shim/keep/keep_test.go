@@ -346,6 +346,19 @@ func TestEndsWhatItKeeps(t *testing.T) {
 		t.Errorf("keeper %d, %d machines are left", keeperPID(c), kept(t, c))
 	}
 	works(t, g)
+	another := ask(t, c, "c-two")
+	dir, err := c.keeper()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the keeper serves a directory that is gone", func() bool { return keeperPID(c) == 0 })
+	works(t, another)
+	if err := end(another.Machine); err != nil {
+		t.Error(err)
+	}
 	if err := end(g.Machine); err != nil {
 		t.Error(err)
 	}

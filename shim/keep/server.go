@@ -147,9 +147,13 @@ func listen(dir string) (*net.UnixListener, error) {
 	return u, nil
 }
 
-// awaitIdle returns when nobody has asked for long.
+// awaitIdle returns when nobody has asked for long, or nobody can ask any more:
+// the directory was removed.
 func (k *keeper) awaitIdle(ctx context.Context) {
 	for {
+		if _, err := os.Stat(filepath.Join(k.dir, socketName)); errors.Is(err, fs.ErrNotExist) {
+			return
+		}
 		k.mu.Lock()
 		left := k.config.Idle - time.Since(k.asked)
 		if k.open > 0 {
@@ -160,7 +164,7 @@ func (k *keeper) awaitIdle(ctx context.Context) {
 			return
 		}
 		select {
-		case <-time.After(left):
+		case <-time.After(min(left, lookTime)):
 		case <-ctx.Done():
 		}
 	}
