@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -92,6 +93,7 @@ func Run(ctx context.Context, c Config) (err error) {
 	if err != nil {
 		return fmt.Errorf("keep machines: %w", err)
 	}
+	debug.FreeOSMemory() // a kernel and its types were read, and will not be again
 	k.pool = pool.New(pool.Config{Make: k.spare, PerSize: c.PerSize, Sizes: c.Sizes,
 		Failed: func(err error) { c.Log.Error("make spare machine", "err", err) }})
 	return k.run(ctx, cancel, ln)
