@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-debian critest-runc clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-debian critest-runc soak clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ critest-runc: ## the same with runc, on both (root)
 	scripts/setup test
 	go run ./test/critest -runtime runc
 	go run ./test/critest -runtime runc -debian
+
+soak: ## 500 containers, processes killed at random, then count what is left (root)
+	scripts/setup test
+	go run ./test/soak -cycles $(or $(CYCLES),500)
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

@@ -96,12 +96,17 @@ func (s *Server) Close() error {
 		s.Kill()
 		err = errors.New("stop containerd: it does not end by SIGTERM")
 	}
-	// The keeper of machines serves all shims and outlives them.
+	return errors.Join(err, s.EndKeeper())
+}
+
+// EndKeeper ends the keeper of machines, which serves all shims and outlives
+// them. Without one it does nothing; the next shim starts another.
+func (s *Server) EndKeeper() error {
 	keeper := exec.Command(filepath.Join(s.options.own, "containerd-shim-hauberk-v2"), "keep", "-end", "-run", s.path("run"))
-	if out, failed := keeper.CombinedOutput(); failed != nil {
-		err = errors.Join(err, fmt.Errorf("end keeper: %w: %s", failed, out))
+	if out, err := keeper.CombinedOutput(); err != nil {
+		return fmt.Errorf("end keeper: %w: %s", err, out)
 	}
-	return err
+	return nil
 }
 
 // Restart starts containerd, the first time or after Kill.

@@ -104,6 +104,9 @@ func (s *soak) run(ctx context.Context) error {
 		}
 		say("a life of kind %q takes %v", kindsOfLife[i], s.lasts[i].Round(10*time.Millisecond))
 	}
+	if err := s.server.EndKeeper(); err != nil {
+		return err
+	}
 	before, err := s.settle(ctx, nil)
 	if err != nil {
 		return err
@@ -115,6 +118,9 @@ func (s *soak) run(ctx context.Context) error {
 		}
 	}
 	say("%d cycles in %v", s.cycles, time.Since(began).Round(time.Second))
+	if err := s.server.EndKeeper(); err != nil {
+		return err
+	}
 	after, err := s.settle(ctx, before)
 	if err != nil {
 		return err
