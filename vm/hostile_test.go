@@ -97,6 +97,8 @@ func TestStubbornCopy(t *testing.T) {
 				return
 			case guestproto.VerbCopy:
 				g.say(h.ID, guestproto.VerbReply, (&guestproto.ProcessID{Process: 6}).Append(nil))
+				g.next() // credit for both streams
+				g.next()
 				g.say(0, guestproto.VerbOutput, output(6, 1, []byte("half a head")))
 			}
 		}
