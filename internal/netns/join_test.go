@@ -493,3 +493,38 @@ func TestHand(t *testing.T) {
 		t.Errorf("left %v, %v", left, err)
 	}
 }
+
+// BenchmarkJoin joins and leaves a namespace with one link, as a pod has it.
+func BenchmarkJoin(b *testing.B) {
+	pod, far := plain(b, "pod"), plain(b, "far")
+	err := pod.Do(func() error {
+		la := netlink.NewLinkAttrs()
+		la.Name = "eth0"
+		err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: la, PeerName: "far", PeerNamespace: netlink.NsFd(int(far.file.Fd()))})
+		if err != nil {
+			return err
+		}
+		link, err := netlink.LinkByName("eth0")
+		return errors.Join(err, netlink.LinkSetUp(link))
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	var joining, leaving time.Duration
+	for range b.N {
+		begin := time.Now()
+		j, err := Join(pod.path, JoinOptions{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		joining += time.Since(begin)
+		j.Close()
+		begin = time.Now()
+		if err := Leave(pod.path); err != nil {
+			b.Fatal(err)
+		}
+		leaving += time.Since(begin)
+	}
+	b.ReportMetric(float64(joining.Microseconds())/1000/float64(b.N), "ms/join")
+	b.ReportMetric(float64(leaving.Microseconds())/1000/float64(b.N), "ms/leave")
+}
