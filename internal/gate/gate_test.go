@@ -354,14 +354,14 @@ func TestPublish(t *testing.T) {
 		}
 	}
 	c, err := net.Dial("tcp", published[2].Host.String())
-	if err != nil {
-		t.Fatal(err)
+	if err == nil {
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		_, err = c.Read(make([]byte, 1))
+		c.Close()
 	}
-	c.SetDeadline(time.Now().Add(5 * time.Second))
-	if n, err := c.Read(make([]byte, 1)); n != 0 || !errors.Is(err, unix.ECONNRESET) {
-		t.Errorf("a port nobody listens on: %d bytes, %v; want a reset", n, err)
+	if !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("a port nobody listens on: %v, want a reset", err)
 	}
-	c.Close()
 	for i := range 3 {
 		u, err := net.Dial("udp", published[3].Host.String())
 		if err != nil {
