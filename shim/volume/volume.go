@@ -58,7 +58,8 @@ type Config struct {
 	Log     *slog.Logger
 	// UID is the pod's, by which kubelet names its directories; may be empty.
 	UID string
-	// Failed is told, once, why the volumes of the pod are lost.
+	// Failed is told, once, why the volumes of the pod are lost. It may be
+	// told when the machine ends before Close, for the server ends with it.
 	Failed func(error)
 	// MemoryMiB of the machine bounds what its emptyDir volumes may hold.
 	MemoryMiB int
