@@ -49,7 +49,7 @@ type lab struct {
 	made     int
 }
 
-func openLab(ctx context.Context, bin string, n int, log io.Writer) (_ *lab, err error) {
+func openLab(ctx context.Context, bin, kernel string, n int, log io.Writer) (_ *lab, err error) {
 	l := &lab{n: n, log: log, conditions: surroundings(ctx)}
 	if l.bin, err = filepath.Abs(bin); err != nil {
 		return nil, err
@@ -69,14 +69,14 @@ func openLab(ctx context.Context, bin string, n int, log io.Writer) (_ *lab, err
 	if l.image, err = pack(ctx, filepath.Join(l.dir, "images")); err != nil {
 		return nil, err
 	}
-	return l, l.prepare(ctx)
+	return l, l.prepare(ctx, kernel)
 }
 
 // prepare makes what guests boot from, as a node does, and the template.
-func (l *lab) prepare(ctx context.Context) (err error) {
+func (l *lab) prepare(ctx context.Context, kernel string) (err error) {
 	l.guest, err = boot.Open(ctx, boot.Config{
 		State: l.dir, Run: filepath.Join(l.dir, "vm"), User: firstUser,
-		Agent: filepath.Join(l.bin, "hauberk-guest"), Link: guard.Link,
+		Kernel: kernel, Agent: filepath.Join(l.bin, "hauberk-guest"), Link: guard.Link,
 	})
 	if err != nil {
 		return err

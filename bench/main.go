@@ -67,6 +67,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	only := flags.String("only", "", "parts to run, separated by commas (default all of the first line)\n"+names(parts)+"\n"+names(beside))
 	n := flags.Int("n", 12, "launches of each kind, and violations")
 	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
+	kernel := flags.String("kernel", "", "guest kernel of the parts launch and memory: a series such as 6.12, or an image")
 	rivals := flags.String("rivals", "", "directory of runsc and containerd-shim-runsc-v1, for the parts "+names(beside))
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -82,7 +83,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, most, fmt.Errorf("not done within %v", most))
 	defer cancel()
-	l, err := openLab(ctx, *bin, *n, stderr)
+	l, err := openLab(ctx, *bin, *kernel, *n, stderr)
 	if err != nil {
 		return err
 	}

@@ -171,6 +171,9 @@ func (l *linker) programs() (map[string]target, error) {
 	found := map[string]target{}
 	for full, p := range l.spec.Programs {
 		name, number, varies := strings.Cut(full, "___")
+		if l.no32(p) {
+			continue
+		}
 		hook, err := l.hook(p)
 		if err != nil {
 			return nil, fmt.Errorf("link guard: program %s: %w", full, err)
@@ -189,6 +192,16 @@ func (l *linker) programs() (map[string]target, error) {
 		}
 	}
 	return found, nil
+}
+
+// no32 says that a program watches a call of 32-bit programs, which this kernel
+// does not run.
+func (l *linker) no32(p *ebpf.ProgramSpec) bool {
+	if !strings.HasPrefix(p.AttachTo, "__ia32_") {
+		return false
+	}
+	var f *btf.Func
+	return errors.Is(l.kernel.TypeByName("__ia32_sys_execve", &f), btf.ErrNotFound)
 }
 
 // hook finds the kernel's function that a program is attached to.
