@@ -57,6 +57,9 @@ func place(t *testing.T) sandbox.Config {
 
 // leftOf finds what the tests' sandboxes have left.
 func leftOf(t *testing.T, dir string) {
+	if out, err := exec.Command(dir+"/containerd-shim-hauberk-v2", "keep", "-end", "-run", dir+"/sr").CombinedOutput(); err != nil {
+		t.Errorf("end keeper: %v: %s", err, out)
+	}
 	for _, d := range []string{"s/boxes", "s/names", "sr/vm"} {
 		if left, err := os.ReadDir(filepath.Join(dir, d)); err == nil && len(left) > 0 {
 			t.Errorf("left in %s: %v", d, left)
@@ -64,7 +67,7 @@ func leftOf(t *testing.T, dir string) {
 	}
 	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, l := range lines {
-		if raw, err := os.ReadFile(l); err == nil && bytes.Contains(raw, []byte(dir)) && !bytes.Contains(raw, []byte("\x00keep\x00")) {
+		if raw, err := os.ReadFile(l); err == nil && bytes.Contains(raw, []byte(dir)) {
 			t.Errorf("process left: %s: %q", l, raw)
 		}
 	}

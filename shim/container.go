@@ -210,7 +210,7 @@ func (c *container) start(ctx context.Context, r *running, told func()) error {
 	default:
 		if err := c.exec(ctx, r); err != nil {
 			r.io.close()
-			r.finish(notRun)
+			r.finish(notRun(err))
 			return err
 		}
 	}

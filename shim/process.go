@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"errors"
 	"sync"
 	"syscall"
 	"time"
@@ -9,12 +10,17 @@ import (
 	"hauberk.dev/vm"
 )
 
-const (
-	// lostStatus is the exit status of a process whose machine ended.
-	lostStatus = 128 + int(syscall.SIGKILL)
-	// notRun is that of an exec whose program could not be run.
-	notRun = 127
-)
+// lostStatus is the exit status of a process whose machine ended.
+const lostStatus = 128 + int(syscall.SIGKILL)
+
+// notRun is the exit status of an exec whose program could not be run, as
+// shells have it: 127 if it is not there.
+func notRun(err error) int {
+	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
+		return 127
+	}
+	return 126
+}
 
 // phase of a process' life.
 type phase int
