@@ -11,6 +11,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -22,6 +24,7 @@ func main() {
 	flag.IntVar(&o.cycles, "cycles", 500, "containers to create, run and delete")
 	flag.Float64Var(&o.faults, "faults", 0.4, "part of the cycles in which a process is killed")
 	flag.Uint64Var(&o.seed, "seed", uint64(time.Now().UnixNano()), "of what is random")
+	flag.StringVar(&o.only, "only", "", "one kind of life alone: ctr, pod or pair")
 	flag.StringVar(&o.runtime, "runtime", "hauberk", "runtime: hauberk or runc")
 	flag.BoolVar(&o.debian, "debian", false, "on Debian's containerd instead of the one of the module proxy")
 	flag.StringVar(&o.cache, "cache", "", "directory for what is built (default: hauberk/critest in the user's cache)")
@@ -41,19 +44,20 @@ func main() {
 }
 
 type options struct {
-	cycles               int
-	faults               float64
-	seed                 uint64
-	runtime, cache, keep string
-	debian               bool
-	limit                time.Duration
+	cycles                     int
+	faults                     float64
+	seed                       uint64
+	runtime, cache, keep, only string
+	debian                     bool
+	limit                      time.Duration
 }
 
 func say(format string, args ...any) { fmt.Printf("soak: "+format+"\n", args...) }
 
 func run(ctx context.Context, o options) (code int, err error) {
-	if flag.NArg() > 0 || o.cycles < 1 {
-		return 2, errors.New("wants flags only, and at least one cycle")
+	kinds := slices.DeleteFunc([]int{0, 1, 2}, func(i int) bool { return o.only != "" && kindsOfLife[i] != o.only })
+	if flag.NArg() > 0 || o.cycles < 1 || len(kinds) == 0 {
+		return 2, errors.New("wants flags only, at least one cycle, and a kind of life that there is")
 	}
 	t, inside, code, err := cri.Enter(ctx, o.cache, o.debian, say)
 	if !inside || err != nil {
@@ -63,7 +67,7 @@ func run(ctx context.Context, o options) (code int, err error) {
 	if err != nil {
 		return 1, err
 	}
-	s := &soak{options: o, tools: t, server: server, random: rand.New(rand.NewPCG(o.seed, 0)), killed: map[string]int{}}
+	s := &soak{options: o, tools: t, server: server, kinds: kinds, random: rand.New(rand.NewPCG(o.seed, 0)), killed: map[string]int{}}
 	err = s.run(ctx)
 	err = errors.Join(err, server.Close())
 	if err != nil && o.keep != "" {
@@ -79,6 +83,7 @@ type soak struct {
 	tools  cri.Tools
 	server *cri.Server
 	random *rand.Rand
+	kinds  []int // of lives
 
 	killed map[string]int // by kind of process
 	lasts  [3]time.Duration
@@ -94,10 +99,10 @@ func (s *soak) run(ctx context.Context) error {
 	// What one quiet cycle of each kind leaves, such as the bridge of the pods,
 	// is what a machine with containers has.
 	// The second of each says how long one takes.
-	for i, life := range s.lives() {
+	for _, i := range s.kinds {
 		for n := range 2 {
 			began := time.Now()
-			if err := life(ctx, fmt.Sprintf("first-%d-%d", i, n)); err != nil {
+			if err := s.lives()[i](ctx, fmt.Sprintf("first-%d-%d", i, n)); err != nil {
 				return fmt.Errorf("before anything was killed: %w", err)
 			}
 			s.lasts[i] = time.Since(began)
@@ -132,7 +137,7 @@ func (s *soak) run(ctx context.Context) error {
 func (s *soak) cycle(ctx context.Context, n int) error {
 	name := fmt.Sprintf("c%04d", n)
 	lives := s.lives()
-	kind := s.random.IntN(len(lives))
+	kind := s.kinds[s.random.IntN(len(s.kinds))]
 	if s.random.Float64() >= s.faults {
 		began := time.Now()
 		err := lives[kind](ctx, name)
@@ -180,7 +185,8 @@ func (s *soak) tell(n, kind int, fault string, began time.Time, err error) {
 		line += "  " + fault
 	}
 	if err != nil {
-		line += fmt.Sprintf("  (%.200s)", err.Error())
+		text := strings.ReplaceAll(err.Error(), "\n", " ")
+		line += "  (..." + text[max(0, len(text)-160):] + ")"
 	}
 	fmt.Println(line)
 }
