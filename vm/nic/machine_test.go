@@ -167,7 +167,6 @@ type pod struct {
 	*world
 	channel   *vm.Channel
 	container *vm.Process
-	mac       [6]byte
 }
 
 // start joins a namespace and starts a machine in it, or puts one into it that
@@ -178,48 +177,51 @@ func (w *world) start(g *boot.Guest, template *vm.Template, root *os.File, name 
 	spec := vm.Spec{ID: name[strings.LastIndexByte(name, '-')+1:], Template: g.Template(160, 1, "test"), UID: user + 1, GID: user + 1,
 		Disks: []vm.Disk{{File: root, Slot: vm.ReadOnlySlot(0)}}}
 	o := netns.JoinOptions{Owner: user + 1}
-	var m *vm.Machine
+	var j *netns.Joined
 	var err error
-	clone := func() {
-		if m, err = g.Driver.Clone(ctx, template, spec); err != nil {
+	if !spare {
+		if j, err = netns.Join(path(name), o); err != nil {
 			w.Fatal(err)
 		}
-		w.Cleanup(func() {
-			if err := m.Kill(context.WithoutCancel(ctx)); err != nil {
-				w.Error(err)
-			}
-		})
+		defer j.Close()
+		spec.Networks = nic.Networks(j)
 	}
-	if spare {
-		clone()
-		o.Taps = nic.Taps(m)
-	}
-	j, err := netns.Join(path(name), o)
+	m, err := g.Driver.Clone(ctx, template, spec)
 	if err != nil {
 		w.Fatal(err)
 	}
-	if !spare {
-		spec.Networks = nic.Networks(j)
-		clone()
-	}
-	defer j.Close()
+	w.Cleanup(func() {
+		if err := m.Kill(context.WithoutCancel(ctx)); err != nil {
+			w.Error(err)
+		}
+	})
 	c, _, err := m.Channel(ctx, nil)
 	if err != nil {
 		w.Fatalf("%v; the guest printed: %s", err, m.Console())
 	}
 	w.Cleanup(func() { c.Close() })
-	message, err := nic.Message(j)
-	if err != nil {
+	if err := c.Reseed(ctx, vm.NewSeed(spec.ID)); err != nil {
 		w.Fatal(err)
 	}
-	seed := vm.NewSeed(spec.ID)
-	if err := errors.Join(c.Reseed(ctx, seed), c.Rescan(ctx), c.Network(ctx, message)); err != nil {
+	if spare {
+		for range 2 { // the second time changes nothing
+			if err = nic.Enter(ctx, m, c, path(name), o); err != nil {
+				break
+			}
+		}
+	} else if err = c.Rescan(ctx); err == nil {
+		var message guestproto.Network
+		if message, err = nic.Message(j); err == nil {
+			err = c.Network(ctx, message)
+		}
+	}
+	if err != nil {
 		w.Fatal(err)
 	}
 	if _, err := c.MountRoot(ctx, guestproto.MountRoot{Root: 0, Serial: string(vm.ReadOnlySlot(0)), UpperBytes: 16 << 20}); err != nil {
 		w.Fatal(err)
 	}
-	p := &pod{world: w, channel: c, mac: message.Interfaces[0].MAC}
+	p := &pod{world: w, channel: c}
 	// 81 is bound to the loopback address.
 	if p.container, err = c.Create(ctx, guestproto.Create{Root: 0, Program: guestproto.Program{Args: []string{"/bin/busybox", "sh", "-c",
 		"busybox httpd -f -p 80 -h /www & busybox httpd -f -p 127.0.0.1:81 -h /loop & wait"}, Env: []string{"PATH=/bin"}}}); err != nil {
@@ -262,6 +264,7 @@ func TestGuestInNetwork(t *testing.T) {
 	w.cni("ADD", first, "eth0", bridgeConf)
 	w.cni("ADD", first, "net1", ptpConf)
 	w.cni("ADD", second, "eth0", bridgeConf)
+	w.cni("ADD", second, "net1", ptpConf)
 	a := w.start(g, template, root, first, false)
 	b := w.start(g, template, root, second, true)
 
@@ -273,7 +276,7 @@ func TestGuestInNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { host.Process.Kill(); host.Wait() }()
-	for _, to := range []string{"10.71.0.2", "fd71::2", "10.72.0.2"} {
+	for _, to := range []string{"10.71.0.2", "fd71::2", "10.72.0.2", "10.71.0.3", "10.72.0.3"} {
 		kind := "ping"
 		if strings.Contains(to, ":") {
 			kind = "ping6"
@@ -302,6 +305,7 @@ func TestGuestInNetwork(t *testing.T) {
 	w.must("loop", first, fetch("127.0.0.1", 81)...)
 	w.must("loop", second, fetch("127.0.0.1", 81)...)
 	testCounts(t, a)
+	testCounts(t, b)
 	testSpoof(t, b, path(second))
 	for _, name := range []string{first, second} {
 		if err := netns.Leave(path(name)); err != nil {
@@ -310,6 +314,7 @@ func TestGuestInNetwork(t *testing.T) {
 	}
 	w.cni("DEL", first, "net1", ptpConf)
 	w.cni("DEL", first, "eth0", bridgeConf)
+	w.cni("DEL", second, "net1", ptpConf)
 	w.cni("DEL", second, "eth0", bridgeConf)
 	w.must("lo", first, "busybox", "ls", "/sys/class/net")
 }
@@ -321,8 +326,12 @@ func testSpoof(t *testing.T, p *pod, path string) {
 	if err != nil || spoofed != 0 || rest != 0 {
 		t.Errorf("%d frames had another sender, %d were of no known kind, %v", spoofed, rest, err)
 	}
+	list, err := p.channel.Interfaces(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	m := guestproto.Network{Interfaces: []guestproto.Interface{{Device: guestproto.DeviceMAC(0), Name: "eth0",
-		MAC: p.mac, Addresses: []guestproto.Address{{Prefix: guestproto.Prefix{IP: guestproto.IPOf([]byte{10, 79, 0, 9}), Bits: 24}}}}}}
+		MAC: list[0].MAC, Addresses: []guestproto.Address{{Prefix: guestproto.Prefix{IP: guestproto.IPOf([]byte{10, 79, 0, 9}), Bits: 24}}}}}}
 	if err := p.channel.Network(t.Context(), m); err != nil {
 		t.Fatal(err)
 	}

@@ -1,10 +1,12 @@
-// Package nic tells a guest to take the place of a network namespace: it writes
-// what internal/netns found there as what the agent is told.
+// Package nic puts a guest into the place of a network namespace: it gives the
+// machine a device for each of its links, and tells the agent what
+// internal/netns found there.
 //
-// It changes nothing itself.
+// It knows no pod and no plugins.
 package nic
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -15,6 +17,41 @@ import (
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
 )
+
+// Enter puts a machine that runs into the namespace at a path, with as many
+// devices as that has links. Its first device's tap must lead nowhere yet. For
+// a machine that is in the namespace already it says everything once more.
+func Enter(ctx context.Context, m *vm.Machine, c *vm.Channel, path string, o netns.JoinOptions) error {
+	o.Taps = Taps(m)
+	j, err := netns.Join(path, o)
+	if err != nil {
+		return err
+	}
+	defer j.Close()
+	told, err := Message(j)
+	if err != nil {
+		return err
+	}
+	added := false
+	for i, l := range j.Links {
+		switch {
+		case l.Tap == nil:
+		case i == 0 && len(o.Taps) == 0:
+			return fmt.Errorf("enter %s: no machine has the tap of %s", path, l.Name)
+		case i > 0:
+			if err := m.AttachNetwork(ctx, i, l.Tap); err != nil {
+				return err
+			}
+			added = true
+		}
+	}
+	if added {
+		if err := c.Rescan(ctx); err != nil {
+			return err
+		}
+	}
+	return c.Network(ctx, told)
+}
 
 // Networks gives a machine the taps of j, in the order that Message relies on.
 // The files stay j's. Those of machines that run already are not among them.
