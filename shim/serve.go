@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	"github.com/containerd/ttrpc"
+
+	"hauberk.dev/api/hand"
 )
 
 // services are the names of the task service. The messages of version 3 are
@@ -86,6 +88,7 @@ func (s *service) serve(ctx context.Context, ln net.Listener) error {
 	for _, name := range services {
 		server.RegisterService(name, &ttrpc.ServiceDesc{Methods: s.methods()})
 	}
+	server.RegisterService(hand.Service, &ttrpc.ServiceDesc{Methods: s.handMethods()})
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(context.WithoutCancel(ctx), ln) }()
 	select {
