@@ -20,6 +20,7 @@ import (
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/boot"
+	"hauberk.dev/vm/pool"
 	"hauberk.dev/vm/qemu"
 )
 
@@ -43,10 +44,11 @@ type lab struct {
 	log        io.Writer
 	conditions conditions
 
-	guest    *boot.Guest
-	template vm.TemplateSpec
-	image    image.Image
-	made     int
+	guest     *boot.Guest
+	template  vm.TemplateSpec
+	image     image.Image
+	rehearsal *os.File // disk of a rehearsal
+	made      int
 }
 
 func openLab(ctx context.Context, bin, kernel string, n int, log io.Writer) (_ *lab, err error) {
@@ -67,6 +69,9 @@ func openLab(ctx context.Context, bin, kernel string, n int, log io.Writer) (_ *
 		return nil, err
 	}
 	if l.image, err = pack(ctx, filepath.Join(l.dir, "images")); err != nil {
+		return nil, err
+	}
+	if l.rehearsal, err = rehearsal(ctx, filepath.Join(l.dir, "images")); err != nil {
 		return nil, err
 	}
 	return l, l.prepare(ctx, kernel)
@@ -93,8 +98,11 @@ func (l *lab) prepare(ctx context.Context, kernel string) (err error) {
 
 func (l *lab) Close() error {
 	var err error
+	if l.rehearsal != nil {
+		err = l.rehearsal.Close()
+	}
 	if l.guest != nil {
-		err = l.guest.Close()
+		err = errors.Join(err, l.guest.Close())
 	}
 	return errors.Join(err, os.RemoveAll(l.dir))
 }
@@ -119,6 +127,19 @@ func pack(ctx context.Context, dir string) (image.Image, error) {
 	return image.Pack(ctx, &archive, dir)
 }
 
+// rehearsal packs and opens the disk that machines of a pool rehearse with.
+func rehearsal(ctx context.Context, dir string) (*os.File, error) {
+	archive, err := pool.Archive()
+	if err != nil {
+		return nil, err
+	}
+	img, err := image.Pack(ctx, bytes.NewReader(archive), dir)
+	if err != nil {
+		return nil, err
+	}
+	return os.Open(img.Path)
+}
+
 // lap is one step of a launch. spent is the processor time of the machine: it
 // says what the step costs when neighbours make everything take longer.
 type lap struct {
@@ -137,7 +158,8 @@ type sandbox struct {
 	id      string
 	address netip.Addr
 	laps    []lap
-	spent   time.Duration
+	spent   time.Duration // of the machine's processor time, since the clock started
+	before  time.Duration
 }
 
 // step is one step of a launch.
@@ -155,7 +177,7 @@ func (s *sandbox) steps(all ...step) error {
 		}
 		took, before := time.Since(began), s.spent
 		if s.machine != nil {
-			s.spent = processor(s.machine.PID())
+			s.spent = processor(s.machine.PID()) - s.before
 		}
 		s.laps = append(s.laps, lap{one.name, took, s.spent - before})
 	}
@@ -198,8 +220,17 @@ func (s *sandbox) mac() net.HardwareAddr {
 // stepNetwork is done before the clock of a launch starts, as on a node.
 const stepNetwork = "namespace, tap and its rules"
 
-// launch starts a sandbox as node's sandbox.Launch does, by clone or cold.
-func (l *lab) launch(ctx context.Context, cold bool) (s *sandbox, err error) {
+// how a machine is started.
+type how string
+
+const (
+	fromKernel   how = "cold"
+	fromTemplate how = "clone"
+	fromPool     how = "pool"
+)
+
+// launch starts a sandbox as node's sandbox.Launch does.
+func (l *lab) launch(ctx context.Context, h how) (s *sandbox, err error) {
 	l.made++
 	s = &sandbox{id: fmt.Sprintf("bench-%d", l.made), address: netip.AddrFrom4([4]byte{10, 88, byte(l.made >> 8), byte(l.made)})}
 	defer func() {
@@ -207,15 +238,30 @@ func (l *lab) launch(ctx context.Context, cold bool) (s *sandbox, err error) {
 			err = errors.Join(err, s.stop(context.WithoutCancel(ctx)))
 		}
 	}()
+	var spare *vm.Machine
+	if h == fromPool { // made before the clock starts
+		if spare, err = l.spare(ctx, s); err != nil {
+			return s, err
+		}
+		s.machine = spare // to be ended
+	}
+	s.spent = 0
 	err = s.steps(step{stepNetwork, func() (err error) {
 		if s.ns, err = netns.Create(filepath.Join(l.dir, "netns"), s.id); err != nil {
 			return err
 		}
-		s.tap, err = s.ns.Tap(netns.Guest{Address: s.address, MAC: s.mac(), Owner: int(s.user())})
+		g := netns.Guest{Address: s.address, MAC: s.mac(), Owner: int(s.user())}
+		if spare != nil {
+			return s.ns.Adopt(spare.Tap(), g)
+		}
+		s.tap, err = s.ns.Tap(g)
 		return err
 	}})
+	if spare != nil {
+		s.before = processor(spare.PID())
+	}
 	if err == nil {
-		err = l.machine(ctx, s, cold)
+		err = l.machine(ctx, s, h)
 	}
 	if err == nil {
 		err = s.own(ctx)
@@ -226,8 +272,29 @@ func (l *lab) launch(ctx context.Context, cold bool) (s *sandbox, err error) {
 	return s, err
 }
 
+// spare makes a machine as a pool does.
+func (l *lab) spare(ctx context.Context, s *sandbox) (*vm.Machine, error) {
+	m, err := l.guest.Clone(ctx, vm.Spec{ID: "spare-" + s.id, Spare: true, Template: l.template, UID: s.user(), GID: s.user()}, nil)
+	if err != nil {
+		return nil, err
+	}
+	if err := pool.Ready(ctx, m, pool.Rehearsal{Disk: l.rehearsal, Policy: baseline}.Prepare); err != nil {
+		return nil, errors.Join(err, m.Kill(context.WithoutCancel(ctx)))
+	}
+	return m, nil
+}
+
+// baseline puts the policy in force that every sandbox begins with.
+func baseline(ctx context.Context, c *vm.Channel) error {
+	p, err := guard.Compile(wire.Guard{Generation: 1}, guard.CompileFacts{Gateway: netns.Gateway})
+	if err == nil {
+		_, err = c.GuardPolicy(ctx, p.Generation, p.Blob)
+	}
+	return err
+}
+
 // machine starts the machine and opens the channel.
-func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
+func (l *lab) machine(ctx context.Context, s *sandbox, h how) error {
 	root, err := os.Open(l.image.Path)
 	if err != nil {
 		return err
@@ -241,13 +308,14 @@ func (l *lab) machine(ctx context.Context, s *sandbox, cold bool) error {
 	return s.steps(
 		step{"image verified", func() error { return image.Verify(l.image.Path, l.image.ErofsSHA256) }},
 		step{"machine runs", func() (err error) {
-			if cold {
+			switch h {
+			case fromKernel:
 				s.machine, err = l.guest.Driver.Boot(ctx, spec)
-				return err
-			}
-			t, err := l.guest.Driver.Template(ctx, l.template, nil)
-			if err == nil {
-				s.machine, err = l.guest.Driver.Clone(ctx, t, spec)
+			case fromTemplate:
+				s.machine, err = l.guest.Clone(ctx, spec, nil)
+			case fromPool:
+				err = errors.Join(s.machine.Become(filepath.Join(l.dir, "vm"), s.id),
+					s.machine.Attach(ctx, spec.Disks[0]), s.machine.Resume(ctx))
 			}
 			return err
 		}},

@@ -14,66 +14,84 @@ import (
 )
 
 // launches times what it takes until a workload says its first word: in a
-// machine cloned from a template, in one booted cold, and in a container of
-// runc, turn by turn so that a neighbour disturbs all alike.
+// machine of a pool, in one cloned from a template, in one booted cold, and in a
+// container of runc, turn by turn so that a neighbour disturbs all alike.
 func launches(ctx context.Context, l *lab) ([]figure, error) {
 	rival, err := openRunc(l)
 	if err != nil {
 		return nil, err
 	}
-	if s, err := l.launch(ctx, false); err != nil { // warms the page cache
+	if s, err := l.launch(ctx, fromTemplate); err != nil { // warms the page cache
 		return nil, err
 	} else if err := s.stop(ctx); err != nil {
 		return nil, err
 	}
-	var clone, spent, cold, runc []float64
-	took, cost := map[string][]float64{}, map[string][]float64{}
-	var order []string
-	var errs []error
+	kinds := map[how]*launched{fromPool: {}, fromTemplate: {}, fromKernel: {}}
+	var runc []float64
 	for i := range l.n {
-		s, err := l.launch(ctx, false)
-		if err != nil {
-			errs = append(errs, err)
-			break
-		}
-		clone, spent = append(clone, ms(s.total())), append(spent, ms(s.spent))
-		for _, lap := range s.laps {
-			if len(took[lap.step]) == 0 {
-				order = append(order, lap.step)
+		for _, h := range []how{fromPool, fromTemplate, fromKernel} {
+			if h == fromKernel && i%3 != 0 {
+				continue // a cold boot takes seconds
 			}
-			took[lap.step], cost[lap.step] = append(took[lap.step], ms(lap.took)), append(cost[lap.step], ms(lap.spent))
+			s, err := l.launch(ctx, h)
+			if err != nil {
+				return nil, err
+			}
+			kinds[h].note(s)
+			if err := s.stop(ctx); err != nil {
+				return nil, err
+			}
 		}
-		errs = append(errs, s.stop(ctx))
 		word, err := rival.run(ctx)
 		if err != nil {
-			errs = append(errs, err)
-			break
+			return nil, err
 		}
 		runc = append(runc, ms(word))
-		if i%3 != 0 {
-			continue // a cold boot takes seconds
-		}
-		if s, err = l.launch(ctx, true); err != nil {
-			errs = append(errs, err)
-			break
-		}
-		cold = append(cold, ms(s.total()))
-		errs = append(errs, s.stop(ctx))
 	}
 	r := spread("runc run", "ms", "a container shares the host's kernel", runc)
-	b := spread("cold boot to first word", "ms", "", cold)
-	c := spread("template clone to first word", "ms", "", clone)
-	c.Note = c.ratio(b) + ", " + c.ratio(r)
-	out := []figure{c, b, r,
-		spread("processor time of the clone's machine", "ms", "what is left of the time if no neighbour takes any", spent),
-		spread("before that: "+stepNetwork, "ms", "not in the sums above", took[stepNetwork])}
-	for _, step := range order {
-		if step != stepNetwork {
-			note := fmt.Sprintf("of which %s ms processor time", number(spread("", "", "", cost[step]).P50))
-			out = append(out, spread("of the clone: "+step, "ms", note, took[step]))
-		}
+	b := spread("cold boot to first word", "ms", "", kinds[fromKernel].total)
+	out := []figure{b, r}
+	for _, k := range []struct {
+		how  how
+		what string
+	}{{fromTemplate, "template clone"}, {fromPool, "machine of the pool"}} {
+		f := spread(k.what+" to first word", "ms", "", kinds[k.how].total)
+		f.Note = f.ratio(b) + ", " + f.ratio(r)
+		out = append(append(out, f), kinds[k.how].figures(k.what)...)
 	}
-	return out, errors.Join(errs...)
+	return out, nil
+}
+
+// launched is what launches of one kind took, step by step.
+type launched struct {
+	total, spent []float64
+	order        []string
+	took, cost   map[string][]float64
+}
+
+func (k *launched) note(s *sandbox) {
+	if k.took == nil {
+		k.took, k.cost = map[string][]float64{}, map[string][]float64{}
+	}
+	k.total, k.spent = append(k.total, ms(s.total())), append(k.spent, ms(s.spent))
+	for _, lap := range s.laps {
+		if len(k.took[lap.step]) == 0 {
+			k.order = append(k.order, lap.step)
+		}
+		k.took[lap.step], k.cost[lap.step] = append(k.took[lap.step], ms(lap.took)), append(k.cost[lap.step], ms(lap.spent))
+	}
+}
+
+func (k *launched) figures(what string) []figure {
+	out := []figure{spread("processor time of the "+what, "ms", "what is left of the time if no neighbour takes any", k.spent)}
+	for _, step := range k.order {
+		note := fmt.Sprintf("of which %s ms processor time", number(spread("", "", "", k.cost[step]).P50))
+		if step == stepNetwork {
+			note = "before the clock starts"
+		}
+		out = append(out, spread(what+": "+step, "ms", note, k.took[step]))
+	}
+	return out
 }
 
 // runc is the rival: the container runtime that most clusters start pods with,

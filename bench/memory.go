@@ -21,7 +21,7 @@ func memories(ctx context.Context, l *lab) (out []figure, err error) {
 		}
 	}()
 	for len(all) < crowd {
-		s, err := l.launch(ctx, false)
+		s, err := l.launch(ctx, fromTemplate)
 		if err != nil {
 			return out, err
 		}

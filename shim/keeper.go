@@ -10,6 +10,8 @@ import (
 
 	"hauberk.dev/guard"
 	"hauberk.dev/shim/keep"
+	"hauberk.dev/vm"
+	"hauberk.dev/vm/pool"
 )
 
 const (
@@ -45,6 +47,17 @@ func keepMachines(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	return keep.Run(ctx, keep.Config{
 		Place: place, Link: guard.Link, PerSize: *number, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
-		Log: slog.New(slog.NewTextHandler(stderr, nil)),
+		Prepare: pool.Rehearsal{Policy: baseline}.Prepare,
+		Log:     slog.New(slog.NewTextHandler(stderr, nil)),
 	})
+}
+
+// baseline puts in force, while a machine rehearses, what its pod will begin
+// with.
+func baseline(ctx context.Context, c *vm.Channel) error {
+	p, err := compilePolicy(nil)
+	if err == nil {
+		_, err = c.GuardPolicy(ctx, p.Generation, p.Blob)
+	}
+	return err
 }

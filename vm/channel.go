@@ -71,6 +71,7 @@ type Channel struct {
 
 	mu        sync.Mutex
 	err       error
+	leaving   bool // the connection outlives the channel
 	lastID    uint32
 	calls     map[uint32]*call
 	processes map[uint32]*Process
@@ -144,6 +145,11 @@ func dialOnce(ctx context.Context, path string, onRecord func([]byte), patience 
 	if err != nil {
 		return nil, guestproto.Hello{}, err
 	}
+	return openOn(ctx, conn, onRecord, patience)
+}
+
+// openOn opens a session on a connection, which is the channel's from then on.
+func openOn(ctx context.Context, conn net.Conn, onRecord func([]byte), patience time.Duration) (*Channel, guestproto.Hello, error) {
 	c := NewChannel(conn)
 	c.Events(onRecord)
 	ctx, cancel := context.WithTimeout(ctx, patience)
@@ -184,6 +190,25 @@ func (c *Channel) Close() error {
 	return nil
 }
 
+// leave ends the channel but not the connection, which another channel can take
+// up: the guest sees no host go, and none come. Nothing may be under way.
+func (c *Channel) leave() (net.Conn, error) {
+	c.mu.Lock()
+	if err := c.err; err != nil {
+		c.mu.Unlock()
+		return nil, err
+	}
+	c.leaving = true
+	c.mu.Unlock()
+	err := c.conn.SetDeadline(time.Unix(1, 0)) // ends the reader
+	c.fail(ErrClosed)
+	c.wg.Wait()
+	if err = errors.Join(err, c.conn.SetDeadline(time.Time{})); err != nil {
+		return nil, errors.Join(err, c.conn.Close())
+	}
+	return c.conn, nil
+}
+
 func (c *Channel) run(f func() error) {
 	defer c.wg.Done()
 	if err := f(); err != nil {
@@ -199,11 +224,14 @@ func (c *Channel) fail(err error) {
 		return
 	}
 	c.err = err
+	leaving := c.leaving
 	calls, processes := c.calls, c.processes
 	c.calls, c.processes = nil, nil
 	c.mu.Unlock()
 	close(c.done)
-	c.conn.Close()
+	if !leaving {
+		c.conn.Close()
+	}
 	for _, k := range calls {
 		k.answer <- answer{err: err}
 	}
@@ -258,7 +286,7 @@ func (c *Channel) ask(ctx context.Context, v guestproto.Verb, m message, p *Proc
 	frame[4], frame[5], frame[6], frame[7] = byte(id), byte(id>>8), byte(id>>16), byte(id>>24)
 	guestproto.End(frame, 0)
 	if err := c.send(ctx, frame); err != nil {
-		c.leave(id)
+		c.unsend(id)
 		return nil, fmt.Errorf("ask guest to %s: %w", v, err)
 	}
 	select {
@@ -294,8 +322,8 @@ func (c *Channel) enter(v guestproto.Verb, p *Process) (uint32, *call, error) {
 	}
 }
 
-// leave forgets a request that was never sent.
-func (c *Channel) leave(id uint32) {
+// unsend forgets a request that was never sent.
+func (c *Channel) unsend(id uint32) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.calls, id)

@@ -35,6 +35,7 @@ type Machine struct {
 	monitor Monitor
 	console net.Conn
 	tap     *os.File // may be nil
+	line    net.Conn // to the agent, parked; nil if there is none
 
 	done    chan struct{} // closed when the process has ended
 	watched chan struct{} // closed when the machine watches it no more
@@ -192,7 +193,45 @@ func (m *Machine) Channel(ctx context.Context, onRecord func(record []byte)) (*C
 		case <-stop:
 		}
 	}()
+	m.mu.Lock()
+	line := m.line
+	m.line = nil
+	m.mu.Unlock()
+	if line != nil {
+		if c, hello, err := openOn(ctx, line, onRecord, callDeadline); err == nil {
+			return c, hello, nil
+		}
+	}
 	return Dial(ctx, m.dir.name(AgentSocket), onRecord)
+}
+
+// Park ends a channel and freezes the guest. The connection is kept for the next
+// channel, which then is there at once: a guest that wakes up and finds one host
+// gone and another there may well mistake one for the other.
+func (m *Machine) Park(ctx context.Context, c *Channel) error {
+	line, err := c.leave()
+	if err == nil {
+		m.SetLine(line)
+		err = m.monitor.Pause(ctx)
+	}
+	if err != nil {
+		return fmt.Errorf("park machine %s: %w", m.ID(), err)
+	}
+	return nil
+}
+
+// Line is the connection of a parked machine to its agent, nil if there is none.
+func (m *Machine) Line() net.Conn {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.line
+}
+
+// SetLine gives a machine the connection that it had when it was parked.
+func (m *Machine) SetLine(line net.Conn) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.line = line
 }
 
 // Pause freezes the guest: not one more of its instructions runs.
@@ -315,6 +354,9 @@ func (m *Machine) Release() error {
 	m.let = true
 	m.mu.Unlock()
 	err := errors.Join(m.handle.close(), m.monitor.Close(), m.console.Close(), m.closeTap())
+	if line := m.Line(); line != nil {
+		err = errors.Join(err, line.Close())
+	}
 	<-m.watched
 	m.copied.Wait()
 	return errors.Join(err, m.dir.Close())

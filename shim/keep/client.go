@@ -84,97 +84,102 @@ func (c Client) ask(ctx context.Context, r Request, progress func(string)) (Give
 	if _, err := conn.Write(append(line, '\n')); err != nil {
 		return Given{}, fmt.Errorf("%w: %w", errNoAnswer, err)
 	}
-	a, tap, err := hear(conn, progress)
+	a, files, err := hear(conn, progress)
 	if err != nil {
-		return Given{}, fmt.Errorf("%w: %w", errNoAnswer, err)
+		return Given{}, errors.Join(fmt.Errorf("%w: %w", errNoAnswer, err), closeAll(files))
 	}
 	if a.Error != "" {
-		return Given{}, errors.New(a.Error)
+		return Given{}, errors.Join(errors.New(a.Error), closeAll(files))
 	}
-	if tap == nil || a.Dir != filepath.Join(c.Machines(), r.ID) {
-		return Given{}, fmt.Errorf("it gave %q, with a tap: %v", a.Dir, tap != nil)
+	if len(files) == 0 || a.Dir != filepath.Join(c.Machines(), r.ID) {
+		return Given{}, errors.Join(fmt.Errorf("it gave %q with %d files", a.Dir, len(files)), closeAll(files))
 	}
 	m, err := qemu.Adopt(ctx, a.Dir)
 	if err != nil {
-		return Given{}, errors.Join(err, tap.Close()) // the keeper ends it
+		return Given{}, errors.Join(err, closeAll(files)) // the keeper ends it
 	}
-	m.SetTap(tap)
+	m.SetTap(files[0])
+	if len(files) > 1 {
+		line, err := net.FileConn(files[1])
+		if err := errors.Join(err, files[1].Close()); err != nil {
+			return Given{}, errors.Join(err, end(m))
+		}
+		m.SetLine(line)
+	}
 	if _, err := conn.Write([]byte(taken)); err != nil {
 		return Given{}, errors.Join(err, end(m))
 	}
 	return Given{Machine: m, How: a.How}, nil
 }
 
-// hear reads lines until the last, whose file it gives.
-func hear(conn *net.UnixConn, progress func(string)) (answer, *os.File, error) {
+// hear reads lines until the last, and gives the files that came along, also
+// with an error.
+func hear(conn *net.UnixConn, progress func(string)) (_ answer, files []*os.File, err error) {
 	var have []byte
-	var file *os.File
-	buf, rights := make([]byte, maxLine), make([]byte, unix.CmsgSpace(4))
+	buf, rights := make([]byte, maxLine), make([]byte, unix.CmsgSpace(4*maxFiles))
 	for range maxAnswers {
 		line, rest, whole := bytes.Cut(have, []byte{'\n'})
 		for !whole {
 			if len(have) > maxLine {
-				return answer{}, file, errors.New("its line is too long")
+				return answer{}, files, errors.New("its line is too long")
 			}
 			n, nr, _, _, err := conn.ReadMsgUnix(buf, rights)
 			if err == nil && n == 0 {
 				err = errors.New("it hung up")
 			}
 			if err == nil {
-				file, err = received(file, rights[:nr])
+				files, err = received(files, rights[:nr])
 			}
 			if err != nil {
-				return answer{}, nil, closing(err, file)
+				return answer{}, files, err
 			}
 			have = append(have, buf[:n]...)
 			line, rest, whole = bytes.Cut(have, []byte{'\n'})
 		}
 		a, err := parseAnswer(line)
-		if err != nil {
-			return answer{}, nil, closing(err, file)
-		}
-		if a.Progress == "" {
-			if a.Dir == "" {
-				return a, nil, closing(nil, file)
-			}
-			return a, file, nil
+		if err != nil || a.Progress == "" {
+			return a, files, err
 		}
 		progress(a.Progress)
 		have = bytes.Clone(rest)
 	}
-	return answer{}, nil, closing(errors.New("it talks without end"), file)
+	return answer{}, files, errors.New("it talks without end")
 }
 
-func closing(err error, f *os.File) error {
-	if f == nil {
-		return err
+func closeAll(files []*os.File) error {
+	var errs []error
+	for _, f := range files {
+		errs = append(errs, f.Close())
 	}
-	return errors.Join(err, f.Close())
+	return errors.Join(errs...)
 }
 
-// received takes the one file that a message may carry.
-func received(had *os.File, rights []byte) (*os.File, error) {
+// maxFiles is how many files an answer may carry: the tap and the line.
+const maxFiles = 2
+
+// received adds the files of a message.
+func received(files []*os.File, rights []byte) ([]*os.File, error) {
 	if len(rights) == 0 {
-		return had, nil
+		return files, nil
 	}
 	messages, err := unix.ParseSocketControlMessage(rights)
 	if err != nil {
-		return had, err
+		return files, err
 	}
 	for _, m := range messages {
 		fds, err := unix.ParseUnixRights(&m)
 		if err != nil {
-			return had, err
+			return files, err
 		}
 		for _, fd := range fds {
 			unix.CloseOnExec(fd)
-			if had != nil {
-				return had, errors.Join(errors.New("it sent more than one file"), unix.Close(fd))
-			}
-			had = os.NewFile(uintptr(fd), "/dev/net/tun")
+			files = append(files, os.NewFile(uintptr(fd), "given"))
 		}
 	}
-	return had, nil
+	if len(files) > maxFiles {
+		return files, errors.New("it sent too many files")
+	}
+	return files, nil
 }
 
 // connect connects to the keeper, which is started if it is not there.

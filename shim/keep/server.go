@@ -42,10 +42,8 @@ type Config struct {
 	Idle time.Duration
 	// DiskLimit bounds writable disks attached to machines of the pool.
 	DiskLimit int64
-	// Prepare brings a guest to where a spare waits, and leaves nothing in it;
-	// nil is a greeting.
-	Prepare func(context.Context, *vm.Machine) error
-	Log     *slog.Logger
+	Prepare   pool.Prepare // may be nil
+	Log       *slog.Logger
 }
 
 // keeper is a keeper that runs.
@@ -217,12 +215,12 @@ func (k *keeper) serve(ctx context.Context, conn *net.UnixConn) error {
 	}
 	r, err := parseRequest(line)
 	if err != nil {
-		return errors.Join(err, say(conn, answer{Error: err.Error()}, nil))
+		return errors.Join(err, say(conn, answer{Error: err.Error()}))
 	}
 	conn.SetDeadline(time.Now().Add(workTime + patience))
-	m, how, err := k.machine(ctx, r, func(text string) { _ = say(conn, answer{Progress: text}, nil) })
+	m, how, err := k.machine(ctx, r, func(text string) { _ = say(conn, answer{Progress: text}) })
 	if err != nil {
-		return errors.Join(err, say(conn, answer{Error: err.Error()}, nil))
+		return errors.Join(err, say(conn, answer{Error: err.Error()}))
 	}
 	return k.give(m, how, r, conn, in)
 }
@@ -230,20 +228,24 @@ func (k *keeper) serve(ctx context.Context, conn *net.UnixConn) error {
 // give hands a machine over. Until the asker says that it has it, the machine is
 // the keeper's to end.
 func (k *keeper) give(m *vm.Machine, how string, r Request, conn *net.UnixConn, in *bufio.Reader) error {
-	tap, err := dup(m.Tap())
+	files, err := filesOf(m)
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
 	if err == nil {
-		defer tap.Close()
 		err = m.Become(k.config.Machines(), r.ID)
 	}
 	if err != nil {
-		return errors.Join(err, say(conn, answer{Error: err.Error()}, nil), end(m))
+		return errors.Join(err, say(conn, answer{Error: err.Error()}), end(m))
 	}
 	dir := m.Dir()
 	if err := m.Release(); err != nil {
 		k.config.Log.Error("let go of machine", "id", r.ID, "err", err)
 	}
 	conn.SetDeadline(time.Now().Add(patience))
-	err = say(conn, answer{Dir: dir, How: how}, tap)
+	err = say(conn, answer{Dir: dir, How: how}, files...)
 	var word string
 	if err == nil {
 		word, err = in.ReadString('\n')
@@ -321,15 +323,37 @@ func (p Place) User(ctx context.Context) (user uint32, release func(), err error
 	return user, release, nil
 }
 
-// say sends one answer, with a file if it is not nil.
-func say(conn *net.UnixConn, a answer, file *os.File) error {
+// filesOf gives what a machine loses when it is let go of: its tap and, of one
+// that waits, the line to its agent.
+func filesOf(m *vm.Machine) (files []*os.File, err error) {
+	tap, err := dup(m.Tap())
+	if err != nil {
+		return nil, err
+	}
+	files = append(files, tap)
+	if line, ok := m.Line().(*net.UnixConn); ok {
+		f, err := line.File()
+		if err != nil {
+			return files, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+// say sends one answer, with files.
+func say(conn *net.UnixConn, a answer, files ...*os.File) error {
 	line, err := json.Marshal(a)
 	if err != nil {
 		return err
 	}
 	var rights []byte
-	if file != nil {
-		rights = unix.UnixRights(int(file.Fd()))
+	if len(files) > 0 {
+		var fds []int
+		for _, f := range files {
+			fds = append(fds, int(f.Fd()))
+		}
+		rights = unix.UnixRights(fds...)
 	}
 	_, _, err = conn.WriteMsgUnix(append(line, '\n'), rights, nil)
 	return err

@@ -239,24 +239,21 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// Ready brings a machine that runs to where it waits: prepared, or greeted if
-// prepare is nil, so that what answers is there and its code translated, and
-// paused.
-func Ready(ctx context.Context, m *vm.Machine, prepare func(context.Context, *vm.Machine) error) error {
-	if prepare == nil {
-		prepare = greet
-	}
-	if err := prepare(ctx, m); err != nil {
-		return err
-	}
-	return m.Pause(ctx)
-}
+// Prepare brings a guest to where a spare waits, and leaves nothing in it.
+type Prepare func(context.Context, *vm.Machine, *vm.Channel) error
 
-// greet opens a session with the agent and closes it.
-func greet(ctx context.Context, m *vm.Machine) error {
+// Ready greets a guest, so that what answers is there and its code translated,
+// prepares it if it is told how, and lets it wait.
+func Ready(ctx context.Context, m *vm.Machine, prepare Prepare) error {
 	c, _, err := m.Channel(ctx, nil)
 	if err != nil {
 		return err
 	}
-	return errors.Join(c.Ping(ctx), c.Close())
+	if err = c.Ping(ctx); err == nil && prepare != nil {
+		err = prepare(ctx, m, c)
+	}
+	if err != nil {
+		return errors.Join(err, c.Close())
+	}
+	return m.Park(ctx, c)
 }
