@@ -90,7 +90,7 @@ const policyAnnotation = "hauberk.dev/guard-policy"
 const cpuPeriod = 100000
 
 // configuration writes config.json.
-func (o *Options) configuration(id string, p process) ([]byte, error) {
+func (o *Options) configuration(id string, p process, net network) ([]byte, error) {
 	c := configuration{
 		Version: "1.2.0", Process: p.oci(o.Terminal, o.Rows, o.Cols),
 		Root: ociRoot{Path: "rootfs", ReadOnly: o.ReadOnly}, Hostname: o.Hostname, Mounts: mounts(),
@@ -101,6 +101,12 @@ func (o *Options) configuration(id string, p process) ([]byte, error) {
 	}
 	for _, n := range strings.Fields("pid network ipc uts mount cgroup") {
 		c.Linux.Namespaces = append(c.Linux.Namespaces, map[string]string{"type": n})
+		if n == "network" && net.path != "" {
+			c.Linux.Namespaces[len(c.Linux.Namespaces)-1]["path"] = net.path
+		}
+	}
+	if net.resolv != "" {
+		c.Mounts = append(c.Mounts, ociMount{"/etc/resolv.conf", "bind", net.resolv, []string{"rbind", "rprivate", "ro"}})
 	}
 	for _, v := range o.Volumes {
 		options := []string{"rbind", "rprivate"}

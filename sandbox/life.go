@@ -110,7 +110,11 @@ func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process) err
 			return err
 		}
 	}
-	config, err := o.configuration(b.id, p)
+	net, ports, err := b.openNetwork(ctx, o)
+	if err != nil {
+		return err
+	}
+	config, err := o.configuration(b.id, p, net)
 	if err != nil {
 		return err
 	}
@@ -138,7 +142,7 @@ func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process) err
 	if err != nil {
 		return err
 	}
-	r.Made = true
+	r.Made, r.Info.Ports = true, ports
 	return b.write(r)
 }
 
@@ -324,6 +328,9 @@ func (b *Sandbox) settle(ctx context.Context, r record) (record, error) {
 	}
 	if err == nil {
 		err = shim.wait(ctx)
+	}
+	if err == nil {
+		err = b.closeNetwork(ctx)
 	}
 	if err != nil {
 		return r, err
@@ -514,7 +521,7 @@ func (b *Sandbox) end(ctx context.Context) error {
 			return errors.Join(err, killErr)
 		}
 	}
-	return client.Delete(ctx, b.program())
+	return errors.Join(client.Delete(ctx, b.program()), b.closeNetwork(ctx))
 }
 
 // tell hands on what the shim says of its progress, until it is stopped.

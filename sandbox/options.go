@@ -50,6 +50,12 @@ type Options struct {
 	Volumes  []Volume          `json:"volumes,omitempty"`
 	Labels   map[string]string `json:"labels,omitempty"`
 
+	// Egress lists where it may go: any, ADDRESS, ADDRESS/BITS or NAME, each with
+	// :PORT if need be. Publish lists what of this machine leads into it:
+	// [ADDRESS:]PORT:PORT[/udp]. Without either it has no network.
+	Egress  []string `json:"egress,omitempty"`
+	Publish []string `json:"publish,omitempty"`
+
 	// Policy holds the Guard's policies; none is the baseline.
 	Policy []node.NamedGuardPolicy `json:"policy,omitempty"`
 }
@@ -107,6 +113,9 @@ func (o *Options) check() error {
 	}
 	if o.Pids < 0 {
 		fault("%d processes: want a number", o.Pids)
+	}
+	if _, err := o.spec(); err != nil {
+		fault("%w", err)
 	}
 	if len(o.Hostname) > 63 || strings.ContainsAny(o.Hostname, "/\x00 ") {
 		fault("hostname %q: want a name of at most 63 characters", o.Hostname)

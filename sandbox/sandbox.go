@@ -106,7 +106,7 @@ func Open(c Config) (*Host, error) {
 		return nil, fmt.Errorf("open sandboxes: %s: its name has more than %d bytes, sockets in it would have none left", c.Run, maxRun)
 	}
 	h := &Host{conf: c}
-	for _, dir := range []string{h.boxes(), h.names(), h.refs(), h.sockets()} {
+	for _, dir := range []string{h.boxes(), h.names(), h.refs(), h.sockets(), h.networks()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open sandboxes: %w", err)
 		}
@@ -285,4 +285,6 @@ type Info struct {
 	MemoryMiB int               `json:"memoryMiB,omitempty"`
 	CPUs      float64           `json:"cpus,omitempty"`
 	Labels    map[string]string `json:"labels,omitempty"`
+	// Ports that are published, as Options.Publish has them, with their numbers.
+	Ports []string `json:"ports,omitempty"`
 }

@@ -101,12 +101,13 @@ func TestConfiguration(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw, err := o.configuration("id", p)
+	raw, err := o.configuration("id", p, network{path: "/run/n/id.pod", resolv: "/b/resolv.conf"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
 		`"hostname": "h"`, `"readonly": true`, `"limit": 67108864`, `"quota": 150000`, `"height": 3`, `"uid": 7`,
+		`"path": "/run/n/id.pod"`, `"source": "/b/resolv.conf"`,
 		`"hauberk.dev/guard-policy": "{\"generation\":1,\"policies\":[{\"name\":\"p\",\"spec\":{\"mode\":\"audit\"}}]}"`,
 	} {
 		if !strings.Contains(string(raw), want) {
@@ -142,6 +143,8 @@ func TestOptionsRefused(t *testing.T) {
 		`volume /a:/:`:          {Volumes: []Volume{{Source: "/a", Target: "/"}}},
 		`volume a:/b:`:          {Volumes: []Volume{{Source: "a", Target: "/b"}}},
 		`pull "sometimes"`:      {Pull: "sometimes"},
+		`destination "a b"`:     {Egress: []string{"any", "a b"}},
+		`publish "80"`:          {Publish: []string{"80"}},
 		`holds a zero byte`:     {Args: []string{"a\x00b"}},
 	} {
 		if err := o.check(); err == nil || !strings.Contains(err.Error(), want) {

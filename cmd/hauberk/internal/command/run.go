@@ -121,6 +121,8 @@ func (o *runOptions) flags(c *cobra.Command) {
 	f.StringVar(&o.Hostname, "hostname", "", "name of the machine (default: the sandbox's ID)")
 	f.StringVar(&o.entrypoint, "entrypoint", "", "program in place of the image's")
 	f.StringArrayVarP(&o.volumes, "volume", "v", nil, "directory or file of this machine, SOURCE:TARGET[:ro]")
+	f.StringArrayVar(&o.Egress, "egress", nil, "let it go to any, ADDRESS, ADDRESS/BITS or NAME, each with :PORT if need be (default: nowhere)")
+	f.StringArrayVarP(&o.Publish, "publish", "p", nil, "lead a port of this machine into it, [ADDRESS:]PORT:PORT[/udp] (default address: 127.0.0.1)")
 	f.BoolVar(&o.ReadOnly, "read-only", false, "let nothing be written to the root")
 	f.StringArrayVarP(&o.labels, "label", "l", nil, "label NAME=VALUE, for hauberk ps")
 	f.StringArrayVar(&o.policies, "policy", nil, "what may run, be touched and be reached: "+strings.Join(policyNames(), ", ")+", or a file of GuardPolicy documents (default: baseline)")
@@ -131,7 +133,7 @@ func (o *runOptions) flags(c *cobra.Command) {
 	_ = f.MarkHidden("memory")
 	_ = c.RegisterFlagCompletionFunc("policy", cobra.FixedCompletions(policyNames(), cobra.ShellCompDirectiveDefault))
 	_ = c.RegisterFlagCompletionFunc("pull", cobra.FixedCompletions([]string{"always", "missing", "never"}, cobra.ShellCompDirectiveNoFileComp))
-	for _, name := range []string{"name", "hostname", "mem", "cpus", "pids-limit", "user", "workdir", "env", "label"} {
+	for _, name := range []string{"name", "hostname", "mem", "cpus", "pids-limit", "user", "workdir", "env", "label", "egress", "publish"} {
 		_ = c.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
 	}
 }
