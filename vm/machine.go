@@ -23,6 +23,8 @@ type Monitor interface {
 	// Attach puts a disk into an empty slot, Detach empties a slot.
 	Attach(context.Context, Disk) error
 	Detach(context.Context, Slot) error
+	// Share gives the guest the file system of a server.
+	Share(ctx context.Context, tag string, server *os.File) error
 	// Close ends the connection, not the machine.
 	Close() error
 }
@@ -278,6 +280,17 @@ func (m *Machine) AttachNetwork(ctx context.Context, i int, tap *os.File) error 
 	}
 	if err != nil {
 		return fmt.Errorf("attach network %d to machine %s: %w", i, m.ID(), err)
+	}
+	return nil
+}
+
+// Share gives the guest a virtio file system with a tag, served over a vhost-user
+// connection by who is at its other end. The guest finds it a moment later. A
+// machine has one; the connection is closed here.
+func (m *Machine) Share(ctx context.Context, tag string, server *os.File) error {
+	err := m.monitor.Share(ctx, tag, server)
+	if err := errors.Join(err, server.Close()); err != nil {
+		return fmt.Errorf("share %q with machine %s: %w", tag, m.ID(), err)
 	}
 	return nil
 }

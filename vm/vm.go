@@ -50,6 +50,8 @@ var (
 	ErrGone = errors.New("machine has ended")
 	// ErrUnfinished says that whoever started the machine never finished.
 	ErrUnfinished = errors.New("machine was never finished")
+	// ErrNotShared says that no file server can reach a machine's memory.
+	ErrNotShared = errors.New("machine was not started for shares")
 	// ErrSlotTaken says that a slot has a disk already.
 	ErrSlotTaken = errors.New("slot is taken")
 	// ErrKilled is why a machine ended that Kill ended.
@@ -121,6 +123,9 @@ type Spec struct {
 	// Journaled, if not nil, is called when the machine's journal stands: from
 	// then on all can see that its user is taken.
 	Journaled func()
+	// Shared lets file servers reach the guest's memory. A clone then has a copy
+	// of its template's instead of what it changes alone.
+	Shared bool
 	// DiskLimit is how large, in bytes, a writable disk may be that is attached
 	// later. One that is there at the start may be as large as it is.
 	DiskLimit int64

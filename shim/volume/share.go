@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,6 +35,8 @@ const (
 	serverPath = "/usr/lib/qemu/virtiofsd"
 	shareTag   = "share"
 	shareRoot  = "/mnt" // in the thread's namespace
+	// findTime is how long a guest may take to find the device.
+	findTime, findAgain = 20 * time.Second, 10 * time.Millisecond
 )
 
 // serverRights are the capabilities that the server may have, by number: what
@@ -88,12 +91,32 @@ func (p *Pod) openShare(ctx context.Context) (*share, error) {
 	go sh.watch(p.conf.Failed)
 	// The machine has the connection from here on.
 	if err = p.conf.Machine.Share(ctx, shareTag, conn); err == nil {
-		err = p.conf.Guest.MountShare(ctx, shareTag)
+		err = p.mountShare(ctx)
 	}
 	if err != nil {
 		return nil, errors.Join(err, sh.close())
 	}
 	return sh, nil
+}
+
+// mountShare mounts the file system once the guest has found its device.
+func (p *Pod) mountShare(ctx context.Context) error {
+	if err := p.conf.Guest.Rescan(ctx); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, findTime)
+	defer cancel()
+	for {
+		err := p.conf.Guest.MountShare(ctx, shareTag)
+		if !errors.Is(err, unix.EINVAL) { // what the guest says of a tag that it does not know
+			return err
+		}
+		select {
+		case <-time.After(findAgain):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // open builds the share and starts its server. It returns the machine's end of

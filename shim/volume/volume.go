@@ -32,6 +32,8 @@ type Guest interface {
 	MakeDir(ctx context.Context, m guestproto.Dir) error
 	Push(ctx context.Context, dir, stamp string, files []guestproto.PushFile) error
 	Pull(ctx context.Context, dir, path string) ([]byte, error)
+	// Rescan lets the guest look for new devices.
+	Rescan(ctx context.Context) error
 	MountShare(ctx context.Context, tag string) error
 }
 

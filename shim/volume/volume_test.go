@@ -86,6 +86,8 @@ func (g *guest) Pull(_ context.Context, dir, path string) ([]byte, error) {
 	return f.Data, nil
 }
 
+func (g *guest) Rescan(context.Context) error { return g.fail }
+
 func (g *guest) MountShare(context.Context, string) error { return g.fail }
 
 // text is a pushed file's.

@@ -53,6 +53,7 @@ type configuration struct {
 	cacheMiB    int // of translated code, under TCG
 	memoryMiB   int
 	cpus        int
+	shared      bool // a clone's memory is reached by file servers
 	disks       []disk
 }
 
@@ -82,7 +83,7 @@ func (c configuration) arguments() []string {
 	args = append(args, c.backends()...)
 	args = append(args, c.board()...)
 	share := "on"
-	if c.role == roleClone {
+	if c.role == roleClone && !c.shared {
 		share = "off" // copy on write
 	}
 	args = append(args, "-object", fmt.Sprintf("memory-backend-file,id=mem,size=%dM,mem-path=/proc/self/fd/%d,share=%s",
@@ -187,7 +188,7 @@ func onOff(b bool) string {
 
 // key is a digest of everything a frozen state depends on.
 func key(version string, c configuration, spec vm.TemplateSpec) string {
-	c.role, c.mark, c.disks = roleTemplate, "", nil
+	c.role, c.mark, c.disks, c.shared = roleTemplate, "", nil, false
 	h := sha256.New()
 	part := func(s string) { fmt.Fprintf(h, "%d:%s\n", len(s), s) }
 	part(version)

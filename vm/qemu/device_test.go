@@ -364,6 +364,10 @@ func TestSlots(t *testing.T) {
 	if err := m.Attach(ctx, vm.Disk{File: data, Slot: "w9"}); err == nil {
 		t.Error("there is no slot w9")
 	}
+	// What this clone changes is its own: no server could follow.
+	if err := m.Share(ctx, "share", image(t, "")); !errors.Is(err, vm.ErrNotShared) {
+		t.Errorf("share with a copy-on-write clone: %v", err)
+	}
 	must(m.Release())
 	if m, err = d.Adopt(ctx, m.Dir()); err != nil {
 		t.Fatal(err)

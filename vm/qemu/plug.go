@@ -90,6 +90,39 @@ func (m *monitor) setDrive(ctx context.Context, s vm.Slot, node string) error {
 	return m.execute(ctx, "qom-set", map[string]string{"path": peripheral + string(s), "property": "drive", "value": node}, nil)
 }
 
+// Share gives the guest the file system of a vhost-user server.
+func (m *monitor) Share(ctx context.Context, tag string, server *os.File) error {
+	m.plugging.Lock()
+	defer m.plugging.Unlock()
+	// Without this a server would be shown what the guest started from, and
+	// never what it writes.
+	var shared bool
+	err := m.execute(ctx, "qom-get", map[string]string{"path": "/objects/mem", "property": "share"}, &shared)
+	if err != nil {
+		return err
+	}
+	if !shared {
+		return vm.ErrNotShared
+	}
+	const id = "share"
+	if err := m.execute(ctx, "getfd", map[string]string{"fdname": id}, nil, server); err != nil {
+		return err
+	}
+	address := map[string]any{"type": "fd", "data": map[string]string{"str": id}}
+	if err := m.execute(ctx, "chardev-add", map[string]any{
+		"id": id, "backend": map[string]any{"type": "socket", "data": map[string]any{"addr": address, "server": false}},
+	}, nil); err != nil {
+		return err
+	}
+	err = m.execute(ctx, "device_add", map[string]any{
+		"driver": "vhost-user-fs-pci", "id": id, "chardev": id, "tag": tag, "queue-size": 256, "bus": shelf(0),
+	}, nil)
+	if err != nil {
+		_ = m.execute(ctx, "chardev-remove", map[string]string{"id": id}, nil)
+	}
+	return err
+}
+
 // AttachNetwork gives the guest its i-th network device.
 func (m *monitor) AttachNetwork(ctx context.Context, i int, tap *os.File) error {
 	m.plugging.Lock()

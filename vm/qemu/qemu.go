@@ -308,7 +308,7 @@ func (s *started) undo(ctx context.Context, err error) error {
 
 func (d *Driver) configuration(l launch) configuration {
 	c := d.shape(l.spec.Template)
-	c.role = l.role
+	c.role, c.shared = l.role, l.spec.Shared
 	c.mark = "hauberk-" + l.spec.ID + "-" + strings.ToLower(rand.Text()[:12])
 	return c
 }
