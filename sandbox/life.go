@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -524,7 +525,22 @@ func (b *Sandbox) end(ctx context.Context) error {
 	return errors.Join(client.Delete(ctx, b.program()), b.closeNetwork(ctx))
 }
 
-// tell hands on what the shim says of its progress, until it is stopped.
+// patience is how long a sandbox may take to be made before that is explained.
+const patience = 2 * time.Second
+
+// tell hands on what the shim says of its progress, until it is stopped, and
+// says why it takes long if it does.
 func (b *Sandbox) tell() (stop func()) {
-	return follow(b.shimLog(), b.host.conf.Progress)
+	var mu sync.Mutex
+	say := func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		b.host.conf.Progress(text)
+	}
+	late := time.AfterFunc(patience, func() { say("making its machine; the first of a size takes longest, later ones are copies of it") })
+	end := follow(b.shimLog(), say)
+	return func() {
+		late.Stop()
+		end()
+	}
 }

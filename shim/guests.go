@@ -84,7 +84,7 @@ func (g *guests) withDisks(ctx context.Context, id string, w wish, disks ...vm.D
 		if ctx.Err() != nil {
 			return nil, err
 		}
-		g.log.Warn("boot a machine cold, for the keeper gave none", "machine", id, "err", err)
+		g.log.Warn("boot a machine cold, for the keeper gave none", "machine", id, "err", err, "step", "boot a machine cold")
 		return g.boot(ctx, id, w, disks)
 	}
 	for _, d := range disks {
@@ -103,7 +103,7 @@ func (g *guests) kept(ctx context.Context, id string, w wish) (*vm.Machine, erro
 	c := keep.Client{Place: g.conf.place(), Start: []string{keepAction, "-state", g.conf.state, "-run", g.conf.run, "-pool", strconv.Itoa(g.conf.pool)}}
 	given, err := c.Machine(ctx, keep.Request{
 		ID: id, MemoryMiB: w.size.memoryMiB, CPUs: w.size.processors, TrustDomain: trustDomain,
-	}, func(line string) { g.log.Info("keeper: " + line) })
+	}, func(line string) { g.log.Info("keeper", "step", line) }) // package sandbox tells people of steps
 	if err != nil {
 		return nil, err
 	}
