@@ -190,7 +190,7 @@ func frame(id uint32, v guestproto.Verb, payload []byte) []byte {
 }
 
 func (s *session) greet(nonce []byte, id uint32, version uint32) {
-	hello := guestproto.Hello{Version: guestproto.Version, Release: "hostile"}
+	hello := guestproto.Hello{Version: guestproto.Version, Release: "hostile", Guard: guestproto.GuardAttached}
 	b := hello.Append(nil)
 	if version != guestproto.Version {
 		hello.Version = version
