@@ -1,6 +1,7 @@
 package unpack
 
 import (
+	"archive/tar"
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
@@ -115,6 +116,9 @@ func TestTrees(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if saved := pullSaved(t, layers); saved != img.ErofsSHA256 {
+				t.Errorf("what docker save would write of it has digest %s, not %s", saved, img.ErofsSHA256)
+			}
 			other := umoci
 			if s.plain {
 				other = untar
@@ -122,6 +126,47 @@ func TestTrees(t *testing.T) {
 			same(t, list(t, mount(t, img.Path), s.implied), list(t, other(t, l, layers), s.implied))
 		})
 	}
+}
+
+// pullSaved pulls the image from an archive in docker's format.
+func pullSaved(t *testing.T, layers [][]byte) string {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	add := func(name string, content []byte) {
+		if err := w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(content))}); err != nil {
+			t.Fatal(err)
+		}
+		w.Write(content)
+	}
+	var names, diffs []string
+	for i, raw := range layers {
+		names, diffs = append(names, fmt.Sprintf("%d/layer.tar", i)), append(diffs, fmt.Sprintf("sha256:%x", sha256.Sum256(raw)))
+		add(names[i], raw)
+	}
+	add("config.json", encode(t, map[string]any{"os": "linux", "architecture": runtime.GOARCH, "rootfs": map[string]any{"type": "layers", "diff_ids": diffs}}))
+	add("manifest.json", encode(t, []any{map[string]any{"Config": "config.json", "RepoTags": []string{"it:1"}, "Layers": names}}))
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), "saved.tar")
+	if err := os.WriteFile(name, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ref, err := image.ParseReference("docker-archive:" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, err := ref.Open(t.Context(), image.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	img, err := image.Pull(t.Context(), src.Blobs, src.Digest, t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img.ErofsSHA256
 }
 
 func umoci(t *testing.T, l layout, _ [][]byte) string {
