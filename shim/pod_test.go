@@ -6,9 +6,11 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,6 +21,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
@@ -574,51 +577,97 @@ func TestMachineLost(t *testing.T) {
 	s.Delete(t.Context(), &task.DeleteRequest{ID: "pod"})
 }
 
-// TestSandboxAPI makes a pod without a pause container.
+// TestSandboxAPI makes a pod without a pause container, with the messages that
+// containerd's package defines.
 func TestSandboxAPI(t *testing.T) {
 	s := newStand(t, "pod")
 	bundle := filepath.Join(s.dir, "sandbox")
 	if err := os.Mkdir(bundle, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	q := &sandboxapi.CreateSandboxRequest{SandboxID: "pod", BundlePath: bundle}
-	for range 2 {
-		if _, err := s.CreateSandbox(t.Context(), q); err != nil {
-			t.Fatal(err)
+	call := func(verb string, q, a proto.Message) error {
+		out, err := s.sandboxMethods()[verb](t.Context(), func(m any) error {
+			raw, err := proto.Marshal(q)
+			if err != nil {
+				return err
+			}
+			return proto.Unmarshal(raw, m.(proto.Message))
+		})
+		if err != nil {
+			return err
+		}
+		raw, err := proto.Marshal(out.(proto.Message))
+		if err != nil {
+			return err
+		}
+		return proto.UnmarshalOptions{}.Unmarshal(raw, a)
+	}
+	must := func(verb string, q, a proto.Message) {
+		t.Helper()
+		if err := call(verb, q, a); err != nil {
+			t.Fatalf("%s: %v", verb, err)
 		}
 	}
-	r, err := s.StartSandbox(t.Context(), &sandboxapi.StartSandboxRequest{SandboxID: "pod"})
-	if err != nil || r.Pid != 4242 || r.CreatedAt == nil {
-		t.Fatal(r, err)
+	for range 2 {
+		must("CreateSandbox", &sandboxapi.CreateSandboxRequest{SandboxID: "pod", BundlePath: bundle, Annotations: map[string]string{"a": "b"}}, &sandboxapi.CreateSandboxResponse{})
+	}
+	var started sandboxapi.StartSandboxResponse
+	must("StartSandbox", &sandboxapi.StartSandboxRequest{SandboxID: "pod"}, &started)
+	if started.Pid != 4242 || time.Since(started.CreatedAt.AsTime()) > time.Minute {
+		t.Error(&started)
 	}
 	s.run("one", "container", "pod")
 	if files := s.machine().creates[0].Files; len(files) != 2 || files[0].Path != "/etc/hostname" || string(files[0].Data) != "pod\n" {
 		t.Errorf("files %v", files)
 	}
-	if m, err := s.SandboxMetrics(t.Context(), &sandboxapi.SandboxMetricsRequest{SandboxID: "pod"}); err != nil || m.Metrics.Data == nil {
-		t.Error(m, err)
+	var platform sandboxapi.PlatformResponse
+	must("Platform", &sandboxapi.PlatformRequest{SandboxID: "pod"}, &platform)
+	if platform.Platform.GetOS() != "linux" || platform.Platform.GetArchitecture() != runtime.GOARCH {
+		t.Error(&platform)
 	}
-	if _, err := s.PingSandbox(t.Context(), &sandboxapi.PingRequest{SandboxID: "pod"}); err != nil {
-		t.Error(err)
+	var figures sandboxapi.SandboxMetricsResponse
+	must("SandboxMetrics", &sandboxapi.SandboxMetricsRequest{SandboxID: "pod"}, &figures)
+	if figures.Metrics.GetID() != "pod" || figures.Metrics.GetData().GetTypeUrl() != metricsV2 {
+		t.Error(&figures)
 	}
-	if _, err := s.SandboxStatus(t.Context(), &sandboxapi.SandboxStatusRequest{SandboxID: "other"}); status.Code(err) != codes.NotFound {
+	must("PingSandbox", &sandboxapi.PingRequest{SandboxID: "pod"}, &sandboxapi.PingResponse{})
+	if err := call("SandboxStatus", &sandboxapi.SandboxStatusRequest{SandboxID: "other"}, nil); status.Code(err) != codes.NotFound {
 		t.Errorf("another's: %v", err)
 	}
-	if st, err := s.SandboxStatus(t.Context(), &sandboxapi.SandboxStatusRequest{SandboxID: "pod"}); err != nil || st.State != sandboxReady {
-		t.Error(st, err)
+	var is sandboxapi.SandboxStatusResponse
+	must("SandboxStatus", &sandboxapi.SandboxStatusRequest{SandboxID: "pod", Verbose: true}, &is)
+	if is.State != sandboxReady || is.SandboxID != "pod" || is.Pid != 4242 || is.Info["machine"] == "" || is.ExitedAt != nil {
+		t.Error(&is)
 	}
 	s.end("one")
 	for range 2 {
-		if _, err := s.StopSandbox(t.Context(), &sandboxapi.StopSandboxRequest{SandboxID: "pod"}); err != nil {
-			t.Error(err)
+		must("StopSandbox", &sandboxapi.StopSandboxRequest{SandboxID: "pod", TimeoutSecs: 3}, &sandboxapi.StopSandboxResponse{})
+	}
+	var ended sandboxapi.WaitSandboxResponse
+	must("WaitSandbox", &sandboxapi.WaitSandboxRequest{SandboxID: "pod"}, &ended)
+	must("SandboxStatus", &sandboxapi.SandboxStatusRequest{SandboxID: "pod"}, &is)
+	if ended.ExitStatus != 137 || ended.ExitedAt == nil || is.State != sandboxNotReady || is.ExitedAt == nil || is.Info != nil {
+		t.Error(&ended, &is)
+	}
+}
+
+func FuzzSandboxCall(f *testing.F) {
+	raw, err := proto.Marshal(&sandboxapi.CreateSandboxRequest{SandboxID: "pod", BundlePath: "/b", NetnsPath: "/n", Annotations: map[string]string{"a": "b"}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(raw)
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		var mine sandboxCall
+		var theirs sandboxapi.CreateSandboxRequest
+		if proto.Unmarshal(raw, &theirs) != nil || len(theirs.ProtoReflect().GetUnknown()) > 0 {
+			_ = mine.parse(raw) // must not panic
+			return
 		}
-	}
-	if w, err := s.WaitSandbox(t.Context(), &sandboxapi.WaitSandboxRequest{SandboxID: "pod"}); err != nil || w.ExitStatus != 137 {
-		t.Error(w, err)
-	}
-	if st, err := s.SandboxStatus(t.Context(), &sandboxapi.SandboxStatusRequest{SandboxID: "pod"}); err != nil || st.State != sandboxNotReady {
-		t.Error(st, err)
-	}
+		if err := mine.parse(raw); err != nil || mine.id != theirs.SandboxID || mine.bundle != theirs.BundlePath || mine.netns != theirs.NetnsPath || !maps.Equal(mine.annotations, theirs.Annotations) && len(theirs.Annotations) > 0 {
+			t.Errorf("%q is %+v, %v, want %v", raw, mine, err, &theirs)
+		}
+	})
 }
 
 // TestStandIns: each container of a pod has a number, in a network namespace

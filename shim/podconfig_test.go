@@ -6,8 +6,6 @@ import (
 
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/types/known/anypb"
-
-	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 )
 
 // field appends a field of a message: a number, a string, bytes or messages.
@@ -35,10 +33,8 @@ func podConfigOf() []byte {
 }
 
 func TestPodConfig(t *testing.T) {
-	r := &sandboxapi.CreateSandboxRequest{
-		SandboxID: "pod", BundlePath: "/b", NetnsPath: "/run/netns/x", Options: &anypb.Any{TypeUrl: podConfigURL, Value: podConfigOf()},
-	}
-	w, err := sandboxWish(r)
+	q := sandboxCall{id: "pod", bundle: "/b", netns: "/run/netns/x", options: &anypb.Any{TypeUrl: podConfigURL, Value: podConfigOf()}}
+	w, err := q.wish()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +51,7 @@ func TestPodConfig(t *testing.T) {
 	if want := "search example.org\nnameserver 10.0.0.10\nnameserver 10.0.0.11\noptions ndots:5\n"; files["/etc/resolv.conf"] != want || files["/etc/hostname"] != "web-0\n" {
 		t.Errorf("files %q", files)
 	}
-	if w, err := sandboxWish(&sandboxapi.CreateSandboxRequest{SandboxID: "pod"}); err != nil || w.hostname != "pod" || w.size.MemoryMiB == 0 {
+	if w, err := (sandboxCall{id: "pod"}).wish(); err != nil || w.hostname != "pod" || w.size.MemoryMiB == 0 {
 		t.Errorf("without options: %+v, %v", w, err)
 	}
 }
@@ -71,7 +67,7 @@ func TestPodConfigRefused(t *testing.T) {
 		"kernel.panic":      {TypeUrl: podConfigURL, Value: field(nil, 8, field(nil, 3, field(field(nil, 1, "kernel.panic"), 2, "1")))},
 		"dns_config":        {TypeUrl: podConfigURL, Value: field(nil, 4, field(nil, 1, "10.0.0.1\nnameserver 6.6.6.6"))},
 	} {
-		if _, err := sandboxWish(&sandboxapi.CreateSandboxRequest{SandboxID: "pod", Options: o}); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := (sandboxCall{id: "pod", options: o}).wish(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
 	}
