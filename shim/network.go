@@ -2,36 +2,23 @@ package shim
 
 import (
 	"context"
-	"fmt"
-	"os"
+	"errors"
 
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/internal/netns"
+	"hauberk.dev/vm"
 	"hauberk.dev/vm/nic"
 )
 
-// network puts the guest into the pod's network namespace: its tap moves there,
-// and it takes the place of the namespace. Without one it has a loopback
-// interface alone.
+// network puts the guest into the pod's network namespace: it takes the place
+// of what is there. Without one it has a loopback interface alone.
 func (p *pod) network(ctx context.Context) error {
 	if p.netns == "" {
 		return p.channel.Network(ctx, guestproto.Network{})
 	}
-	var o netns.JoinOptions
-	if tap := p.machine.Tap(); tap != nil {
-		o.Taps = []*os.File{tap}
+	m, ok := p.machine.(*vm.Machine)
+	if !ok {
+		return errors.New("join network namespace: this machine has no network devices")
 	}
-	j, err := netns.Join(p.netns, o)
-	if err != nil {
-		return err
-	}
-	defer j.Close()
-	if n := len(j.Links); n > 1 {
-		return fmt.Errorf("join %s: it has %d links, and a pod one interface", p.netns, n)
-	}
-	m, err := nic.Message(j)
-	if err != nil {
-		return err
-	}
-	return p.channel.Network(ctx, m)
+	return nic.Enter(ctx, m, p.channel, p.netns, netns.JoinOptions{})
 }

@@ -23,7 +23,6 @@ import (
 type machine interface {
 	ID() string
 	PID() int
-	Tap() *os.File
 	Done() <-chan struct{}
 	Err() error
 	Console() string

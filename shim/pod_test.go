@@ -63,7 +63,6 @@ func newFakeMachine(t testing.TB) *fakeMachine {
 	return m
 }
 
-func (m *fakeMachine) Tap() *os.File                { return nil }
 func (m *fakeMachine) ID() string                   { return "c-fake" }
 func (m *fakeMachine) PID() int                     { return 4242 }
 func (m *fakeMachine) Done() <-chan struct{}        { return m.done }
