@@ -122,7 +122,7 @@ func TestAttribute(t *testing.T) {
 func TestFilter(t *testing.T) {
 	const native, foreign = 0xc000003e, 0x40000003
 	const allow, refuse = 0x7fff0000, 0x00050001
-	filter := syscallFilter()
+	filter := syscallInsns()
 	for _, tt := range []struct{ arch, number, want uint32 }{
 		{native, syscall.SYS_READ, allow}, {native, syscall.SYS_EXECVE, allow}, {native, 321, allow}, {native, 425, allow},
 		{native, 248, refuse}, {native, 249, refuse}, {native, 250, refuse}, {native, 323, refuse},

@@ -20,10 +20,10 @@ const (
 	// connected to, should it have missed that one came.
 	awayMillis = 1000
 
-	maxPolls = 3 + guestproto.MaxProcesses*6
+	maxPolls = 4 + guestproto.MaxProcesses*6
 )
 
-// agent is all there is: one thread, one loop, no locks.
+// agent is all there is: one loop, no locks. What may take long is an errand.
 type agent struct {
 	port      int
 	wake      int // epoll descriptor that holds port, edge-triggered
@@ -40,16 +40,22 @@ type agent struct {
 	txHead int
 	// session is true between a hello and the host's leaving; broken, from a
 	// frame that cannot be understood until the host leaves.
-	session bool
-	broken  bool
+	session  bool
+	sessions uint32 // begun so far
+	broken   bool
 	// away is true while no host is connected: poll on the port would return
 	// at once then, so the agent waits for wake.
 	away bool
 
 	processes   [guestproto.MaxProcesses]process
 	lastID      uint32
-	roots       [guestproto.MaxRoots]bool
 	disks       []disk
+	roots       [guestproto.MaxRoots]root
+	dirs        [guestproto.MaxDirs]dir
+	shares      [guestproto.MaxShares]string
+	errands     errands
+	reaper      reaper
+	left        leftCgroups
 	machineID   string
 	guardCredit uint32
 	guardRoom   int  // of the batch being filled
@@ -79,13 +85,17 @@ const (
 	forStderr
 	forStdin
 	forOOM
+	forErrands
 )
 
 func newAgent() (*agent, error) {
 	a := &agent{
 		port:   -1,
+		reaper: reaper{pidfd: -1},
 		polls:  make([]pollFD, 0, maxPolls),
 		owners: make([]owner, 0, maxPolls),
+
+		left: leftCgroups{ids: make([]uint32, 0, guestproto.MaxProcesses)},
 	}
 	a.emit = a.emitRecord
 	var err error
@@ -100,7 +110,7 @@ func newAgent() (*agent, error) {
 	if a.selfPIDNS, err = syscall.Open("/proc/self/ns/pid", syscall.O_RDONLY|syscall.O_CLOEXEC, 0); err != nil {
 		return nil, fail("open", "/proc/self/ns/pid", err)
 	}
-	return a, nil
+	return a, a.errands.open()
 }
 
 // serve runs until the host shuts the guest down.
@@ -118,6 +128,9 @@ func (a *agent) serve() error {
 		timeout := -1
 		if a.away {
 			timeout = awayMillis
+		}
+		if soon := a.sweep(); soon > 0 {
+			timeout = soon
 		}
 		n, err := poll(a.polls, timeout)
 		if err != nil {
@@ -162,6 +175,9 @@ func (a *agent) gather() {
 			events |= pollOut
 		}
 		a.watch(a.port, events, nil, forPort)
+	}
+	if a.room() >= reserve {
+		a.watch(a.errands.wake, pollIn, nil, forErrands)
 	}
 	speak := a.session && a.room() >= reserve+guestproto.MaxChunk
 	if ring := guardRing(); ring >= 0 && speak && a.guardCredit > 0 && !a.guardFull {
@@ -227,6 +243,8 @@ func (a *agent) dispatch() error {
 			a.feed(o.p)
 		case forOOM:
 			a.sendOOM(o.p)
+		case forErrands:
+			a.errandsBack()
 		}
 	}
 	if exited {
@@ -379,6 +397,22 @@ func (a *agent) begin(h guestproto.Header, payload []byte) (later bool, err erro
 		return true, a.stdin(h.ID, payload)
 	case guestproto.VerbCredit:
 		return true, a.credit(payload)
+	case guestproto.VerbCopy:
+		return true, a.copy(h.ID, payload)
+	case guestproto.VerbMountRoot:
+		return true, a.mountRoot(h.ID, payload)
+	case guestproto.VerbUnmountRoot:
+		return true, a.unmountRoot(h.ID, payload)
+	case guestproto.VerbMakeDir:
+		return true, a.makeDir(h.ID, payload)
+	case guestproto.VerbRemoveDir:
+		return true, a.removeDir(h.ID, payload)
+	case guestproto.VerbMountShare:
+		return true, a.mountShare(h.ID, payload)
+	case guestproto.VerbUpdate:
+		return true, a.update(h.ID, payload)
+	case guestproto.VerbFreeze:
+		return true, a.freeze(h.ID, payload)
 	}
 	return false, nil
 }
@@ -410,8 +444,10 @@ func (a *agent) do(h guestproto.Header, payload []byte) error {
 		return a.interfaces()
 	case guestproto.VerbRoutes:
 		return a.routes()
-	case guestproto.VerbMountRoot:
-		return a.mountRoot(payload)
+	case guestproto.VerbPush:
+		return a.push(payload)
+	case guestproto.VerbTop:
+		return a.top(payload)
 	case guestproto.VerbSignal:
 		return a.signal(payload)
 	case guestproto.VerbResize:
@@ -461,6 +497,7 @@ func (a *agent) hello(h guestproto.Header, payload []byte) {
 	}
 	a.tx, a.txHead = append(a.tx[:0], m.Nonce[:]...), 0
 	a.withdraw()
+	a.sessions++
 	if a.session = m.Version == guestproto.Version; !a.session {
 		a.refuse(h.ID, fail("serve protocol version", strconv.Itoa(int(m.Version)), syscall.EPROTONOSUPPORT))
 		return

@@ -17,6 +17,8 @@ const (
 	modulesDir = "/modules"
 	bundlePath = "/guard.bundle"
 	rootsDir   = "/run/roots"
+	dirsDir    = "/run/dirs"
+	sharesDir  = "/run/shares"
 	bootIDPath = "/run/boot_id"
 	cgroupDir  = "/sys/fs/cgroup"
 	portName   = "agent.0"
@@ -27,8 +29,12 @@ const (
 // Main is the program: PID 1, or the setup stage that PID 1 starts.
 func Main() {
 	runtime.LockOSThread() // namespaces and capabilities belong to a thread
-	if stage, _ := syscall.Getenv(stageName); stage == stageSetup || stage == stageSpare {
+	switch stage, _ := syscall.Getenv(stageName); stage {
+	case stageSetup, stageSpare, stageCopy:
 		setupMain(stage == stageSpare)
+		return
+	case stageReap:
+		reapMain()
 		return
 	}
 	if syscall.Getpid() != 1 {
@@ -42,6 +48,7 @@ func Main() {
 // boot brings the guest up and serves. It returns only with an error: the end
 // that the host asks for is the machine's.
 func boot() error {
+	runtime.GOMAXPROCS(2) // the loop's, and one for errands even on one processor
 	if err := mountBasics(); err != nil {
 		return err
 	}
@@ -103,10 +110,15 @@ func mountBasics() error {
 			return fail("mount", m.dir, err)
 		}
 	}
-	for _, c := range []string{"+cpu", "+memory", "+pids", "+io"} {
+	for _, c := range []string{"+cpu", "+cpuset", "+memory", "+pids", "+io"} {
 		_ = writeFile(cgroupDir+"/cgroup.subtree_control", c) // as far as the kernel has it
 	}
-	return makeDirs(rootsDir, 0o700)
+	for _, dir := range []string{rootsDir, dirsDir, sharesDir} {
+		if err := makeDirs(dir, 0o700); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // loadModules loads what /modules/order lists, one file a line, and frees the

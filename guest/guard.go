@@ -32,6 +32,14 @@ func guardRoot(path string, overlay, lower uint32) error {
 	return fromGuard(attached.Root(path, overlay, lower))
 }
 
+// guardUnroot makes the Guard let go of a root that is about to be unmounted.
+func guardUnroot(path string) error {
+	if attached == nil {
+		return nil
+	}
+	return fromGuard(attached.Unroot(path))
+}
+
 // guardPolicy puts a policy in force.
 func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
 	if attached == nil {

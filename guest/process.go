@@ -31,6 +31,7 @@ type process struct {
 	log        *history // nil: none is kept
 
 	// Of a container only.
+	root     uint8
 	cgroup   int // directory
 	oom      int // its memory.events
 	oomKills uint32
@@ -185,6 +186,10 @@ func (a *agent) ended(p *process, status syscall.WaitStatus) {
 		p.code = 128 + p.sig
 	}
 	p.phase = guestproto.PhaseExited
+	if p.container == p {
+		// Those in a PID namespace that is not its own would live on.
+		_ = writeFile(cgroupOf(p.id)+"/cgroup.kill", "1")
+	}
 	closeFD(&p.pidfd)
 	closeFD(&p.setup)
 	a.endInput(p, syscall.EPIPE)
@@ -206,8 +211,7 @@ func (a *agent) release(p *process) {
 	if p.cgroup >= 0 {
 		closeFD(&p.cgroup)
 		closeFD(&p.oom)
-		_ = writeFile(cgroupOf(p.id)+"/cgroup.kill", "1")
-		_ = syscall.Rmdir(cgroupOf(p.id)) // empty: its PID namespace ended with p
+		a.dropCgroup(p.id)
 	}
 	p.clear()
 }

@@ -7,23 +7,7 @@ import (
 	"hauberk.dev/api/guestproto"
 )
 
-// keptCaps are what root of a container may do: the common default of
-// container engines without MKNOD and SYS_CHROOT.
-const keptCaps = 1<<0 | // CHOWN
-	1<<1 | // DAC_OVERRIDE
-	1<<3 | // FOWNER
-	1<<4 | // FSETID
-	1<<5 | // KILL
-	1<<6 | // SETGID
-	1<<7 | // SETUID
-	1<<8 | // SETPCAP
-	1<<10 | // NET_BIND_SERVICE
-	1<<13 | // NET_RAW
-	1<<29 | // AUDIT_WRITE
-	1<<31 // SETFCAP
-
 const (
-	openFiles   = 1 << 20
 	maxSpec     = guestproto.MaxFrame + 512
 	maxAccounts = 1 << 20 // of /etc/passwd and /etc/group
 )
@@ -106,38 +90,61 @@ func setup() error {
 	}
 	machineID, payload := string(spec[2:2+int(spec[1])]), spec[2+int(spec[1]):]
 	syscall.Umask(0)
-	var program *guestproto.Program
-	var pids uint32
 	join, err := syscall.Openat(setupCgroup, "cgroup.procs", syscall.O_WRONLY|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return fail("open", "cgroup.procs", err)
 	}
-	if spec[0] == kindCreate {
-		m, err := guestproto.ParseCreate(payload)
-		if err != nil {
-			return err
-		}
-		if err := enterNew(&m, machineID, join); err != nil {
-			return err
-		}
-		program, pids = &m.Program, m.Resources.PidsMax
-	} else {
-		m, err := guestproto.ParseExec(payload)
-		if err != nil {
-			return err
-		}
-		if err := enterExisting(); err != nil {
-			return err
-		}
-		program = &m.Program
+	switch spec[0] {
+	case kindCreate:
+		return becomeContainer(payload, machineID, join)
+	case kindExec:
+		return becomeExec(payload, join)
+	case kindCopy:
+		return becomeCopy(payload, join)
 	}
-	syscall.Umask(0o022)
-	return become(program, spec[0] == kindCreate, func() error {
-		if spec[0] == kindExec {
-			return joinCgroup(join)
-		}
-		return limitProcesses(pids)
-	})
+	return fail("read", "setup spec", syscall.EBADMSG)
+}
+
+// becomeContainer makes a container and becomes its first process.
+func becomeContainer(payload []byte, machineID string, join int) error {
+	m, err := guestproto.ParseCreate(payload)
+	if err != nil {
+		return err
+	}
+	if err := scoreOOM(&m.Program); err != nil {
+		return err
+	}
+	if err := joinCgroup(join); err != nil {
+		return err
+	}
+	if err := makeContainer(&m, machineID); err != nil {
+		return err
+	}
+	return become(&m.Program, true, func() error { return limitProcesses(m.Resources.PidsMax) })
+}
+
+// becomeExec becomes one more process of a container.
+func becomeExec(payload []byte, join int) error {
+	m, err := guestproto.ParseExec(payload)
+	if err != nil {
+		return err
+	}
+	if err := scoreOOM(&m.Program); err != nil {
+		return err
+	}
+	if err := enterExisting(); err != nil {
+		return err
+	}
+	return become(&m.Program, false, func() error { return joinCgroup(join) })
+}
+
+// scoreOOM says how gladly the kernel kills the program for want of memory.
+// It needs the agent's /proc.
+func scoreOOM(p *guestproto.Program) error {
+	if p.OOMScoreAdj == 0 {
+		return nil
+	}
+	return writeFile("/proc/self/oom_score_adj", strconv.Itoa(int(p.OOMScoreAdj)))
 }
 
 // joinCgroup moves this process into the cgroup whose cgroup.procs is open.
@@ -164,50 +171,6 @@ func limitProcesses(most uint32) error {
 	return nil
 }
 
-// enterNew makes the container that this process is the first of.
-func enterNew(m *guestproto.Create, machineID string, cgroup int) error {
-	if err := joinCgroup(cgroup); err != nil {
-		return err
-	}
-	// A mount namespace takes this thread's root and working directory out of
-	// those the runtime's threads share.
-	if err := syscall.Unshare(syscall.CLONE_NEWNS | syscall.CLONE_NEWUTS | cloneNewCgroup); err != nil {
-		return fail("make", "namespaces", err)
-	}
-	if err := enterRoot(rootPath(m.Root)); err != nil {
-		return err
-	}
-	if m.Hostname != "" {
-		if err := syscall.Sethostname([]byte(m.Hostname)); err != nil {
-			return fail("set hostname", strconv.Quote(m.Hostname), err)
-		}
-	}
-	if machineID != "" {
-		m.Files = append(m.Files, guestproto.File{Path: "/etc/machine-id", Mode: 0o444, Data: []byte(machineID + "\n")})
-	}
-	for _, f := range m.Files {
-		if len(f.Path) < 2 || f.Path[0] != '/' || f.Mode&^0o777 != 0 {
-			return fail("write file", strconv.Quote(f.Path), syscall.EINVAL)
-		}
-		if err := makeDirs(parent(f.Path), 0o755); err != nil {
-			return err
-		}
-		if err := replaceFile(f.Path, f.Data, f.Mode); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func parent(path string) string {
-	for i := len(path) - 1; i > 0; i-- {
-		if path[i] == '/' {
-			return path[:i]
-		}
-	}
-	return "/"
-}
-
 // enterExisting joins the container whose PID namespace PID 1 put this process
 // into already.
 func enterExisting() error {
@@ -225,12 +188,12 @@ func enterExisting() error {
 
 // become sheds the agent's rights and execs the program. last is done when
 // nothing but that is left to do.
-func become(p *guestproto.Program, waits bool, last func() error) error {
+func become(p *guestproto.Program, first bool, last func() error) error {
 	who, err := account(p)
 	if err != nil {
 		return err
 	}
-	if err := stdio(p, who.uid); err != nil {
+	if err := stdio(p, who.uid, first); err != nil {
 		return err
 	}
 	cwd := p.Cwd
@@ -243,99 +206,39 @@ func become(p *guestproto.Program, waits bool, last func() error) error {
 	if err := syscall.Chdir(cwd); err != nil {
 		return fail("enter", strconv.Quote(cwd), err)
 	}
-	if waits {
+	r, err := newRights(p, who)
+	if err != nil {
+		return err
+	}
+	env := environment(p, who)
+	x, err := newExecImage(programPaths(p.Args[0], env), p.Args, env)
+	if err != nil {
+		return fail("exec", strconv.Quote(p.Args[0]), err)
+	}
+	if first {
 		var word [1]byte
 		n, err := syscall.Read(setupSocket, word[:])
 		if err != nil || n != 1 || word[0] != wordGo {
 			return fail("wait for", "start", syscall.ECANCELED)
 		}
 	}
-	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: openFiles, Max: openFiles}); err != nil {
-		return fail("set limit of", "open files", err)
-	}
 	if err := last(); err != nil {
 		return err
 	}
-	if err := shed(who); err != nil {
+	if err := r.apply(); err != nil {
 		return err
 	}
-	return execute(p.Args, environment(p, who))
-}
-
-// shed gives up every right that a workload must not have, on this thread; the
-// exec ends the others.
-func shed(who identity) error {
-	if err := prctl(prSetNoNewPrivs, 1); err != nil {
-		return fail("set", "no_new_privs", err)
-	}
-	for c := uintptr(0); c < 64; c++ {
-		if keptCaps>>c&1 == 1 {
-			continue
-		}
-		if err := prctl(prCapbsetDrop, c); err == syscall.EINVAL {
-			break // past the last the kernel knows
-		} else if err != nil {
-			return fail("drop", "capability "+strconv.Itoa(int(c)), err)
-		}
-	}
-	if err := prctl(prCapAmbient, prCapAmbientWipe); err != nil {
-		return fail("drop", "ambient capabilities", err)
-	}
-	if err := setGroups(who.groups); err != nil {
-		return fail("set", "groups", err)
-	}
-	if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESGID, uintptr(who.gid), uintptr(who.gid), uintptr(who.gid)); errno != 0 {
-		return fail("set", "gid "+strconv.Itoa(int(who.gid)), errno)
-	}
-	if _, _, errno := syscall.RawSyscall(syscall.SYS_SETRESUID, uintptr(who.uid), uintptr(who.uid), uintptr(who.uid)); errno != 0 {
-		return fail("set", "uid "+strconv.Itoa(int(who.uid)), errno)
-	}
-	caps := uint64(keptCaps)
-	if who.uid != 0 {
-		caps = 0
-	}
-	if err := setCaps(caps); err != nil {
-		return fail("drop", "capabilities", err)
-	}
-	if err := setSeccomp(syscallFilter()); err != nil {
-		return fail("set", "seccomp filter", err)
-	}
-	return nil
-}
-
-// syscallFilter refuses, with EPERM, the few system calls that have no place in
-// a container and that no hook of the kernel's LSM sees: kernel keys,
-// userfaultfd, and whatever is not of the 64-bit ABI. What the Guard can refuse,
-// and report, is left to it.
-func syscallFilter() []filterInsn {
-	const (
-		load, jumpEq, jumpGe, ret = 0x20, 0x15, 0x35, 0x06
-		offNumber, offArch        = 0, 4
-		archX8664, x32            = 0xc000003e, 0x40000000
-		allow, refuse             = 0x7fff0000, 0x00050001
-	)
-	numbers := []uint32{248, 249, 250, 323} // add_key, request_key, keyctl, userfaultfd
-	n := uint8(len(numbers))
-	f := []filterInsn{
-		{load, 0, 0, offArch},
-		{jumpEq, 0, n + 3, archX8664},
-		{load, 0, 0, offNumber},
-		{jumpGe, n + 1, 0, x32},
-	}
-	for i, number := range numbers {
-		f = append(f, filterInsn{jumpEq, n - uint8(i), 0, number})
-	}
-	return append(f, filterInsn{ret, 0, 0, allow}, filterInsn{ret, 0, 0, refuse})
+	return x.run(p.Args[0])
 }
 
 // stdio gives the process its terminal, if it has one, and tells PID 1 that all
 // is ready. Pipes become the user's own, so that /dev/stdout can be opened.
-func stdio(p *guestproto.Program, uid uint32) error {
+func stdio(p *guestproto.Program, uid uint32, first bool) error {
 	var rights []byte
 	master := -1
 	if p.TTY {
 		var err error
-		if master, err = openTerminal(p, uid); err != nil {
+		if master, err = openTerminal(p, uid, first); err != nil {
 			return err
 		}
 		rights = syscall.UnixRights(master)
@@ -352,7 +255,7 @@ func stdio(p *guestproto.Program, uid uint32) error {
 }
 
 // openTerminal makes a new terminal of the container this process' own.
-func openTerminal(p *guestproto.Program, uid uint32) (master int, err error) {
+func openTerminal(p *guestproto.Program, uid uint32, first bool) (master int, err error) {
 	if master, err = syscall.Open("/dev/ptmx", syscall.O_RDWR|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0); err != nil {
 		return -1, fail("open", "/dev/ptmx", err)
 	}
@@ -374,6 +277,11 @@ func openTerminal(p *guestproto.Program, uid uint32) (master int, err error) {
 	if _, _, errno := syscall.RawSyscall(syscall.SYS_IOCTL, uintptr(slave), tiocSctty, 0); errno != 0 {
 		return -1, fail("take control of", path, errno)
 	}
+	if first {
+		if err := bindConsole(slave); err != nil {
+			return -1, err
+		}
+	}
 	for fd := range 3 {
 		if err := syscall.Dup3(slave, fd, 0); err != nil {
 			return -1, fail("use", path, err)
@@ -383,12 +291,35 @@ func openTerminal(p *guestproto.Program, uid uint32) (master int, err error) {
 	return master, nil
 }
 
-// execute replaces this process by the program. It returns only if it fails.
-func execute(args, env []string) error {
-	name := args[0]
+// bindConsole makes the terminal of a container's first process its console.
+func bindConsole(slave int) error {
+	in, err := openInside()
+	if err != nil {
+		return err
+	}
+	defer in.close()
+	to, err := in.target("/dev/console", false)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(to)
+	tree, err := openTree(slave, false)
+	if err == nil {
+		err = moveMount(tree, to)
+		_ = syscall.Close(tree)
+	}
+	if err != nil {
+		return fail("bind", "/dev/console", err)
+	}
+	return nil
+}
+
+// programPaths are where a program may lie: at its path, or in the directories
+// of PATH. The working directory is no place to find programs.
+func programPaths(name string, env []string) (paths []string) {
 	for i := range len(name) {
 		if name[i] == '/' {
-			return fail("exec", strconv.Quote(name), syscall.Exec(name, args, env))
+			return []string{name}
 		}
 	}
 	path := defaultPath
@@ -397,19 +328,29 @@ func execute(args, env []string) error {
 			path = e[5:]
 		}
 	}
-	cause := error(syscall.ENOENT)
 	for path != "" {
 		var dir string
-		dir, path = cut(path, ':')
-		if dir == "" {
-			continue // not the working directory: it is no place to find programs
+		if dir, path = cut(path, ':'); dir != "" {
+			paths = append(paths, dir+"/"+name)
 		}
-		switch err := syscall.Exec(dir+"/"+name, args, env); err {
-		case syscall.ENOENT, syscall.ENOTDIR:
-		case syscall.EACCES, syscall.EPERM:
-			cause = err // another directory may have one that may be run
+	}
+	return paths
+}
+
+// run replaces this process by the program. It returns only if it fails.
+func (x *execImage) run(name string) error {
+	cause := syscall.ENOENT
+	for i := range x.paths {
+		errno := x.exec(i)
+		switch {
+		case errno == syscall.ENOENT || errno == syscall.ENOTDIR:
+			if len(x.paths) == 1 {
+				cause = errno
+			}
+		case errno == syscall.EACCES || errno == syscall.EPERM:
+			cause = errno // another directory may have one that may be run
 		default:
-			return fail("exec", strconv.Quote(name), err)
+			return fail("exec", strconv.Quote(name), errno)
 		}
 	}
 	return fail("exec", strconv.Quote(name), cause)

@@ -15,20 +15,28 @@ import (
 //  1. PID 1 calls syscall.ForkExec("/init") (a vfork by clone or clone3, one
 //     exec) with HAUBERK_STAGE=setup in the environment: the setup stage. It is
 //     the agent's own inode, from the initramfs (rootfs, or a bind of it).
-//     For a container the clone carries NEWPID|NEWIPC and the child unshares
-//     the rest; for an exec into a container the child is cloned into the
-//     container's PID namespace (PID 1 points its pid_for_children there for
-//     the moment of the clone), and joins the other namespaces itself by setns
-//     on a pidfd. One setup stage is started at boot, the spare: it is part of
-//     a template and saves the first container of a clone the start of a Go
+//     For a container the clone carries NEWPID and the child unshares its mount
+//     and cgroup namespaces; network, IPC and UTS are those of the guest, which
+//     all containers of the pod share. For an exec into a container, and for a
+//     container in the PID namespace of another or of the pod, the child is
+//     cloned into that (PID 1 points its pid_for_children there for the moment
+//     of the clone); an exec joins the other namespaces itself by setns on a
+//     pidfd. One setup stage is started at boot, the spare: it is part of a
+//     template and saves the first container of a clone the start of a Go
 //     program. It does nothing until it is sent its spec and descriptors.
 //  2. The setup stage is trusted code on untrusted data. It mounts, pivots into
 //     the container's overlay root, writes /etc/hosts and the like, opens a
 //     terminal, drops capabilities, sets no_new_privs and its uid, waits for
-//     Start if it is a container's first process, and calls execve(2) once on
-//     the workload's program. It never forks. It moves itself into the
-//     container's cgroup, at the start for a container and at the end for an
-//     exec: a limit on processes must not hit the threads of this runtime.
+//     Start if it is a container's first process, and calls execve(2) on the
+//     workload's program, once it succeeds. It never forks. It moves itself
+//     into the container's cgroup, at the start for a container and at the end
+//     for an exec: a limit on processes must not hit the threads of this
+//     runtime.
+//
+// Two setup stages never exec: that of a copy, which enters a container, gives
+// up what it does not need, and moves files itself; and the reaper, which is
+// the first process of the pod's PID namespace, if a container asks for that,
+// and only lets orphans end.
 //
 // So, in labels:
 //
@@ -51,6 +59,8 @@ const (
 	stageName  = "HAUBERK_STAGE"
 	stageSetup = "setup"
 	stageSpare = "spare"
+	stageCopy  = "copy"
+	stageReap  = "reap"
 	initPath   = "/init"
 )
 
@@ -66,6 +76,7 @@ const (
 const (
 	kindCreate = 'C'
 	kindExec   = 'X'
+	kindCopy   = 'Y'
 )
 
 // Words on the setup socket, one a message.
@@ -81,7 +92,8 @@ type spawning struct {
 	kind      byte
 	payload   []byte
 	tty       bool
-	container *process // of an exec
+	container *process // of an exec or a copy
+	inside    int      // pidfd of a process in the PID namespace to be in, or -1: a new one
 	cgroup    int
 }
 
@@ -91,10 +103,7 @@ func (a *agent) create(request uint32, payload []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := notYet(&m); err != nil {
-		return err
-	}
-	if !a.roots[m.Root] {
+	if a.roots[m.Root].state != rootMounted {
 		return fail("create", "container on root "+strconv.Itoa(int(m.Root)), syscall.ENOENT)
 	}
 	p, err := a.admit(guestproto.VerbCreate)
@@ -102,18 +111,49 @@ func (a *agent) create(request uint32, payload []byte) error {
 		return err
 	}
 	a.lastID++
-	p.id, p.request, p.container = a.lastID, request, p
-	err = p.makeCgroup(&m)
+	p.id, p.request, p.container, p.root = a.lastID, request, p, m.Root
+	s := spawning{kind: kindCreate, payload: payload, tty: m.Program.TTY, inside: -1}
+	switch m.PID {
+	case guestproto.PIDPod:
+		s.inside, err = a.podNamespace()
+	case guestproto.PIDContainer:
+		s.inside, err = a.namespaceOf(m.PIDOf)
+	}
+	if err == nil {
+		err = p.makeCgroup(&m.Resources)
+	}
 	if err == nil && m.KeepLog {
 		p.log, err = newHistory()
 	}
 	if err == nil {
-		err = a.spawn(p, spawning{kind: kindCreate, payload: payload, tty: m.Program.TTY, cgroup: p.cgroup})
+		s.cgroup = p.cgroup
+		err = a.spawn(p, s)
 	}
 	if err != nil {
 		a.release(p)
 	}
 	return err
+}
+
+// namespaceOf gives the pidfd of a container that runs.
+func (a *agent) namespaceOf(id uint32) (int, error) {
+	c, err := a.running(guestproto.VerbCreate, id)
+	if err != nil {
+		return -1, err
+	}
+	return c.pidfd, nil
+}
+
+// running finds a container that was started and has not ended.
+func (a *agent) running(v guestproto.Verb, id uint32) (*process, error) {
+	c, err := a.find(v, id)
+	if err != nil {
+		return nil, err
+	}
+	if c.container != c || c.phase != guestproto.PhaseRunning {
+		return nil, fail(v.String()+" in", c.name(), syscall.ESRCH)
+	}
+	return c, nil
 }
 
 // exec runs one more process in a container.
@@ -122,23 +162,35 @@ func (a *agent) exec(request uint32, payload []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := programNotYet(&m.Program); err != nil {
-		return err
-	}
-	c, err := a.find(guestproto.VerbExec, m.Container)
+	return a.join(guestproto.VerbExec, request, m.Container, spawning{kind: kindExec, payload: payload, tty: m.Program.TTY})
+}
+
+// copy starts a copy of files into or out of a container.
+func (a *agent) copy(request uint32, payload []byte) error {
+	m, err := guestproto.ParseCopy(payload)
 	if err != nil {
 		return err
 	}
-	if c.container != c || c.phase != guestproto.PhaseRunning {
-		return fail("exec in", c.name(), syscall.ESRCH)
+	if _, ok := absolute(m.Path); !ok {
+		return fail("copy at", strconv.Quote(m.Path), syscall.EINVAL)
 	}
-	p, err := a.admit(guestproto.VerbExec)
+	return a.join(guestproto.VerbCopy, request, m.Container, spawning{kind: kindCopy, payload: payload})
+}
+
+// join starts a setup stage that enters a container.
+func (a *agent) join(v guestproto.Verb, request, container uint32, s spawning) error {
+	c, err := a.running(v, container)
+	if err != nil {
+		return err
+	}
+	p, err := a.admit(v)
 	if err != nil {
 		return err
 	}
 	a.lastID++
 	p.id, p.request, p.container = a.lastID, request, c
-	if err := a.spawn(p, spawning{kind: kindExec, payload: payload, tty: m.Program.TTY, container: c, cgroup: c.cgroup}); err != nil {
+	s.container, s.inside, s.cgroup = c, c.pidfd, c.cgroup
+	if err := a.spawn(p, s); err != nil {
 		a.release(p)
 		return err
 	}
@@ -173,29 +225,6 @@ func (a *agent) start(request uint32, payload []byte) error {
 	return nil
 }
 
-func cgroupOf(id uint32) string { return cgroupDir + "/c" + strconv.FormatUint(uint64(id), 10) }
-
-// makeCgroup makes the cgroup of a container. The setup stage limits its
-// processes.
-func (p *process) makeCgroup(m *guestproto.Create) (err error) {
-	dir := cgroupOf(p.id)
-	if err := syscall.Mkdir(dir, 0o755); err != nil {
-		return fail("make cgroup", dir, err)
-	}
-	if p.cgroup, err = syscall.Open(dir, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0); err != nil {
-		return fail("open cgroup", dir, err)
-	}
-	if m.Resources.MemoryMax > 0 {
-		if err := writeFile(dir+"/memory.max", strconv.FormatUint(m.Resources.MemoryMax, 10)); err != nil {
-			return err
-		}
-	}
-	if fd, err := syscall.Open(dir+"/memory.events", syscall.O_RDONLY|syscall.O_CLOEXEC, 0); err == nil {
-		p.oom = fd // else this kernel counts no memory
-	}
-	return nil
-}
-
 // spawn starts the setup stage of p.
 func (a *agent) spawn(p *process, s spawning) error {
 	var child [5]int // the child's standard three, its socket, the spec
@@ -219,7 +248,7 @@ func (a *agent) spawn(p *process, s spawning) error {
 	if child[setupSpec], err = a.writeSpec(s); err != nil {
 		return err
 	}
-	if s.kind == kindCreate && a.useSpare(p, child, s.cgroup) {
+	if s.inside < 0 && a.useSpare(p, child, s.cgroup) {
 		return nil
 	}
 	files := make([]uintptr, 0, len(child)+2)
@@ -227,10 +256,17 @@ func (a *agent) spawn(p *process, s spawning) error {
 		files = append(files, uintptr(fd))
 	}
 	files = append(files, uintptr(s.cgroup))
-	if s.kind == kindCreate {
-		p.pid, p.pidfd, err = startStage(stageSetup, files, containerClone)
+	if s.container != nil {
+		files = append(files, uintptr(s.container.pidfd))
+	}
+	stage := stageSetup
+	if s.kind == kindCopy {
+		stage = stageCopy
+	}
+	if s.inside < 0 {
+		p.pid, p.pidfd, err = startStage(stage, files, containerClone)
 	} else {
-		p.pid, p.pidfd, err = a.startInside(s.container, append(files, uintptr(s.container.pidfd)))
+		p.pid, p.pidfd, err = a.startInside(s.inside, stage, files)
 	}
 	if err != nil {
 		return fail("start setup of", p.name(), err)
@@ -240,12 +276,17 @@ func (a *agent) spawn(p *process, s spawning) error {
 
 // containerClone is what a container's first process is cloned with; the rest
 // of its namespaces it makes itself.
-const containerClone = syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC
+const containerClone = syscall.CLONE_NEWPID
 
-// startStage starts a setup stage with the files as its descriptors.
+// startStage starts a setup stage with the files as its descriptors. It is to
+// take no signal of its own runtime: a filter might forbid the return from it.
 func startStage(stage string, files []uintptr, flags uintptr) (pid, pidfd int, err error) {
+	garbage := "GOGC=off" // it ends before it has made any
+	if stage == stageCopy {
+		garbage = "GOGC=50"
+	}
 	pid, err = syscall.ForkExec(initPath, []string{initPath}, &syscall.ProcAttr{
-		Env:   []string{stageName + "=" + stage, "GOGC=off"},
+		Env:   []string{stageName + "=" + stage, garbage, "GODEBUG=asyncpreemptoff=1"},
 		Files: files,
 		Sys:   &syscall.SysProcAttr{Cloneflags: flags, PidFD: &pidfd, Setsid: true},
 	})
@@ -255,12 +296,12 @@ func startStage(stage string, files []uintptr, flags uintptr) (pid, pidfd int, e
 	return pid, pidfd, nil
 }
 
-// startInside starts a setup stage in the PID namespace of a container.
-func (a *agent) startInside(container *process, files []uintptr) (pid, pidfd int, err error) {
-	if err := setns(container.pidfd, syscall.CLONE_NEWPID); err != nil {
-		return 0, -1, fail("enter PID namespace of", container.name(), err)
+// startInside starts a setup stage in the PID namespace of a process.
+func (a *agent) startInside(other int, stage string, files []uintptr) (pid, pidfd int, err error) {
+	if err := setns(other, syscall.CLONE_NEWPID); err != nil {
+		return 0, -1, fail("enter", "PID namespace", err)
 	}
-	pid, pidfd, err = startStage(stageSetup, files, 0)
+	pid, pidfd, err = startStage(stage, files, 0)
 	if err := setns(a.selfPIDNS, syscall.CLONE_NEWPID); err != nil {
 		panic("cannot leave a container's PID namespace")
 	}
@@ -277,15 +318,14 @@ func (a *agent) makeSpare() error {
 		return fail("make", "setup socket", err)
 	}
 	defer syscall.Close(pair[1])
-	null, err := syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
+	null, files, err := nullFiles()
 	if err != nil {
 		_ = syscall.Close(pair[0])
-		return fail("open", "/dev/null", err)
+		return err
 	}
 	defer syscall.Close(null)
-	n := uintptr(null)
 	a.spare.socket = pair[0]
-	a.spare.pid, a.spare.pidfd, err = startStage(stageSpare, []uintptr{n, n, n, uintptr(pair[1])}, containerClone)
+	a.spare.pid, a.spare.pidfd, err = startStage(stageSpare, append(files, uintptr(pair[1])), containerClone)
 	if err != nil {
 		_ = syscall.Close(pair[0])
 		return fail("start", "spare setup stage", err)
@@ -366,6 +406,15 @@ func (a *agent) writeSpec(s spawning) (int, error) {
 		return -1, fail("rewind", "setup spec", err)
 	}
 	return fd, nil
+}
+
+// nullFiles are a standard three that lead nowhere. The caller closes null.
+func nullFiles() (null int, files []uintptr, err error) {
+	if null, err = syscall.Open("/dev/null", syscall.O_RDWR|syscall.O_CLOEXEC, 0); err != nil {
+		return -1, nil, fail("open", "/dev/null", err)
+	}
+	n := uintptr(null)
+	return null, []uintptr{n, n, n}, nil
 }
 
 // setupReady hears what a setup stage has to say; that it hangs up without a

@@ -26,6 +26,7 @@ type Guard struct {
 
 // guardedRoot is a container's root and the image below it.
 type guardedRoot struct {
+	path           string
 	overlay, image int // O_PATH descriptors
 	device         uint32
 }
@@ -230,6 +231,39 @@ func (g *Guard) Root(path string, overlay, lower uint32) error {
 	return err
 }
 
+// Unroot lets go of a root whose containers are gone, so that it can be
+// unmounted: what the policy in force marked there is unmarked, and its image
+// is one no more. After an error it is to be asked again.
+func (g *Guard) Unroot(path string) error {
+	for i, r := range g.roots {
+		if r.path != path {
+			continue
+		}
+		var key [4]byte
+		put32(key[:], r.device)
+		if err := deleteMap(g.maps["images"].fd, key[:]); err != nil && err != syscall.ENOENT {
+			return fail("unguard image of", strconv.Quote(path), err)
+		}
+		own, err := openPath(r.overlay, ".", 0)
+		if err == nil {
+			err = g.setKind(own, 0)
+		}
+		if err != nil {
+			return fail("unguard root", strconv.Quote(path), err)
+		}
+		g.roots = append(g.roots[:i], g.roots[i+1:]...)
+		syscall.Close(r.overlay)
+		syscall.Close(r.image)
+		break
+	}
+	if g.blob == nil {
+		g.forget()
+		return nil
+	}
+	_, err := g.apply(g.blob) // for the roots that are left; what only this one had is forgotten
+	return err
+}
+
 func openRoot(path string, overlay, lower uint32) (r guardedRoot, err error) {
 	image := path[:max(0, len(path)-len("root"))] + "image"
 	if r.overlay, err = openPath(atCwd, path, syscall.O_DIRECTORY); err != nil {
@@ -254,7 +288,7 @@ func openRoot(path string, overlay, lower uint32) (r guardedRoot, err error) {
 			return r, err
 		}
 	}
-	r.device = lower
+	r.path, r.device = path, lower
 	return r, nil
 }
 
