@@ -195,14 +195,14 @@ func (w *world) testEvents(t *testing.T) {
 // nothing is left.
 func (w *world) testRefused(t *testing.T) {
 	for want, flags := range map[string][]string{
-		`linux.namespaces: no "network"`:               {"--net-host"},
-		`process.capabilities.bounding: "CAP_NOTHING"`: {"--cap-add", "CAP_NOTHING"},
-		`linux.namespaces[4].path "/proc/1/ns/ipc"`:    {"--with-ns", "ipc:/proc/1/ns/ipc"},
-		"the machine's own network":                    {"--with-ns", "network:/proc/1/ns/net"},
-		"linux.resources.memory.limit 4096":            {"--memory-limit", "4096"},
-		`process.apparmorProfile "unconfined-by-us"`:   {"--apparmor-profile", "unconfined-by-us"},
-		`open output "binary:///bin/true?id=x"`:        {"--log-uri", "binary:///bin/true?id=x"},
-		`mounts[7].source "/dev/log/no"`:               {"--mount", "type=bind,src=/dev/log/no,dst=/x,options=rbind:ro"},
+		`linux.namespaces: no "network"`:                  {"--net-host"},
+		`process.capabilities.bounding[14] "CAP_NOTHING"`: {"--cap-add", "CAP_NOTHING"},
+		`linux.namespaces[1].path "/proc/1/ns/ipc"`:       {"--with-ns", "ipc:/proc/1/ns/ipc"},
+		"the machine's own network":                       {"--with-ns", "network:/proc/self/ns/net"},
+		"linux.resources.memory.limit 4096":               {"--memory-limit", "4096"},
+		`process.apparmorProfile "unconfined-by-us"`:      {"--apparmor-profile", "unconfined-by-us"},
+		`open output "binary:///bin/true?id=x"`:           {"--log-uri", "binary:///bin/true?id=x"},
+		`mounts[7].source "/dev/log/no"`:                  {"--mount", "type=bind,src=/dev/log/no,dst=/x,options=rbind:ro"},
 	} {
 		_, err := w.run(t, "", append(flags, "-d"), "refused", "true")
 		if err == nil || !strings.Contains(err.Error(), want) {
