@@ -106,6 +106,8 @@ type Request struct {
 	CPUs      int `json:"cpus"`
 	// TrustDomain is shared by those who may share pages.
 	TrustDomain string `json:"trustDomain"`
+	// Shared machines can be given file systems of the host.
+	Shared bool `json:"shared,omitempty"`
 }
 
 const (

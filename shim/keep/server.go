@@ -263,18 +263,22 @@ func (k *keeper) give(m *vm.Machine, how string, r Request, conn *net.UnixConn, 
 func (k *keeper) machine(ctx context.Context, r Request, progress func(string)) (*vm.Machine, string, error) {
 	mib, cpus := vm.SizeClass(r.MemoryMiB, r.CPUs)
 	spec := k.guest.Template(mib, cpus, r.TrustDomain)
+	if r.Shared { // none is kept: it has a copy of its template's memory
+		m, err := k.clone(ctx, spec, true, progress)
+		return m, FromTemplate, err
+	}
 	if m := k.pool.Take(spec); m != nil {
 		if err := m.Resume(ctx); err != nil {
 			return nil, "", errors.Join(err, end(m))
 		}
 		return m, FromPool, nil
 	}
-	m, err := k.clone(ctx, spec, progress)
+	m, err := k.clone(ctx, spec, false, progress)
 	return m, FromTemplate, err
 }
 
 // clone makes a machine that is nobody's.
-func (k *keeper) clone(ctx context.Context, spec vm.TemplateSpec, progress func(string)) (*vm.Machine, error) {
+func (k *keeper) clone(ctx context.Context, spec vm.TemplateSpec, shared bool, progress func(string)) (*vm.Machine, error) {
 	// Made before the lock is taken, which others need.
 	if _, err := k.guest.Driver.Template(ctx, spec, progress); err != nil {
 		return nil, err
@@ -286,7 +290,7 @@ func (k *keeper) clone(ctx context.Context, spec vm.TemplateSpec, progress func(
 	defer release()
 	return k.guest.Clone(ctx, vm.Spec{
 		ID: "spare-" + strings.ToLower(rand.Text()[:12]), Spare: true, UID: user, GID: user,
-		Template: spec, DiskLimit: k.config.DiskLimit, Journaled: release,
+		Template: spec, Shared: shared, DiskLimit: k.config.DiskLimit, Journaled: release,
 	}, progress)
 }
 
@@ -294,7 +298,7 @@ func (k *keeper) clone(ctx context.Context, spec vm.TemplateSpec, progress func(
 func (k *keeper) spare(ctx context.Context, spec vm.TemplateSpec) (*vm.Machine, error) {
 	ctx, cancel := context.WithTimeout(ctx, workTime)
 	defer cancel()
-	m, err := k.clone(ctx, spec, nil)
+	m, err := k.clone(ctx, spec, false, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -182,7 +182,7 @@ func (d *Driver) Clone(ctx context.Context, t *vm.Template, spec vm.Spec) (*vm.M
 		}
 		defer own.Close()
 		if spec.Shared {
-			if memory, err = copyOf(memory); err != nil {
+			if memory, err = copyMemory(memory); err != nil {
 				return err
 			}
 			defer memory.Close()
@@ -197,36 +197,6 @@ func (d *Driver) Clone(ctx context.Context, t *vm.Template, spec vm.Spec) (*vm.M
 		return nil, fmt.Errorf("clone machine %s: %w", spec.ID, err)
 	}
 	return m, nil
-}
-
-// copyOf copies memory without its holes, into a file that is a machine's own.
-func copyOf(memory *os.File) (_ *os.File, err error) {
-	fi, err := memory.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("copy template: %w", err)
-	}
-	own, err := memfd("guest", fi.Size())
-	if err != nil {
-		return nil, err
-	}
-	fd := int(memory.Fd())
-	for at := int64(0); ; {
-		// The offset of the file is everybody's who clones; where to look is said
-		// with each call, and what it leaves is of no use to anybody.
-		start, err := unix.Seek(fd, at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return own, nil // the rest is a hole
-		}
-		if err == nil {
-			at, err = unix.Seek(fd, start, unix.SEEK_HOLE)
-		}
-		if err == nil {
-			_, err = io.Copy(io.NewOffsetWriter(own, start), io.NewSectionReader(memory, start, at-start))
-		}
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("copy template: %w", err), own.Close())
-		}
-	}
 }
 
 // restore reads the devices' state.

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestCopyOf copies what a template holds, and not its holes.
-func TestCopyOf(t *testing.T) {
+// TestCopyMemory copies what a template holds, and not its holes.
+func TestCopyMemory(t *testing.T) {
 	const size = 64 << 20
 	from, err := memfd("test", size)
 	if err != nil {
@@ -24,7 +24,7 @@ func TestCopyOf(t *testing.T) {
 	if _, err := unix.FcntlInt(from.Fd(), unix.F_ADD_SEALS, seals); err != nil {
 		t.Fatal(err)
 	}
-	to, err := copyOf(from)
+	to, err := copyMemory(from)
 	if err != nil {
 		t.Fatal(err)
 	}
