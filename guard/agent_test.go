@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -190,6 +191,49 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 	st, err := DecodeStatus(status)
 	if err != nil || st.Generation != 2 || st.Digest != open.Digest || st.Programs < 40 {
 		t.Errorf("status %+v %v; want generation 2, digest %s", st, err, open.Digest)
+	}
+	s.remount(t, ctx, create, first, box)
+}
+
+// remount gives the root up and mounts it again: the Guard must let go of it,
+// and hold what comes after as it held what was before.
+func (s *sandbox) remount(t *testing.T, ctx context.Context, create guestproto.Create, all ...*vm.Process) {
+	t.Helper()
+	policy := strict()
+	policy.Files = append(policy.Files, spec.GuardFile{Path: "/etc/hosts", Deny: "w"})
+	if _, err := s.c.GuardPolicy(ctx, 3, compileForTest(t, 3, policy).Blob); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for _, p := range all {
+			_ = p.Signal(ctx, syscall.SIGKILL) // one never ran
+			p.Discard()
+			if _, err := p.Wait(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if err := p.Forget(ctx); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.c.UnmountRoot(ctx, 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.c.MountRoot(ctx, guestproto.MountRoot{Serial: "root0"}); err != nil {
+			t.Fatal(err)
+		}
+		box, err := s.c.Create(ctx, create)
+		if err == nil {
+			err = box.Start(ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for run, want := range map[string]int{"exec /bin/tool": 0, "write /tmp/file": 0, "drop /tmp/x": 10, "write /etc/hosts": 10} {
+			if got := s.run(t, ctx, box, run); got != want {
+				t.Errorf("on the root mounted again: %s: exit %d, want %d", run, got, want)
+			}
+		}
+		all = []*vm.Process{box}
 	}
 }
 

@@ -49,13 +49,13 @@ type agent struct {
 
 	processes   [guestproto.MaxProcesses]process
 	lastID      uint32
-	disks       []disk
 	roots       [guestproto.MaxRoots]root
 	dirs        [guestproto.MaxDirs]dir
 	shares      [guestproto.MaxShares]string
 	errands     errands
 	reaper      reaper
 	left        leftCgroups
+	disks       []disk // known so far
 	machineID   string
 	guardCredit uint32
 	guardRoom   int  // of the batch being filled
@@ -99,11 +99,10 @@ func newAgent() (*agent, error) {
 	}
 	a.emit = a.emitRecord
 	var err error
-	const anonymous = syscall.MAP_PRIVATE | syscall.MAP_ANON
-	if a.rx, err = syscall.Mmap(-1, 0, guestproto.MaxFrame+4, syscall.PROT_READ|syscall.PROT_WRITE, anonymous); err != nil {
+	if a.rx, err = mapMemory(guestproto.MaxFrame + 4); err != nil {
 		return nil, fail("map", "receive buffer", err)
 	}
-	if a.tx, err = syscall.Mmap(-1, 0, txSize, syscall.PROT_READ|syscall.PROT_WRITE, anonymous); err != nil {
+	if a.tx, err = mapMemory(txSize); err != nil {
 		return nil, fail("map", "send buffer", err)
 	}
 	a.tx = a.tx[:0]
@@ -446,6 +445,8 @@ func (a *agent) do(h guestproto.Header, payload []byte) error {
 		return a.routes()
 	case guestproto.VerbPush:
 		return a.push(payload)
+	case guestproto.VerbPull:
+		return a.pull(payload)
 	case guestproto.VerbTop:
 		return a.top(payload)
 	case guestproto.VerbSignal:

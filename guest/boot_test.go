@@ -22,7 +22,7 @@ import (
 // TestGuest boots one machine and asks everything of its agent.
 func TestGuest(t *testing.T) {
 	m := boot(t, nil)
-	g := &guest{T: t, c: m.dial(t, nil)}
+	g := &guest{T: t, c: m.dial(t, nil), m: m}
 	var kills atomic.Uint32
 	g.c.OutOfMemory(func(_, n uint32) { kills.Store(n) })
 	g.root = g.prepare()
@@ -38,8 +38,20 @@ func TestGuest(t *testing.T) {
 	t.Run("signals", g.with(testSignals))
 	t.Run("slow reader", g.with(testSlowReader))
 	t.Run("limits", g.with(func(t *testing.T, g *guest) { testLimits(t, g, &kills) }))
-	t.Run("full table", g.with(testFullTable))
 	t.Run("stats", g.with(testStats))
+	t.Run("programs", g.with(testPrograms))
+	t.Run("containers", g.with(testContainers))
+	t.Run("refused containers", g.with(testRefusedContainers))
+	t.Run("pod namespaces", g.with(testPodNamespaces))
+	t.Run("pid namespaces", g.with(testPIDNamespaces))
+	t.Run("directories", g.with(testDirectories))
+	t.Run("pushes", g.with(testPushes))
+	t.Run("share", g.with(testShare))
+	t.Run("disks", g.with(testDisks))
+	t.Run("copies", g.with(testCopies))
+	t.Run("control", g.with(testControl))
+	t.Run("cycles", g.with(testCycles))
+	t.Run("full table", g.with(testFullTable))
 	t.Run("sessions", g.with(func(t *testing.T, g *guest) { testSessions(t, g, m) }))
 
 	c := m.dial(t, nil)
@@ -58,10 +70,11 @@ type guest struct {
 	*testing.T
 	c    *vm.Channel
 	root *vm.Process
+	m    *machine
 }
 
 func (g *guest) with(f func(*testing.T, *guest)) func(*testing.T) {
-	return func(t *testing.T) { f(t, &guest{t, g.c, g.root}) }
+	return func(t *testing.T) { f(t, &guest{t, g.c, g.root, g.m}) }
 }
 
 func (g *guest) ctx() context.Context {
@@ -446,7 +459,7 @@ func testLimits(t *testing.T, g *guest, kills *atomic.Uint32) {
 	if err := c.Start(g.ctx()); err != nil {
 		t.Fatal(err)
 	}
-	inside := &guest{t, g.c, c}
+	inside := &guest{t, g.c, c, g.m}
 	out, stderr, _ := inside.run("sh", "-c", "for i in $(seq 1 40); do sleep 3 & done; echo on")
 	if !strings.Contains(stderr, "fork") {
 		t.Errorf("40 processes fit where 20 may be: %q, %q", out, stderr)

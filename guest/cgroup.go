@@ -191,6 +191,9 @@ func freeze(dir string, frozen bool) error {
 			return nil
 		}
 		if uptimeMicros() >= end {
+			if frozen {
+				_ = writeFile(dir+"/cgroup.freeze", "0") // half of it is no state to stay in
+			}
 			return fail("freeze", dir, syscall.ETIMEDOUT)
 		}
 		if _, err := poll([]pollFD{{fd: int32(events), events: pollPri}}, 50); err != nil {
@@ -249,23 +252,17 @@ func (a *agent) top(payload []byte) error {
 	if err != nil {
 		return err
 	}
-	list, err := readAllProc(cgroupOf(c.id) + "/cgroup.procs")
-	if err != nil {
-		return err
-	}
 	start, n := len(a.tx), 0
 	a.tx = append(a.tx, 0, 0)
-	for len(list) > 0 && n < guestproto.MaxTop {
-		var line []byte
-		line, list = nextLine(list)
-		var t guestproto.Task
-		if t.PID = uint32(number(line)); t.PID != 0 && readTask(&t) {
+	err = listed(cgroupOf(c.id), func(pid int) {
+		t := guestproto.Task{PID: uint32(pid)}
+		if n < guestproto.MaxTop && readTask(&t) {
 			a.tx = guestproto.AppendTask(a.tx, &t)
 			n++
 		}
-	}
+	})
 	a.tx[start], a.tx[start+1] = byte(n), byte(n>>8)
-	return nil
+	return err
 }
 
 // readTask reads what /proc says of a process; one that ended meanwhile is

@@ -55,16 +55,14 @@ func (a *agent) makeDir(request uint32, payload []byte) error {
 		return fail("make directory", strconv.Quote(m.Name)+": table of "+strconv.Itoa(guestproto.MaxDirs), syscall.EAGAIN)
 	}
 	*d = dir{name: m.Name, state: dirMaking}
-	var device string
-	err = a.send(request, func() (err error) {
-		device, err = mountDir(&m)
-		return err
-	}, func(err error) error {
+	from := a.knownDisk(m.Serial)
+	err = a.send(request, func() (err error) { return mountDir(&m, &from) }, func(err error) error {
 		if err != nil {
 			*d = dir{}
 			return err
 		}
-		d.state, d.device = dirReady, device
+		d.state, d.device = dirReady, from.device
+		a.learn([]disk{from})
 		return nil
 	})
 	if err != nil {
@@ -73,14 +71,14 @@ func (a *agent) makeDir(request uint32, payload []byte) error {
 	return err
 }
 
-func mountDir(m *guestproto.Dir) (device string, err error) {
+func mountDir(m *guestproto.Dir, from *disk) (err error) {
 	path := dirPath(m.Name)
 	if err := syscall.Mkdir(path, 0o700); err != nil && err != syscall.EEXIST {
-		return "", fail("make directory", strconv.Quote(m.Name), err)
+		return fail("make directory", strconv.Quote(m.Name), err)
 	}
 	if m.Serial != "" {
-		if device, err = findDisk(m.Serial); err == nil {
-			err = mountDisk(device, path, m.FS, syscall.MS_NODEV, "")
+		if err = from.find(); err == nil {
+			err = mountDisk(from.device, path, m.FS, syscall.MS_NODEV, "")
 		}
 	} else {
 		data := "mode=" + strconv.FormatUint(uint64(m.Mode), 8) + ",uid=" + strconv.FormatUint(uint64(m.UID), 10) +
@@ -102,7 +100,7 @@ func mountDir(m *guestproto.Dir) (device string, err error) {
 	if err != nil {
 		_ = syscall.Rmdir(path)
 	}
-	return device, err
+	return err
 }
 
 // removeDir unmounts a directory of the pod. Containers that mounted it keep

@@ -25,21 +25,47 @@ func listDisks() (all []disk, err error) {
 	return all, nil
 }
 
-// findDisk gives the device of a disk by its serial. One that came after the
-// guest had started is looked for.
-func (a *agent) findDisk(serial string) (string, error) {
-	for again := false; ; again = true {
-		for _, d := range a.disks {
-			if d.serial == serial && serial != "" {
-				return d.device, nil
-			}
+// findDisk gives the device of a disk by its serial.
+func findDisk(serial string) (string, error) {
+	d := disk{serial: serial}
+	err := d.find()
+	return d.device, err
+}
+
+// find looks for the device, if it is not known yet.
+func (d *disk) find() error {
+	if d.device != "" {
+		return nil
+	}
+	all, err := listDisks()
+	if err != nil {
+		return err
+	}
+	for _, other := range all {
+		if other.serial == d.serial && d.serial != "" {
+			*d = other
+			return nil
 		}
-		if again {
-			return "", fail("find disk with serial", strconv.Quote(serial), syscall.ENODEV)
+	}
+	return fail("find disk with serial", strconv.Quote(d.serial), syscall.ENODEV)
+}
+
+// knownDisk gives a disk by its serial, without its device if that has to be
+// looked for: it may have come after the guest had started.
+func (a *agent) knownDisk(serial string) disk {
+	for _, d := range a.disks {
+		if d.serial == serial {
+			return d
 		}
-		var err error
-		if a.disks, err = listDisks(); err != nil {
-			return "", err
+	}
+	return disk{serial: serial}
+}
+
+// learn keeps what was found.
+func (a *agent) learn(found []disk) {
+	for _, d := range found {
+		if d.device != "" && a.knownDisk(d.serial).device == "" {
+			a.disks = append(a.disks, d)
 		}
 	}
 }

@@ -22,6 +22,7 @@ type machine struct {
 	socket  string
 	console string
 	qemu    *exec.Cmd
+	files   *exec.Cmd // virtiofsd, which serves the folder share
 	ended   chan struct{}
 }
 
@@ -38,18 +39,34 @@ func boot(t testing.TB, files map[string][]byte) *machine {
 	}
 	image := filepath.Join(dir, "root.erofs")
 	buildImage(t, image)
-	m.qemu = exec.Command("qemu-system-x86_64",
-		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=32", "-cpu", "max", "-smp", "1", "-m", "192",
-		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "file:"+m.console,
+	disks := []string{"root0", image, "root1", image}
+	for _, serial := range []string{"w0", "w1"} {
+		path := filepath.Join(dir, serial)
+		buildDisk(t, path, 24<<20)
+		disks = append(disks, serial, path)
+	}
+	args := []string{
+		"-M", "microvm,acpi=on,pcie=on,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=192M,share=on", "-accel", "tcg,tb-size=32", "-cpu", "max", "-smp", "1", "-m", "192",
+		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "file:" + m.console,
 		"-kernel", kernel, "-initrd", initrd,
-		"-append", "console=ttyS0 quiet reboot=t panic=-1 lsm=lockdown,capability,landlock,yama,bpf tsc_early_khz="+tscKHz(t)+
+		"-append", "console=ttyS0 quiet reboot=t panic=-1 lsm=lockdown,capability,landlock,yama,bpf tsc_early_khz=" + tscKHz(t) +
 			" cryptomgr.notests random.trust_cpu=on audit=0 no_timer_check rcupdate.rcu_expedited=1 8250.nr_uarts=1 transparent_hugepage=madvise",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=ag,path="+m.socket+",server=on,wait=off",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=ag,path=" + m.socket + ",server=on,wait=off",
 		"-device", "virtserialport,chardev=ag,name=agent.0",
-		"-drive", "if=none,id=root,format=raw,read-only=on,file="+image, "-device", "virtio-blk-pci,drive=root,serial=root0",
 		"-netdev", "user,id=n0,restrict=on", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:12:34:56,romfile=",
 		"-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-	)
+	}
+	for i := 0; i < len(disks); i += 2 {
+		serial, readOnly := disks[i], "off"
+		if disks[i+1] == image {
+			readOnly = "on"
+		}
+		args = append(args, "-drive", "if=none,id="+serial+",format=raw,read-only="+readOnly+",file="+disks[i+1],
+			"-device", "virtio-blk-pci,drive="+serial+",serial="+serial)
+	}
+	m.serveShare(t)
+	args = append(args, "-chardev", "socket,id=vfs,path="+m.dir+"/vfs.sock", "-device", "vhost-user-fs-pci,chardev=vfs,tag=share,queue-size=256")
+	m.qemu = exec.Command("qemu-system-x86_64", args...)
 	var said bytes.Buffer
 	m.qemu.Stdout, m.qemu.Stderr = &said, &said
 	if err := m.qemu.Start(); err != nil {
@@ -65,6 +82,47 @@ func boot(t testing.TB, files map[string][]byte) *machine {
 		}
 	})
 	return m
+}
+
+// serveShare starts a virtiofsd for a folder of the machine's directory.
+func (m *machine) serveShare(t testing.TB) {
+	share := filepath.Join(m.dir, "share")
+	if err := os.Mkdir(share, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	m.files = exec.Command("/usr/lib/qemu/virtiofsd", "--socket-path="+m.dir+"/vfs.sock", "-o", "source="+share,
+		"-o", "cache=auto", "-o", "sandbox=chroot", "--thread-pool-size=0")
+	if err := m.files.Start(); err != nil {
+		t.Fatalf("serve a share: %v: install qemu-system-common", err)
+	}
+	ended := make(chan struct{})
+	go func() { m.files.Wait(); close(ended) }()
+	t.Cleanup(func() {
+		m.files.Process.Kill()
+		<-ended
+	})
+	for range 500 {
+		if _, err := os.Stat(m.dir + "/vfs.sock"); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Fatal("virtiofsd makes no socket")
+}
+
+// buildDisk makes an empty ext4 file system.
+func buildDisk(t testing.TB, path string, size int64) {
+	f, err := os.Create(path)
+	if err == nil {
+		err = f.Truncate(size)
+		f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("mkfs.ext4", "-q", "-F", path).CombinedOutput(); err != nil {
+		t.Fatalf("make disk: %v\n%s", err, out)
+	}
 }
 
 // dial opens a session with the agent.
@@ -141,7 +199,7 @@ func initramfs(t testing.TB, release string, files map[string][]byte) []byte {
 	a.file("init", 0o755, agent)
 	a.dir("modules")
 	var order bytes.Buffer
-	for _, path := range moduleOrder(t, release, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay") {
+	for _, path := range moduleOrder(t, release, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay", "virtiofs") {
 		b, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
@@ -236,7 +294,7 @@ func buildImage(t testing.TB, path string) {
 		}
 	}
 	write("bin/busybox", 0o755, busybox)
-	for _, name := range strings.Fields("sh cat echo id ls mount ip kill sleep head dd wc stty tty ps hostname true false env pwd mknod touch chmod cp tail seq stat nproc dmesg date") {
+	for _, name := range strings.Fields("sh cat echo id mount ip kill sleep head dd wc stty tty ps hostname true false env pwd mknod touch chmod cp tail seq stat nproc dmesg date readlink ls md5sum grep rm ln mkfifo hexdump sync") {
 		if err := os.Symlink("busybox", filepath.Join(root, "bin", name)); err != nil {
 			t.Fatal(err)
 		}

@@ -339,7 +339,7 @@ func protectAt(fd int) error {
 		return err
 	}
 	defer syscall.Close(tree)
-	if err := setMount(tree, attrReadOnly|attrNoSUID|attrNoDev|attrNoExec, 0, 0, true); err != nil {
+	if err := setMount(tree, attrReadOnly, 0, 0, true); err != nil {
 		return err
 	}
 	return moveMount(tree, fd)

@@ -26,7 +26,7 @@ type process struct {
 	out        [2]stream
 	stdin      int
 	input      []byte // what stdin did not take yet
-	inputSpace []byte
+	inputSpace []byte // mapped
 	inputReq   uint32
 	log        *history // nil: none is kept
 
@@ -208,6 +208,9 @@ func (a *agent) release(p *process) {
 	closeFD(&p.out[0].fd)
 	closeFD(&p.out[1].fd)
 	p.log.drop()
+	if p.inputSpace != nil {
+		_ = syscall.Munmap(p.inputSpace)
+	}
 	if p.cgroup >= 0 {
 		closeFD(&p.cgroup)
 		closeFD(&p.oom)
@@ -304,22 +307,35 @@ func signalAll(dir string, s syscall.Signal) error {
 	if s == syscall.SIGKILL {
 		return writeFile(dir+"/cgroup.kill", "1")
 	}
-	pids, err := readAllProc(dir + "/cgroup.procs")
+	return listed(dir, func(pid int) {
+		_ = syscall.Kill(pid, s) // it may have gone in between
+	})
+}
+
+// listed calls f for every process of a cgroup.
+func listed(dir string, f func(pid int)) error {
+	const most = 64 << 10
+	buf, err := mapMemory(most)
 	if err != nil {
-		return err
+		return fail("map", "list of processes", err)
 	}
-	for len(pids) > 0 {
+	defer syscall.Munmap(buf)
+	pids, err := readFile(dir+"/cgroup.procs", buf)
+	for err == nil && len(pids) > 0 {
 		var line []byte
 		line, pids = nextLine(pids)
 		if pid := int(number(line)); pid > 1 {
-			_ = syscall.Kill(pid, s) // it may have gone in between
+			f(pid)
 		}
 	}
-	return nil
+	return err
 }
 
-// readAllProc reads a file that does not know its size.
-func readAllProc(path string) ([]byte, error) { return readFile(path, make([]byte, 64<<10)) }
+// mapMemory gives memory that goes back to the kernel when it is unmapped, and
+// costs nothing as far as it is not touched.
+func mapMemory(size int) ([]byte, error) {
+	return syscall.Mmap(-1, 0, size, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+}
 
 // resize sets the size of a terminal.
 func (a *agent) resize(payload []byte) error {
@@ -358,7 +374,9 @@ func (a *agent) stdin(request uint32, payload []byte) error {
 		return fail("write to", p.name(), syscall.EPIPE)
 	}
 	if p.inputSpace == nil {
-		p.inputSpace = make([]byte, guestproto.MaxChunk)
+		if p.inputSpace, err = mapMemory(guestproto.MaxChunk); err != nil {
+			return fail("map", "input of "+p.name(), err)
+		}
 	}
 	p.input = p.inputSpace[:copy(p.inputSpace, m.Data)]
 	p.inputReq = request
@@ -494,7 +512,7 @@ type history struct {
 }
 
 func newHistory() (*history, error) {
-	b, err := syscall.Mmap(-1, 0, guestproto.LogBytes, syscall.PROT_READ|syscall.PROT_WRITE, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+	b, err := mapMemory(guestproto.LogBytes)
 	if err != nil {
 		return nil, fail("map", "log", err)
 	}

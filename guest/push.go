@@ -40,6 +40,44 @@ func (a *agent) push(payload []byte) error {
 	return nil
 }
 
+// pull appends the end of a file of a directory of the pod to the reply.
+func (a *agent) pull(payload []byte) error {
+	m, err := guestproto.ParsePull(payload)
+	if err != nil {
+		return err
+	}
+	d, err := a.findDir(guestproto.VerbPull, m.Dir)
+	if err != nil {
+		return err
+	}
+	if d.state != dirReady || d.device != "" {
+		return fail("pull from", strconv.Quote(m.Dir), syscall.EINVAL) // a disk may take its time
+	}
+	top, err := syscall.Open(dirPath(m.Dir), syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return fail("open", strconv.Quote(m.Dir), err)
+	}
+	defer syscall.Close(top)
+	fd, err := openBelow(top, m.Path, syscall.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK)
+	if err != nil {
+		return fail("open", strconv.Quote(m.Path), err)
+	}
+	defer syscall.Close(fd)
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil || st.Mode&syscall.S_IFMT != syscall.S_IFREG {
+		return fail("read", strconv.Quote(m.Path), syscall.EINVAL)
+	}
+	if _, err := syscall.Seek(fd, max(st.Size-guestproto.MaxChunk, 0), 0); err != nil {
+		return fail("seek in", strconv.Quote(m.Path), err)
+	}
+	n, err := readFull(fd, a.tx[len(a.tx):len(a.tx)+guestproto.MaxChunk])
+	if err != nil {
+		return fail("read", strconv.Quote(m.Path), err)
+	}
+	a.tx = a.tx[:len(a.tx)+n]
+	return nil
+}
+
 // pushAll gathers the files of a push in a directory of its own, and with the
 // last of them makes it the one that counts.
 func pushAll(top int, m *guestproto.Push) error {

@@ -38,18 +38,20 @@ func (a *agent) mountRoot(request uint32, payload []byte) error {
 	if r.state != rootFree {
 		return fail("mount root", strconv.Itoa(int(m.Root)), syscall.EEXIST)
 	}
+	disks := [2]disk{a.knownDisk(m.Serial), a.knownDisk(m.UpperSerial)}
 	var devices [2]string
 	var reply guestproto.MountedRoot
-	if devices[0], err = a.findDisk(m.Serial); err != nil {
-		return err
-	}
-	if m.UpperSerial != "" {
-		if devices[1], err = a.findDisk(m.UpperSerial); err != nil {
-			return err
-		}
-	}
 	r.state = rootMounting
 	err = a.send(request, func() (err error) {
+		if err := disks[0].find(); err != nil {
+			return err
+		}
+		if m.UpperSerial != "" {
+			if err := disks[1].find(); err != nil {
+				return err
+			}
+		}
+		devices = [2]string{disks[0].device, disks[1].device}
 		if reply, err = mountOverlay(devices, &m); err != nil {
 			_ = unmountOverlay(m.Root, syscall.MNT_DETACH)
 		}
@@ -66,6 +68,7 @@ func (a *agent) mountRoot(request uint32, payload []byte) error {
 			return err
 		}
 		r.state, r.devices = rootMounted, devices
+		a.learn(disks[:])
 		a.tx = reply.Append(a.tx)
 		return nil
 	})
@@ -136,22 +139,6 @@ func released(devices [2]string) error {
 		}
 	}
 	return nil
-}
-
-// findDisk gives the device of a virtio disk by the serial the host gave it.
-func findDisk(serial string) (string, error) {
-	const dir = "/sys/block"
-	names, err := listDir(dir)
-	if err != nil {
-		return "", err
-	}
-	var buf [64]byte
-	for _, n := range names {
-		if b, err := readFile(dir+"/"+n+"/serial", buf[:]); err == nil && serial != "" && trim(b) == serial {
-			return "/dev/" + n, nil
-		}
-	}
-	return "", fail("find disk with serial", strconv.Quote(serial), syscall.ENODEV)
 }
 
 // mountOverlay mounts the image, what is written over it, and both as one.

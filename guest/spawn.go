@@ -99,7 +99,7 @@ type spawning struct {
 
 // create makes a container and its first process, up to the execve.
 func (a *agent) create(request uint32, payload []byte) error {
-	m, err := guestproto.ParseCreate(payload)
+	m, err := guestproto.CheckCreate(payload)
 	if err != nil {
 		return err
 	}
@@ -158,7 +158,7 @@ func (a *agent) running(v guestproto.Verb, id uint32) (*process, error) {
 
 // exec runs one more process in a container.
 func (a *agent) exec(request uint32, payload []byte) error {
-	m, err := guestproto.ParseExec(payload)
+	m, err := guestproto.CheckExec(payload)
 	if err != nil {
 		return err
 	}

@@ -9,8 +9,6 @@ import (
 // stats appends what the guest, this agent, every container and every
 // directory of the pod use.
 func (a *agent) stats() error {
-	var containers [guestproto.MaxProcesses]guestproto.ContainerStats
-	var dirs [guestproto.MaxDirs]guestproto.DirStats
 	var buf [4096]byte
 	m := guestproto.Stats{UptimeMicros: uptimeMicros()}
 	b, err := readFile("/proc/meminfo", buf[:])
@@ -34,27 +32,32 @@ func (a *agent) stats() error {
 		return err
 	}
 	m.CPUUser, m.CPUSystem, m.CPUIdle, m.CPUSteal = cpuTimes(b)
-	n := 0
+	a.tx = m.AppendHead(a.tx)
+	at := a.beginList()
 	for i := range a.processes {
-		p := &a.processes[i]
-		if p.id == 0 || p.cgroup < 0 {
-			continue
+		if p := &a.processes[i]; p.id != 0 && p.cgroup >= 0 {
+			c := p.usage(buf[:])
+			a.tx = c.Append(a.tx)
+			a.tx[at]++
 		}
-		p.usage(&containers[n], buf[:])
-		n++
 	}
-	m.Containers = containers[:n]
-	n = 0
+	at = a.beginList()
 	for i := range a.dirs {
 		if d := &a.dirs[i]; d.state == dirReady {
-			dirs[n].Name = d.name
-			dirs[n].Used, dirs[n].Bytes, dirs[n].Files = space(dirPath(d.name))
-			n++
+			s := guestproto.DirStats{Name: d.name}
+			s.Used, s.Bytes, s.Files = space(dirPath(d.name))
+			a.tx = s.Append(a.tx)
+			a.tx[at]++
 		}
 	}
-	m.Dirs = dirs[:n]
-	a.tx = m.Append(a.tx)
 	return nil
+}
+
+// beginList begins a list of less than 256 in tx, and gives where the low byte
+// of its length stands.
+func (a *agent) beginList() int {
+	a.tx = append(a.tx, 0, 0)
+	return len(a.tx) - 2
 }
 
 // cpuTimes reads the first line of /proc/stat, in microseconds.
@@ -130,7 +133,7 @@ func countMounts(buf []byte) (n uint32) {
 }
 
 // usage is what a container uses; what this kernel does not count is 0.
-func (p *process) usage(c *guestproto.ContainerStats, buf []byte) {
+func (p *process) usage(buf []byte) (c guestproto.ContainerStats) {
 	c.Process = p.id
 	c.Memory = number(p.counter("memory.current", buf))
 	c.MemoryPeak = number(p.counter("memory.peak", buf))
@@ -151,6 +154,7 @@ func (p *process) usage(c *guestproto.ContainerStats, buf []byte) {
 	c.ReadBytes, c.Wrote = sum(b, "rbytes="), sum(b, "wbytes=")
 	c.Reads, c.Writes = sum(b, "rios="), sum(b, "wios=")
 	c.UpperBytes, _, c.UpperFiles = space(upperPath(p.root))
+	return c
 }
 
 // sum adds up the numbers that follow a name wherever it stands in b.

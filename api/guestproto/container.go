@@ -103,23 +103,26 @@ func (r *reader) program() (p Program) {
 	p.Args, p.Env = r.strings(), r.strings()
 	p.Cwd, p.User = r.string(), r.string()
 	p.UID, p.GID = r.u32(), r.u32()
-	if n := r.count(4); n > 0 {
-		p.Groups = make([]uint32, n)
-		for i := range p.Groups {
-			p.Groups[i] = r.u32()
+	n := r.count(4)
+	p.Groups = listOf[uint32](r, n)
+	for range n {
+		if g := r.u32(); !r.dry {
+			p.Groups = append(p.Groups, g)
 		}
 	}
 	p.TTY = r.bool()
 	p.Rows, p.Cols = r.u16(), r.u16()
 	p.Rights = Rights{r.bool(), r.u64(), r.u64(), r.u64(), r.u64(), r.u64()}
 	p.NewPrivileges = r.bool()
-	if n := r.count(17); n > 0 {
-		p.Rlimits = make([]Rlimit, n)
-		for i := range p.Rlimits {
-			p.Rlimits[i] = Rlimit{r.u8(), r.u64(), r.u64()}
-			if p.Rlimits[i].Kind > MaxRlimit {
-				r.fail("no such resource limit")
-			}
+	n = r.count(17)
+	p.Rlimits = listOf[Rlimit](r, n)
+	for range n {
+		l := Rlimit{r.u8(), r.u64(), r.u64()}
+		if l.Kind > MaxRlimit {
+			r.fail("no such resource limit")
+		}
+		if !r.dry {
+			p.Rlimits = append(p.Rlimits, l)
 		}
 	}
 	p.Umask, p.UmaskGiven = r.u32(), r.bool()
@@ -133,7 +136,7 @@ func (r *reader) checkProgram(p *Program) {
 	s := &p.Seccomp
 	switch {
 	case r.cause != "":
-	case len(p.Args) == 0:
+	case len(p.Args) == 0 && !r.dry:
 		r.fail("no program is named")
 	case p.Umask&^0o777 != 0:
 		r.fail("the umask has more than the bits of a mode")
@@ -165,10 +168,12 @@ func appendSettings(b []byte, list []Setting) []byte {
 }
 
 func (r *reader) settings() (list []Setting) {
-	if n := r.count(4); n > 0 {
-		list = make([]Setting, n)
-		for i := range list {
-			list[i] = Setting{r.string(), r.string()}
+	n := r.count(4)
+	list = listOf[Setting](r, n)
+	for range n {
+		s := Setting{r.string(), r.string()}
+		if !r.dry {
+			list = append(list, s)
 		}
 	}
 	return list
@@ -249,13 +254,15 @@ func (m *Mount) append(b []byte) []byte {
 }
 
 func (r *reader) mounts() (list []Mount) {
-	if n := r.count(1 + 4*2 + 3*4); n > 0 {
-		list = make([]Mount, n)
-		for i := range list {
-			list[i] = Mount{MountKind(r.u8()), r.string(), r.string(), r.string(), r.string(), r.u32(), r.u32(), r.u32()}
-			if list[i].Kind > MountDisk {
-				r.fail("no such kind of mount")
-			}
+	n := r.count(1 + 4*2 + 3*4)
+	list = listOf[Mount](r, n)
+	for range n {
+		m := Mount{MountKind(r.u8()), r.string(), r.string(), r.string(), r.string(), r.u32(), r.u32(), r.u32()}
+		if m.Kind > MountDisk {
+			r.fail("no such kind of mount")
+		}
+		if !r.dry {
+			list = append(list, m)
 		}
 	}
 	return list
@@ -280,14 +287,15 @@ func (d *Device) append(b []byte) []byte {
 }
 
 func (r *reader) devices() (list []Device) {
-	if n := r.count(2 + 1 + 8 + 2 + 12); n > 0 {
-		list = make([]Device, n)
-		for i := range list {
-			d := Device{r.string(), r.u8(), r.u32(), r.u32(), r.string(), r.u32(), r.u32(), r.u32()}
-			if d.Kind != 'b' && d.Kind != 'c' && d.Kind != 'p' {
-				r.fail("no such kind of device")
-			}
-			list[i] = d
+	n := r.count(2 + 1 + 8 + 2 + 12)
+	list = listOf[Device](r, n)
+	for range n {
+		d := Device{r.string(), r.u8(), r.u32(), r.u32(), r.string(), r.u32(), r.u32(), r.u32()}
+		if d.Kind != 'b' && d.Kind != 'c' && d.Kind != 'p' {
+			r.fail("no such kind of device")
+		}
+		if !r.dry {
+			list = append(list, d)
 		}
 	}
 	return list
@@ -353,15 +361,25 @@ func (m *Create) Append(b []byte) []byte {
 }
 
 // ParseCreate reads the payload of a create. The files' data lies in b.
-func ParseCreate(b []byte) (m Create, err error) {
-	r := reader{b: b}
+func ParseCreate(b []byte) (Create, error) { return parseCreate(reader{b: b}) }
+
+// CheckCreate reads the same, takes no memory but for the limits, and leaves
+// everything else that is a string or a list away.
+func CheckCreate(b []byte) (Create, error) { return parseCreate(reader{b: b, dry: true}) }
+
+func parseCreate(r reader) (m Create, err error) {
 	m.Root, m.Hostname, m.Domainname = r.u8(), r.string(), r.string()
 	m.KeepLog = r.bool()
+	dry := r.dry
+	r.dry = false
 	m.Resources = r.resources()
-	if n := r.count(2 + 4 + 4); n > 0 {
-		m.Files = make([]File, n)
-		for i := range m.Files {
-			m.Files[i] = File{r.string(), r.u32(), r.bytes()}
+	r.dry = dry
+	n := r.count(2 + 4 + 4)
+	m.Files = listOf[File](&r, n)
+	for range n {
+		f := File{r.string(), r.u32(), r.bytes()}
+		if !r.dry {
+			m.Files = append(m.Files, f)
 		}
 	}
 	m.Program = r.program()
@@ -390,8 +408,12 @@ type Exec struct {
 func (m *Exec) Append(b []byte) []byte { return m.Program.Append(appendU32(b, m.Container)) }
 
 // ParseExec reads the payload of an exec.
-func ParseExec(b []byte) (m Exec, err error) {
-	r := reader{b: b}
+func ParseExec(b []byte) (Exec, error) { return parseExec(reader{b: b}) }
+
+// CheckExec reads the same and leaves every string and list away.
+func CheckExec(b []byte) (Exec, error) { return parseExec(reader{b: b, dry: true}) }
+
+func parseExec(r reader) (m Exec, err error) {
 	m.Container = r.u32()
 	m.Program = r.program()
 	return m, r.end("exec")

@@ -237,6 +237,9 @@ func appendStrings(b []byte, list []string) []byte {
 type reader struct {
 	b     []byte
 	cause string
+	// dry checks everything and keeps nothing that would take memory: no
+	// string and no list.
+	dry bool
 }
 
 func (r *reader) take(n int) []byte {
@@ -292,7 +295,14 @@ func (r *reader) bool() bool {
 }
 
 func (r *reader) bytes() []byte  { return r.take(int(r.u32())) }
-func (r *reader) string() string { return string(r.take(int(r.u16()))) }
+func (r *reader) string() string { return r.text(r.take(int(r.u16()))) }
+
+func (r *reader) text(b []byte) string {
+	if r.dry {
+		return ""
+	}
+	return string(b)
+}
 
 // count reads the length of a list whose entries take at least size bytes.
 func (r *reader) count(size int) int {
@@ -309,11 +319,22 @@ func (r *reader) strings() []string {
 	if n == 0 {
 		return nil
 	}
-	list := make([]string, n)
-	for i := range list {
-		list[i] = string(r.bytes())
+	list := listOf[string](r, n)
+	for range n {
+		s := r.text(r.bytes())
+		if !r.dry {
+			list = append(list, s)
+		}
 	}
 	return list
+}
+
+// listOf is room for n entries, none if the reader is dry.
+func listOf[T any](r *reader, n int) []T {
+	if r.dry || n == 0 {
+		return nil
+	}
+	return make([]T, 0, n)
 }
 
 func (r *reader) fail(cause string) {

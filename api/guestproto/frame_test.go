@@ -276,6 +276,34 @@ func refusedNetwork(spoil func(*Network)) error {
 	return nil
 }
 
+// TestChecks shows that a check that keeps nothing finds what a reading finds.
+func TestChecks(t *testing.T) {
+	for _, m := range messages() {
+		switch v := m.value.(type) {
+		case Create:
+			b := m.write(nil)
+			got, err := CheckCreate(b)
+			if err != nil || got.Root != v.Root || got.PIDOf != v.PIDOf || got.PID != v.PID || !got.Program.TTY ||
+				!reflect.DeepEqual(got.Resources, v.Resources) || got.Mounts != nil || got.Hostname != "" {
+				t.Errorf("checked %+v, %v", got, err)
+			}
+			for n := range b {
+				if _, err := CheckCreate(b[:n]); err == nil {
+					t.Errorf("create cut to %d bytes: no error", n)
+				}
+			}
+		case Exec:
+			b := m.write(nil)
+			if got, err := CheckExec(b); err != nil || got.Container != v.Container || !got.Program.TTY || got.Program.Args != nil {
+				t.Errorf("checked %+v, %v", got, err)
+			}
+			if n := testing.AllocsPerRun(100, func() { _, _ = CheckExec(b) }); n != 0 {
+				t.Errorf("%v allocations", n)
+			}
+		}
+	}
+}
+
 // TestPushPaths lets nothing be written outside a directory, nor over what a
 // push with a stamp uses itself.
 func TestPushPaths(t *testing.T) {
@@ -442,6 +470,11 @@ func FuzzFrame(f *testing.F) {
 		v, err := m.read(b)
 		if err != nil {
 			return
+		}
+		if c, ok := v.(Create); ok {
+			if got, err := CheckCreate(b); err != nil || got.Root != c.Root {
+				t.Fatalf("the check says %+v, %v", got, err)
+			}
 		}
 		if again := print(v); !bytes.Equal(again, b) {
 			t.Fatalf("%s %+v prints as %x, was %x", m.name, v, again, b)

@@ -36,7 +36,8 @@ type ContainerStats struct {
 
 const containerStatsSize = 4 + 10*8 + 4 + 6*8 + 4 + 4*8 + 2*8
 
-func (c *ContainerStats) append(b []byte) []byte {
+// Append appends c to b.
+func (c *ContainerStats) Append(b []byte) []byte {
 	b = appendU32(b, c.Process)
 	for _, v := range [...]uint64{
 		c.Memory, c.MemoryPeak, c.Anonymous, c.File, c.InactiveFile, c.Shmem, c.Kernel, c.Faults, c.MajorFaults, c.OOMs,
@@ -100,6 +101,21 @@ type Stats struct {
 
 // Append appends the payload to b.
 func (m *Stats) Append(b []byte) []byte {
+	b = m.AppendHead(b)
+	b = appendU16(b, uint16(len(m.Containers)))
+	for i := range m.Containers {
+		b = m.Containers[i].Append(b)
+	}
+	b = appendU16(b, uint16(len(m.Dirs)))
+	for i := range m.Dirs {
+		b = m.Dirs[i].Append(b)
+	}
+	return b
+}
+
+// AppendHead appends what stands before the lists of containers and of
+// directories; each of them begins with how many there are.
+func (m *Stats) AppendHead(b []byte) []byte {
 	for _, v := range [...]uint64{
 		m.UptimeMicros, m.MemoryTotal, m.MemoryAvailable, m.MemoryFree, m.MemoryCached, m.AgentResident, m.AgentPrivate,
 	} {
@@ -109,15 +125,12 @@ func (m *Stats) Append(b []byte) []byte {
 	for _, v := range [...]uint64{m.CPUUser, m.CPUSystem, m.CPUIdle, m.CPUSteal} {
 		b = appendU64(b, v)
 	}
-	b = appendU16(b, uint16(len(m.Containers)))
-	for i := range m.Containers {
-		b = m.Containers[i].append(b)
-	}
-	b = appendU16(b, uint16(len(m.Dirs)))
-	for _, d := range m.Dirs {
-		b = appendU64(appendU64(appendU64(appendString(b, d.Name), d.Used), d.Bytes), d.Files)
-	}
 	return b
+}
+
+// Append appends d to b.
+func (d *DirStats) Append(b []byte) []byte {
+	return appendU64(appendU64(appendU64(appendString(b, d.Name), d.Used), d.Bytes), d.Files)
 }
 
 // ParseStats reads the reply to a stats.
