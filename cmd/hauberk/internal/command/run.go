@@ -1,6 +1,7 @@
 package command
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -256,7 +257,7 @@ func (s *session) runLoud(ctx context.Context, o *runOptions, errs io.Writer) (c
 		return 0, s.notStarted(b, o, err)
 	}
 	return s.join(ctx, joined{
-		stream: stream, tty: tty, input: o.interactive, keys: o.detachKeys, errs: errs, left: leftRunning(b.ID()),
+		stream: stream, tty: tty, input: o.interactive, keys: o.detachKeys, errs: errs, left: leftRunning(cmp.Or(o.Name, b.ID())),
 		kill: b.Kill, resize: b.Resize,
 		wait: func(ctx context.Context) (int, error) {
 			e, err := b.Wait(ctx)
