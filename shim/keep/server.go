@@ -355,7 +355,14 @@ func say(conn *net.UnixConn, a answer, files ...*os.File) error {
 	if len(files) > 0 {
 		var fds []int
 		for _, f := range files {
-			fds = append(fds, int(f.Fd()))
+			// Not by Fd: it makes a socket blocking, for whoever has a duplicate.
+			raw, err := f.SyscallConn()
+			if err == nil {
+				err = raw.Control(func(fd uintptr) { fds = append(fds, int(fd)) })
+			}
+			if err != nil {
+				return err
+			}
 		}
 		rights = unix.UnixRights(fds...)
 	}
