@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -17,6 +18,7 @@ import (
 
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/image"
+	"hauberk.dev/shim/oci"
 	"hauberk.dev/vm"
 )
 
@@ -43,7 +45,9 @@ type container struct {
 	err    error         // of create; read after made
 
 	pod   *pod
+	conf  *oci.Config // nil of a pause
 	first *running
+	stand *standIn      // of one of several; nil if the pod's machine stands for it
 	root  int           // its slot, -1 if it has none
 	ended chan struct{} // closed when nothing of it runs any more
 
@@ -61,12 +65,46 @@ type limits struct {
 	pids   uint32 // 0: none
 }
 
+// note takes over what of a change of limits statistics show.
+func (l *limits) note(r guestproto.Resources) {
+	switch {
+	case r.MemoryMax == guestproto.Unlimited:
+		l.memory = 0
+	case r.MemoryMax != 0:
+		l.memory = r.MemoryMax
+	}
+	switch {
+	case r.PidsMax == guestproto.UnlimitedPids:
+		l.pids = 0
+	case r.PidsMax != 0:
+		l.pids = r.PidsMax
+	}
+}
+
+// allowed gives the limits as they are now.
+func (c *container) allowed() limits {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.limits
+}
+
 // pause says whether it is the CRI's pause container: it holds the pod, and
 // nothing of it is in the guest.
 func (c *container) pause() bool { return c.role == roleSandbox }
 
+// upperShare of the guest's memory may be written to a root.
+const upperShare = 4
+
+// pid stands for the container and all its processes: the host knows no other.
+func (c *container) pid() uint32 {
+	if c.stand != nil {
+		return c.stand.pid
+	}
+	return c.pod.pid()
+}
+
 // make makes the container in its pod up to its first exec.
-func (c *container) make(ctx context.Context, img image.Image, create guestproto.Create, upper uint64) (err error) {
+func (c *container) make(ctx context.Context, img image.Image, f oci.Facts) (err error) {
 	p := c.pod
 	if c.root, err = p.attach(ctx, c.id, img); err != nil {
 		c.root = -1
@@ -77,11 +115,31 @@ func (c *container) make(ctx context.Context, img image.Image, create guestproto
 			err = errors.Join(err, c.remove(context.WithoutCancel(ctx)))
 		}
 	}()
-	mount := guestproto.MountRoot{Root: uint8(c.root), Serial: string(vm.ReadOnlySlot(c.root)), UpperBytes: upper}
+	f.Root = uint8(c.root)
+	create, volumes, err := c.conf.Create(f)
+	if err != nil {
+		return invalid(err)
+	}
+	if err := p.volumes.Add(ctx, c.id, &create, volumes); err != nil {
+		return err
+	}
+	create.Program.TTY = c.names.Terminal
+	create.Sysctls = slices.Concat(p.sysctls, create.Sysctls)
+	for _, f := range p.files {
+		if !slices.ContainsFunc(create.Mounts, func(m guestproto.Mount) bool { return m.Target == f.Path }) {
+			create.Files = append(create.Files, f)
+		}
+	}
+	if create.Hostname == "" {
+		create.Hostname = p.hostname
+	}
+	c.limits.note(create.Resources)
+	mount := guestproto.MountRoot{
+		Root: f.Root, Serial: string(vm.ReadOnlySlot(c.root)), UpperBytes: uint64(p.size.MemoryMiB) << 20 / upperShare,
+	}
 	if _, err := p.channel.MountRoot(ctx, mount); err != nil {
 		return err
 	}
-	create.Root = uint8(c.root)
 	guest, err := p.channel.Create(ctx, create)
 	if err != nil {
 		return err
@@ -110,10 +168,51 @@ func (c *container) remove(ctx context.Context) error {
 		}
 		c.first.setProcess(nil)
 	}
-	if err := c.pod.detach(ctx, c.root); err != nil {
+	if err := c.unmount(ctx); err != nil {
+		return fmt.Errorf("remove container %q: %w", c.id, err)
+	}
+	err := c.pod.volumes.Remove(ctx, c.id)
+	if err = errors.Join(err, c.pod.detach(ctx, vm.ReadOnlySlot(c.root))); err != nil {
 		return fmt.Errorf("remove container %q: %w", c.id, err)
 	}
 	c.root = -1
+	return nil
+}
+
+// unmountRest is how long the guest's kernel is given between two tries.
+const unmountRest = 20 * time.Millisecond
+
+// unmount gives the root up, once the kernel does: what a container ran may
+// take a moment to be gone.
+func (c *container) unmount(ctx context.Context) error {
+	for {
+		err := c.pod.channel.UnmountRoot(ctx, uint8(c.root))
+		if errors.Is(err, syscall.ENOENT) { // it was not mounted
+			return nil
+		}
+		if !errors.Is(err, syscall.EBUSY) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(unmountRest):
+		}
+	}
+}
+
+// update changes the container's limits. Those of a pause are nobody's.
+func (c *container) update(ctx context.Context, want guestproto.Resources) error {
+	g := c.first.process()
+	if g == nil {
+		return nil
+	}
+	if err := g.Update(ctx, want); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.limits.note(want)
 	return nil
 }
 
@@ -143,6 +242,7 @@ func (c *container) watchPause() {
 func (c *container) finish(r *running, status int) {
 	if r == c.first {
 		c.lastExecs()
+		c.collect()
 	}
 	r.announcing.Lock()
 	first := r.finish(status)
@@ -162,7 +262,28 @@ func (c *container) finish(r *running, status int) {
 			c.log.Error("end machine", "err", err)
 		}
 	}
+	c.leave()
 	close(c.ended)
+}
+
+// leave gives up what stands for the container on this host.
+func (c *container) leave() {
+	if c.stand != nil {
+		c.stand.stop()
+	}
+}
+
+// collect brings back what the container wrote for the host. It comes before
+// the container's end is told, for that is when it is read.
+func (c *container) collect() {
+	if c.pod.stopping.Load() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+	defer cancel()
+	if err := c.pod.volumes.Collect(ctx, c.id); err != nil {
+		c.log.Warn("collect files", "container", c.id, "err", err)
+	}
 }
 
 // lastExecs waits for what else ran in the container: its end comes first.
@@ -263,12 +384,6 @@ func (c *container) kill(ctx context.Context, r *running, s syscall.Signal, all 
 		return nil
 	}
 	fatal := s == syscall.SIGKILL && (r == c.first || all)
-	if c.isPaused() {
-		if fatal {
-			return c.pod.machine.Kill(ctx)
-		}
-		return errPaused
-	}
 	p := r.process()
 	if p == nil {
 		return errors.New("it was not started")
@@ -318,12 +433,14 @@ func (c *container) insist() {
 func (c *container) freeze(ctx context.Context, frozen bool) error {
 	c.pausing.Lock()
 	defer c.pausing.Unlock()
-	act := c.pod.machine.Resume
-	if frozen {
-		act = c.pod.machine.Pause
-	}
-	if err := act(ctx); err != nil {
-		return err
+	if g := c.first.process(); g != nil { // a pause has none, and nothing to stop
+		act := g.Thaw
+		if frozen {
+			act = g.Freeze
+		}
+		if err := act(ctx); err != nil {
+			return err
+		}
 	}
 	c.mu.Lock()
 	c.paused = frozen
@@ -363,7 +480,7 @@ func (c *container) close() {
 // created is the event of a container that is made.
 func (c *container) created(rootfs []*types.Mount) *events.TaskCreate {
 	return &events.TaskCreate{
-		ContainerID: c.id, Bundle: c.bundle, Pid: c.pod.pid(), Rootfs: rootfs,
+		ContainerID: c.id, Bundle: c.bundle, Pid: c.pid(), Rootfs: rootfs,
 		IO: &events.TaskIO{Stdin: c.names.Stdin, Stdout: c.names.Stdout, Stderr: c.names.Stderr, Terminal: c.names.Terminal},
 	}
 }

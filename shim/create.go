@@ -3,8 +3,6 @@ package shim
 import (
 	"context"
 	"errors"
-	"path/filepath"
-
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -12,6 +10,7 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/shim/oci"
 )
 
 // Create makes a container, and its pod if there is none. Asked again for the
@@ -24,6 +23,7 @@ func (s *service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.
 	}
 	c.err = s.create(ctx, c, r)
 	if c.err != nil {
+		c.leave()
 		c.close()
 		s.mu.Lock()
 		delete(s.containers, r.ID) // another try is a new one
@@ -33,7 +33,7 @@ func (s *service) Create(ctx context.Context, r *task.CreateTaskRequest) (*task.
 	if c.err != nil {
 		return nil, c.err
 	}
-	return &task.CreateTaskResponse{Pid: c.pod.pid()}, nil
+	return &task.CreateTaskResponse{Pid: c.pid()}, nil
 }
 
 // enter makes a container known, unless one of its name is.
@@ -64,7 +64,7 @@ func again(ctx context.Context, c *container, r *task.CreateTaskRequest, names s
 	if c.err != nil {
 		return nil, c.err
 	}
-	return &task.CreateTaskResponse{Pid: c.pod.pid()}, nil
+	return &task.CreateTaskResponse{Pid: c.pid()}, nil
 }
 
 // invalid is the answer to a request that cannot be done by anybody.
@@ -74,26 +74,30 @@ func (s *service) create(ctx context.Context, c *container, r *task.CreateTaskRe
 	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
 		return status.Error(codes.Unimplemented, "create container: a sandbox cannot be restored from a checkpoint")
 	}
-	pod, role, err := readGroup(r.Bundle, r.ID)
-	if err == nil && pod != s.args.id {
-		err = status.Errorf(codes.FailedPrecondition, "create container %q: it is of pod %q, and this is %q", r.ID, pod, s.args.id)
+	b, err := readBundle(r.Bundle, r.ID)
+	if err == nil && b.pod != s.args.id {
+		err = status.Errorf(codes.FailedPrecondition, "create container %q: it is of pod %q, and this is %q", r.ID, b.pod, s.args.id)
 	}
 	if err != nil {
 		return err
 	}
-	raw, err := readFile(filepath.Join(r.Bundle, "config.json"), maxConfig)
-	if err != nil {
-		return err
-	}
-	o, err := parseOptions(r.Options)
+	conf, err := oci.Parse(b.raw)
 	if err != nil {
 		return invalid(err)
 	}
-	c.role = role
-	if role == roleSandbox {
-		err = s.createPause(ctx, c, raw, o)
+	options, err := parseOptions(r.Options)
+	if err != nil {
+		return invalid(err)
+	}
+	w, err := wishOf(conf, b, options)
+	if err != nil {
+		return invalid(err)
+	}
+	w.id, w.bundle, c.role = c.id, c.bundle, b.role
+	if c.role == roleSandbox {
+		err = s.createPause(ctx, c, w)
 	} else {
-		err = s.createProcess(ctx, c, r, raw, o)
+		err = s.createProcess(ctx, c, conf, r, w)
 	}
 	if err == nil {
 		s.events.publish(c.created(r.Rootfs))
@@ -101,13 +105,35 @@ func (s *service) create(ctx context.Context, c *container, r *task.CreateTaskRe
 	return err
 }
 
-// createPause makes a pod for the CRI: a machine, and nothing in it.
-func (s *service) createPause(ctx context.Context, c *container, raw []byte, o options) error {
-	w, err := parsePodConfiguration(raw, o)
-	if err != nil {
-		return invalid(err)
+// wishOf is the pod that a configuration asks for.
+func wishOf(conf *oci.Config, b bundle, o oci.Options) (w wish, err error) {
+	if w.policy, err = compilePolicy(b.annotations); err != nil {
+		return wish{}, err
 	}
-	w.id, w.bundle = c.id, c.bundle
+	if w.size, err = sizeOf(conf, o); err != nil {
+		return wish{}, err
+	}
+	if b.role == roleSandbox { // its members are never asked
+		create, _, err := conf.Create(oci.Facts{Network: conf.Network()})
+		if err != nil {
+			return wish{}, err
+		}
+		w.sysctls = create.Sysctls
+	}
+	pod, err := conf.Pod()
+	if err != nil {
+		return wish{}, err
+	}
+	w.uid, w.netns = pod.UID, conf.Network()
+	w.hostname = conf.Hostname()
+	if w.hostname == "" {
+		w.hostname = b.pod[:min(len(b.pod), 63)]
+	}
+	return w, nil
+}
+
+// createPause makes a pod for the CRI: a machine, and nothing in it.
+func (s *service) createPause(ctx context.Context, c *container, w wish) (err error) {
 	c.first = newRunning(c.id, "", guestproto.Program{}, c.names)
 	if c.pod, err = s.openPod(ctx, w); err != nil {
 		return err
@@ -117,42 +143,24 @@ func (s *service) createPause(ctx context.Context, c *container, raw []byte, o o
 }
 
 // createProcess makes a container with a process in it.
-func (s *service) createProcess(ctx context.Context, c *container, r *task.CreateTaskRequest, raw []byte, o options) error {
-	conf, err := parseConfiguration(raw)
+func (s *service) createProcess(ctx context.Context, c *container, conf *oci.Config, r *task.CreateTaskRequest, w wish) error {
+	dir, _ := conf.Root(r.Bundle)
+	root, err := rootOf(r.Rootfs, dir)
 	if err != nil {
 		return invalid(err)
 	}
-	root, err := rootOf(r.Rootfs, conf.rootDirectory(r.Bundle))
-	if err != nil {
-		return invalid(err)
-	}
-	if conf.Hostname == "" {
-		conf.Hostname = s.args.id[:min(len(s.args.id), 63)]
-	}
-	conf.Process.Terminal = r.Terminal
-	size := sizeOf(o, conf.Linux)
-	policy, err := compilePolicy(conf.Annotations)
-	if err != nil {
-		return invalid(err)
-	}
-	c.limits = limits{memory: size.limit, pids: size.pids}
-	c.first = newRunning(r.ID, "", conf.Process.program(), c.names)
+	c.conf = conf
+	c.first = newRunning(r.ID, "", guestproto.Program{}, c.names)
 	if err := c.first.io.open(ctx); err != nil {
 		return invalid(err)
 	}
-	img, err := root.pack(ctx, s.conf.images())
-	if err != nil {
+	if w.first, err = root.pack(ctx, s.conf.images()); err != nil {
 		return err
 	}
-	w := wish{id: c.id, bundle: c.bundle, hostname: conf.Hostname, size: size, policy: policy, first: img}
 	if err := s.joinPod(ctx, c, w); err != nil {
 		return err
 	}
-	create := guestproto.Create{
-		Hostname: conf.Hostname, Program: c.first.program,
-		Resources: guestproto.Resources{MemoryMax: size.limit, PidsMax: size.pids},
-	}
-	if err := c.make(ctx, img, create, s.upper(c)); err != nil {
+	if err := c.make(ctx, w.first, s.facts(c)); err != nil {
 		return errors.Join(err, s.leavePod(c))
 	}
 	guest := c.first.process()
@@ -161,9 +169,34 @@ func (s *service) createProcess(ctx context.Context, c *container, r *task.Creat
 	return nil
 }
 
-// upper is how much a container may write to its root.
-func (s *service) upper(c *container) uint64 {
-	return uint64(c.pod.size.memoryMiB) << 20 / upperShare
+// facts are what a container's configuration does not say of its pod.
+func (s *service) facts(c *container) oci.Facts {
+	f := oci.Facts{Network: c.pod.netns, PIDs: map[uint32]uint32{c.pod.pid(): 0}}
+	for _, other := range s.ready() {
+		if other.stand == nil {
+			continue
+		}
+		if g := other.first.process(); g != nil {
+			f.PIDs[other.stand.pid] = g.ID()
+		}
+	}
+	return f
+}
+
+// ready lists the containers that are made.
+func (s *service) ready() (all []*container) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.containers {
+		select {
+		case <-c.made:
+			if c.err == nil {
+				all = append(all, c)
+			}
+		default:
+		}
+	}
+	return all
 }
 
 // joinPod gives a container its pod: a new one, or the one it belongs to.
@@ -173,6 +206,9 @@ func (s *service) joinPod(ctx context.Context, c *container, w wish) (err error)
 		return err
 	}
 	if c.pod, err = s.livingPod(); err != nil {
+		return err
+	}
+	if c.stand, err = openStandIn(c.pod.netns); err != nil {
 		return err
 	}
 	j := c.pod.journal
@@ -204,7 +240,7 @@ func (s *service) openPod(ctx context.Context, w wish) (*pod, error) {
 	}
 	p := &pod{
 		wish: w, log: s.log, oom: s.oom, made: make(chan struct{}), done: make(chan struct{}),
-		journal: journal{ID: w.id, Pod: w.id, Machine: machineID(s.args), Run: s.conf.machines(), Socket: s.socket},
+		journal: journal{ID: w.id, Pod: w.id, Machine: machineID(s.args), Run: s.conf.machines(), Socket: s.socket, Network: w.netns},
 	}
 	s.pod = p
 	s.mu.Unlock()
@@ -254,17 +290,7 @@ func (s *service) livingPod() (*pod, error) {
 
 // oom tells that a container had too little memory.
 func (s *service) oom(process uint32) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, c := range s.containers {
-		select {
-		case <-c.made:
-		default:
-			continue
-		}
-		if c.err != nil || c.pause() {
-			continue
-		}
+	for _, c := range s.ready() {
 		if g := c.first.process(); g != nil && g.ID() == process {
 			s.events.publish(&events.TaskOOM{ContainerID: c.id})
 		}

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"path/filepath"
+
+	"hauberk.dev/shim/oci"
 )
 
 // role of a container in its pod.
@@ -43,26 +45,34 @@ func groupOf(annotations map[string]string, id string) (pod string, r role, err 
 	return id, roleAlone, nil
 }
 
-// readGroup is groupOf of the container in a bundle. Without a configuration
-// it is a pod of its own: the sandbox service starts a shim before there is
-// one, and a deletion may come after it went.
-func readGroup(bundle, id string) (pod string, r role, err error) {
-	raw, err := readFile(filepath.Join(bundle, "config.json"), maxConfig)
+// bundle is what containerd wrote down of a container.
+type bundle struct {
+	raw         []byte // config.json, nil if there is none
+	annotations map[string]string
+	pod         string // its id
+	role        role
+}
+
+// readBundle reads the configuration of a container. Without one it is a pod of
+// its own: the sandbox service starts a shim before there is a configuration,
+// and a deletion may come after it went.
+func readBundle(dir, id string) (bundle, error) {
+	raw, err := readFile(filepath.Join(dir, "config.json"), oci.MaxConfig)
 	if errors.Is(err, fs.ErrNotExist) {
-		return id, roleAlone, nil
+		return bundle{pod: id}, nil
 	}
 	if err != nil {
-		return "", 0, fmt.Errorf("read bundle: %w", err)
+		return bundle{}, fmt.Errorf("read bundle: %w", err)
 	}
 	var spec struct {
 		Annotations map[string]string `json:"annotations"`
 	}
 	if err := json.Unmarshal(raw, &spec); err != nil {
-		return "", 0, fmt.Errorf("read bundle: config.json: %w", err)
+		return bundle{}, fmt.Errorf("read bundle: config.json: %w", err)
 	}
-	pod, r, err = groupOf(spec.Annotations, id)
-	if err != nil {
-		return "", 0, fmt.Errorf("read bundle: config.json: %w", err)
+	b := bundle{raw: raw, annotations: spec.Annotations}
+	if b.pod, b.role, err = groupOf(spec.Annotations, id); err != nil {
+		return bundle{}, fmt.Errorf("read bundle: config.json: %w", err)
 	}
-	return pod, r, nil
+	return b, nil
 }

@@ -21,8 +21,6 @@ import (
 )
 
 const (
-	// upperShare of the guest's memory may be written to the root.
-	upperShare = 4
 	// agentTime bounds the first answer of a guest's agent after a cold boot.
 	agentTime = 60 * time.Second
 	// trustDomain of all that containerd starts: it is one.
@@ -60,7 +58,16 @@ func openGuests(c config, log *slog.Logger) (*guests, error) {
 
 // machine gives a machine whose guest runs: the keeper's, or, if that cannot be
 // had, one that is booted here.
-func (g *guests) machine(ctx context.Context, id string, w wish) (*vm.Machine, error) {
+func (g *guests) machine(ctx context.Context, id string, w wish) (machine, error) {
+	m, err := g.withRoot(ctx, id, w)
+	if err != nil {
+		return nil, err // not a machine that is nil
+	}
+	return m, nil
+}
+
+// withRoot gives it with the disk of its first root in place, if that is known.
+func (g *guests) withRoot(ctx context.Context, id string, w wish) (*vm.Machine, error) {
 	if img := w.first; img.Path != "" {
 		if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
 			return nil, err
@@ -102,7 +109,7 @@ func (g *guests) kept(ctx context.Context, id string, w wish) (*vm.Machine, erro
 	began := time.Now()
 	c := keep.Client{Place: g.conf.place(), Start: []string{keepAction, "-state", g.conf.state, "-run", g.conf.run, "-pool", strconv.Itoa(g.conf.pool)}}
 	given, err := c.Machine(ctx, keep.Request{
-		ID: id, MemoryMiB: w.size.memoryMiB, CPUs: w.size.processors, TrustDomain: trustDomain,
+		ID: id, MemoryMiB: w.size.MemoryMiB, CPUs: w.size.Processors, TrustDomain: trustDomain,
 	}, func(line string) { g.log.Info("keeper", "step", line) }) // package sandbox tells people of steps
 	if err != nil {
 		return nil, err
@@ -125,7 +132,7 @@ func (g *guests) boot(ctx context.Context, id string, w wish, disks []vm.Disk) (
 	defer release()
 	return guest.Driver.Boot(ctx, vm.Spec{
 		ID: id, UID: user, GID: user, Disks: disks, Journaled: release,
-		Template: guest.Template(w.size.memoryMiB, w.size.processors, trustDomain),
+		Template: guest.Template(w.size.MemoryMiB, w.size.Processors, trustDomain),
 	})
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/ttrpc"
 
 	"hauberk.dev/internal/atomicfile"
+	"hauberk.dev/internal/netns"
 	"hauberk.dev/internal/strictjson"
 	"hauberk.dev/vm"
 )
@@ -37,8 +38,9 @@ type journal struct {
 	ID      string `json:"id"`
 	Pod     string `json:"pod,omitempty"`
 	Machine string `json:"machine"`
-	Run     string `json:"run"`              // directory of the machines
-	Socket  string `json:"socket,omitempty"` // of the pod's shim
+	Run     string `json:"run"`               // directory of the machines
+	Socket  string `json:"socket,omitempty"`  // of the pod's shim
+	Network string `json:"network,omitempty"` // namespace that the pod joined
 }
 
 func (j journal) write(bundle string) error {
@@ -71,6 +73,8 @@ func parseJournal(raw []byte) (journal, error) {
 		return journal{}, fmt.Errorf("read journal: version %d: want %d", j.Version, journalVersion)
 	case !filepath.IsAbs(j.Run) || !identifier.MatchString(j.Machine):
 		return journal{}, fmt.Errorf("read journal: machine %.64q in %.256q: want a name in a directory", j.Machine, j.Run)
+	case j.Network != "" && !filepath.IsAbs(j.Network) || j.Socket != "" && !filepath.IsAbs(j.Socket):
+		return journal{}, fmt.Errorf("read journal: network %.256q, socket %.256q: want absolute paths", j.Network, j.Socket)
 	}
 	return j, nil
 }
@@ -118,10 +122,10 @@ func journalOf(a arguments, c config) (journal, error) {
 	}
 	j, err := readJournal(a.bundle)
 	if errors.Is(err, fs.ErrNotExist) {
-		pod, _, err := readGroup(a.bundle, a.id)
+		b, err := readBundle(a.bundle, a.id)
 		shim := a
-		shim.id = pod
-		return journal{ID: a.id, Pod: pod, Machine: machineID(shim), Run: c.machines(), Socket: socket}, err
+		shim.id = b.pod
+		return journal{ID: a.id, Pod: b.pod, Machine: machineID(shim), Run: c.machines(), Socket: socket}, err
 	}
 	if j.Socket == "" {
 		j.Socket = socket
@@ -141,6 +145,11 @@ func removePod(ctx context.Context, a arguments, j journal, r *task.DeleteRespon
 		}
 		r.Pid = uint32(o.Journal.PID)
 		if err := o.End(ctx); err != nil {
+			return err
+		}
+	}
+	if j.Network != "" {
+		if err := netns.Leave(j.Network); err != nil {
 			return err
 		}
 	}

@@ -5,17 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/guard"
 	"hauberk.dev/image"
+	"hauberk.dev/internal/netns"
+	"hauberk.dev/shim/oci"
+	"hauberk.dev/shim/volume"
 	"hauberk.dev/vm"
 )
 
@@ -34,13 +33,23 @@ type machine interface {
 	Kill(context.Context) error
 }
 
+// booter starts machines.
+type booter interface {
+	machine(ctx context.Context, id string, w wish) (machine, error)
+}
+
 // wish is what a pod is to be.
 type wish struct {
 	id       string
 	bundle   string // holds its journal
 	hostname string
-	size     size
+	uid      string // by which kubelet knows it, may be empty
+	size     oci.Size
 	policy   guard.Compiled
+	// sysctls are the pod's, and so every container's.
+	sysctls []guestproto.Setting
+	// files are the pod's, for containers that bring none of their own.
+	files []guestproto.File
 	// netns is the path of the network namespace that somebody made for it;
 	// none is a pod with a loopback interface alone.
 	netns string
@@ -61,6 +70,7 @@ type pod struct {
 
 	machine machine
 	channel *vm.Channel
+	volumes *volume.Pod
 	created time.Time
 	done    chan struct{} // closed when the machine is gone
 	gone    time.Time     // read after done
@@ -69,31 +79,37 @@ type pod struct {
 	ending   sync.Mutex // held while the machine is ended
 
 	mu    sync.Mutex
-	slots [guestproto.MaxRoots]string // the container whose root is in it
+	slots slots
 }
 
 // open makes the machine, and the guest in it this pod's own. What it made
 // before it failed is gone when it returns.
-func (p *pod) open(ctx context.Context, g *guests) (err error) {
+func (p *pod) open(ctx context.Context, g booter) (err error) {
 	if err := p.journal.write(p.bundle); err != nil {
 		return err
 	}
-	m, err := g.machine(ctx, p.journal.Machine, p.wish)
-	if err != nil {
-		return errors.Join(err, removeJournal(p.bundle))
-	}
-	p.machine, p.created = m, time.Now()
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("%w; the guest printed: %s", err, m.Console()), p.end(), removeJournal(p.bundle))
+			err = errors.Join(err, p.end(), removeJournal(p.bundle))
 		}
 	}()
-	if err := p.connect(ctx); err != nil {
+	m, err := g.machine(ctx, p.journal.Machine, p.wish)
+	if err != nil {
 		return err
 	}
-	if err := p.enforce(ctx); err != nil {
-		return err
+	p.machine, p.created = m, time.Now()
+	for _, step := range []func(context.Context) error{p.connect, p.network, p.enforce} {
+		if err := step(ctx); err != nil {
+			return fmt.Errorf("%w; the guest printed: %s", err, m.Console())
+		}
 	}
+	p.volumes = volume.New(volume.Config{
+		Guest: volumeGuest{p.channel}, Machine: volumeMachine{p}, Log: p.log, UID: p.uid, MemoryMiB: p.size.MemoryMiB,
+		Failed: func(err error) {
+			p.log.Error("volumes are lost", "pod", p.id, "err", err)
+			go p.giveUp()
+		},
+	})
 	go p.watch()
 	return nil
 }
@@ -165,20 +181,32 @@ func (p *pod) record(raw []byte) {
 }
 
 // end kills the machine and lets go of what it had. It may be called again.
-func (p *pod) end() error {
+func (p *pod) end() (err error) {
 	p.stopping.Store(true)
 	p.ending.Lock()
 	defer p.ending.Unlock()
-	if p.machine == nil {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), cleanup)
 	defer cancel()
-	err := p.machine.Kill(ctx)
+	if p.machine != nil {
+		err = p.machine.Kill(ctx)
+	}
 	if p.channel != nil {
 		err = errors.Join(err, p.channel.Close())
 	}
+	if p.volumes != nil {
+		err = errors.Join(err, p.volumes.Close())
+	}
+	if p.netns != "" {
+		err = errors.Join(err, netns.Leave(p.netns))
+	}
 	return err
+}
+
+// giveUp ends a pod that cannot go on.
+func (p *pod) giveUp() {
+	if err := p.end(); err != nil {
+		p.log.Error("end machine", "pod", p.id, "err", err)
+	}
 }
 
 // pid stands for every process of the pod: the host knows no other.
@@ -187,56 +215,4 @@ func (p *pod) pid() uint32 {
 		return 0
 	}
 	return uint32(p.machine.PID())
-}
-
-// attach gives the guest the disk of a container's root, and says where.
-func (p *pod) attach(ctx context.Context, container string, img image.Image) (n int, err error) {
-	if p.first.Path != "" && p.first.Path == img.Path && p.take(0, container) {
-		return 0, nil // it booted with it
-	}
-	for n = 0; n < len(p.slots) && !p.take(n, container); n++ {
-	}
-	if n == len(p.slots) {
-		return 0, status.Errorf(codes.ResourceExhausted, "create container %q: a pod has at most %d containers at a time", container, len(p.slots))
-	}
-	defer func() {
-		if err != nil {
-			p.free(n)
-		}
-	}()
-	if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
-		return 0, err
-	}
-	disk, err := os.Open(img.Path)
-	if err != nil {
-		return 0, fmt.Errorf("attach root of %s: %w", container, err)
-	}
-	defer disk.Close()
-	return n, p.machine.Attach(ctx, vm.Disk{File: disk, Slot: vm.ReadOnlySlot(n)})
-}
-
-// take reserves a slot.
-func (p *pod) take(n int, container string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.slots[n] != "" {
-		return false
-	}
-	p.slots[n] = container
-	return true
-}
-
-func (p *pod) free(n int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.slots[n] = ""
-}
-
-// detach takes a container's disk away again.
-func (p *pod) detach(ctx context.Context, n int) error {
-	if err := p.machine.Detach(ctx, vm.ReadOnlySlot(n)); err != nil {
-		return err
-	}
-	p.free(n)
-	return nil
 }

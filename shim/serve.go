@@ -63,7 +63,7 @@ func serve(ctx context.Context, a arguments, c config) error {
 	ready := prepare(ctx, c, log)
 	release := ownSocket(ln.Addr().String())
 	s := &service{
-		args: a, conf: c, log: log, containers: map[string]*container{}, socket: ln.Addr().String(),
+		args: a, conf: c, log: log, legacy: legacyHost() && os.Getenv(eventsAddress) != "", containers: map[string]*container{}, socket: ln.Addr().String(),
 		// The socket goes before containerd hears that the shim does: it may
 		// start another of the same name at once.
 		stop:    func() { release(); stop() },
@@ -89,6 +89,7 @@ func (s *service) serve(ctx context.Context, ln net.Listener) error {
 		server.RegisterService(name, &ttrpc.ServiceDesc{Methods: s.methods()})
 	}
 	server.RegisterService(hand.Service, &ttrpc.ServiceDesc{Methods: s.handMethods()})
+	server.RegisterService(sandboxService, &ttrpc.ServiceDesc{Methods: s.sandboxMethods()})
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(context.WithoutCancel(ctx), ln) }()
 	select {
@@ -136,10 +137,13 @@ func prepare(ctx context.Context, c config, log *slog.Logger) *preparing {
 	return p
 }
 
-func (p *preparing) wait(ctx context.Context) (*guests, error) {
+func (p *preparing) wait(ctx context.Context) (booter, error) {
 	select {
 	case <-p.done:
-		return p.guests, p.err
+		if p.err != nil {
+			return nil, p.err
+		}
+		return p.guests, nil
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}

@@ -20,8 +20,8 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	types "github.com/containerd/containerd/api/types/task"
 
-	"hauberk.dev/api/guestproto"
 	"hauberk.dev/internal/version"
+	"hauberk.dev/shim/oci"
 )
 
 // service answers containerd for the containers of one pod. Its lock is held
@@ -32,10 +32,11 @@ type service struct {
 	conf    config
 	log     *slog.Logger
 	events  *publisher
-	guests  func(context.Context) (*guests, error) // waits until they are ready
-	stop    func()                                 // ends the process
-	release func()                                 // removes the socket
-	socket  string                                 // its path
+	guests  func(context.Context) (booter, error) // waits until they are ready
+	stop    func()                                // ends the process
+	release func()                                // removes the socket
+	socket  string                                // its path
+	legacy  bool                                  // figures are for containerd on a host of cgroups version 1
 	stopped sync.Once
 
 	mu         sync.Mutex
@@ -85,7 +86,7 @@ func (s *service) exited(c *container, r *running, e exit) {
 		id = r.container
 	}
 	s.events.publish(&events.TaskExit{
-		ContainerID: r.container, ID: id, Pid: c.pod.pid(), ExitStatus: uint32(e.status), ExitedAt: timestamppb.New(e.at),
+		ContainerID: r.container, ID: id, Pid: c.pid(), ExitStatus: uint32(e.status), ExitedAt: timestamppb.New(e.at),
 	})
 }
 
@@ -97,10 +98,10 @@ func (s *service) Start(ctx context.Context, r *task.StartRequest) (*task.StartR
 	}
 	err = c.start(ctx, p, func() {
 		if r.ExecID == "" {
-			s.events.publish(&events.TaskStart{ContainerID: r.ID, Pid: c.pod.pid()})
+			s.events.publish(&events.TaskStart{ContainerID: r.ID, Pid: c.pid()})
 			return
 		}
-		s.events.publish(&events.TaskExecStarted{ContainerID: r.ID, ExecID: r.ExecID, Pid: c.pod.pid()})
+		s.events.publish(&events.TaskExecStarted{ContainerID: r.ID, ExecID: r.ExecID, Pid: c.pid()})
 	})
 	if errors.Is(err, errNotCreated) || errors.Is(err, errPaused) {
 		return nil, status.Errorf(codes.FailedPrecondition, "start %q %q: %v", r.ID, r.ExecID, err)
@@ -108,7 +109,7 @@ func (s *service) Start(ctx context.Context, r *task.StartRequest) (*task.StartR
 	if err != nil {
 		return nil, err
 	}
-	return &task.StartResponse{Pid: c.pod.pid()}, nil
+	return &task.StartResponse{Pid: c.pid()}, nil
 }
 
 // Exec notes a process that is to be started in a container.
@@ -123,13 +124,13 @@ func (s *service) Exec(_ context.Context, r *task.ExecProcessRequest) (*emptypb.
 	if r.ExecID == "" || len(r.ExecID) > maxIdentifier || !identifier.MatchString(r.ExecID) {
 		return nil, status.Errorf(codes.InvalidArgument, "exec in %q: exec id %.128q", r.ID, r.ExecID)
 	}
-	p, err := parseProcess(r.Spec.GetValue())
+	p, err := c.conf.Exec(r.Spec.GetValue())
 	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
+		return nil, invalid(err)
 	}
-	p.Terminal = r.Terminal
+	p.TTY = r.Terminal
 	names := streamsOf(r.Stdin, r.Stdout, r.Stderr, r.Terminal)
-	if err := c.add(newRunning(r.ID, r.ExecID, p.program(), names)); err != nil {
+	if err := c.add(newRunning(r.ID, r.ExecID, p, names)); err != nil {
 		return nil, err
 	}
 	s.events.publish(&events.TaskExecAdded{ContainerID: r.ID, ExecID: r.ExecID})
@@ -146,7 +147,7 @@ func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.Dele
 	if ph == phaseRunning || ph == phaseCreated && r.ExecID == "" {
 		return nil, status.Errorf(codes.FailedPrecondition, "delete %q %q: it has not ended", r.ID, r.ExecID)
 	}
-	out := &task.DeleteResponse{Pid: c.pod.pid(), ExitStatus: uint32(code)}
+	out := &task.DeleteResponse{Pid: c.pid(), ExitStatus: uint32(code)}
 	if !at.IsZero() {
 		out.ExitedAt = timestamppb.New(at)
 	}
@@ -199,7 +200,7 @@ func (s *service) State(_ context.Context, r *task.StateRequest) (*task.StateRes
 	ph, code, at := p.state()
 	n := p.io.names
 	out := &task.StateResponse{
-		ID: c.id, Bundle: c.bundle, Pid: c.pod.pid(), ExecID: r.ExecID, ExitStatus: uint32(code),
+		ID: c.id, Bundle: c.bundle, Pid: c.pid(), ExecID: r.ExecID, ExitStatus: uint32(code),
 		Stdin: n.Stdin, Stdout: n.Stdout, Stderr: n.Stderr, Terminal: n.Terminal,
 	}
 	switch {
@@ -251,7 +252,7 @@ func (s *service) Kill(ctx context.Context, r *task.KillRequest) (*emptypb.Empty
 	return &emptypb.Empty{}, nil
 }
 
-// Pause freezes the whole sandbox; Resume lets it go on.
+// Pause freezes a container; Resume lets it go on.
 func (s *service) Pause(ctx context.Context, r *task.PauseRequest) (*emptypb.Empty, error) {
 	if err := s.pause(ctx, r.ID, true); err != nil {
 		return nil, err
@@ -317,7 +318,7 @@ func (s *service) Pids(_ context.Context, r *task.PidsRequest) (*task.PidsRespon
 	if err != nil {
 		return nil, err
 	}
-	return &task.PidsResponse{Processes: []*types.ProcessInfo{{Pid: c.pod.pid()}}}, nil
+	return &task.PidsResponse{Processes: []*types.ProcessInfo{{Pid: c.pid()}}}, nil
 }
 
 // Stats gives what a container uses, by its guest's word.
@@ -329,31 +330,43 @@ func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsR
 	if ph, _, _ := p.state(); ph == phaseStopped {
 		return nil, status.Errorf(codes.FailedPrecondition, "read statistics of %q: it has ended", r.ID)
 	}
-	if c.isPaused() {
-		return nil, status.Errorf(codes.FailedPrecondition, "read statistics of %q: it is paused", r.ID)
+	if c.pause() {
+		used, err := c.pod.usage(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return &task.StatsResponse{Stats: metrics(used, limits{}, s.legacy)}, nil
 	}
 	st, err := c.pod.channel.Stats(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var used guestproto.ContainerStats
 	guest := p.process()
 	for _, u := range st.Containers {
-		if c.pause() { // the whole pod
-			used.CPU, used.Memory, used.Pids = used.CPU+u.CPU, used.Memory+u.Memory, used.Pids+u.Pids
-		} else if guest != nil && u.Process == guest.ID() {
-			return &task.StatsResponse{Stats: metrics(u, c.limits)}, nil
+		if guest != nil && u.Process == guest.ID() {
+			return &task.StatsResponse{Stats: metrics(u, c.allowed(), s.legacy)}, nil
 		}
 	}
-	if !c.pause() {
-		return nil, status.Errorf(codes.Unavailable, "read statistics of %q: the guest gives none", r.ID)
-	}
-	return &task.StatsResponse{Stats: metrics(used, c.limits)}, nil
+	return nil, status.Errorf(codes.Unavailable, "read statistics of %q: the guest gives none", r.ID)
 }
 
-// Update is refused: a machine's size is what it booted with.
-func (s *service) Update(_ context.Context, r *task.UpdateTaskRequest) (*emptypb.Empty, error) {
-	return nil, status.Errorf(codes.Unimplemented, "update %q: the resources of a running sandbox cannot change", r.ID)
+// Update changes the limits of a container.
+func (s *service) Update(ctx context.Context, r *task.UpdateTaskRequest) (*emptypb.Empty, error) {
+	c, p, err := s.process(r.ID, "")
+	if err != nil {
+		return nil, err
+	}
+	if ph, _, _ := p.state(); ph == phaseStopped {
+		return nil, status.Errorf(codes.FailedPrecondition, "update %q: it has ended", r.ID)
+	}
+	want, err := oci.ParseResources(r.Resources.GetTypeUrl(), r.Resources.GetValue())
+	if err != nil {
+		return nil, invalid(err)
+	}
+	if err := c.update(ctx, want); err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, nil
 }
 
 // Checkpoint is refused.
@@ -365,14 +378,14 @@ func (s *service) Checkpoint(_ context.Context, r *task.CheckpointTaskRequest) (
 func (s *service) Connect(_ context.Context, r *task.ConnectRequest) (*task.ConnectResponse, error) {
 	out := &task.ConnectResponse{ShimPid: uint32(os.Getpid()), Version: version.String()}
 	if c, err := s.get(r.ID); err == nil {
-		out.TaskPid = c.pod.pid()
+		out.TaskPid = c.pid()
 	}
 	return out, nil
 }
 
 // lastAnswer is how long the answer to the call that ends the shim may take to
 // its caller.
-const lastAnswer = 50 * time.Millisecond
+const lastAnswer = 20 * time.Millisecond
 
 // Shutdown ends the shim, unless it still has a container or a pod.
 func (s *service) Shutdown(_ context.Context, r *task.ShutdownRequest) (*emptypb.Empty, error) {

@@ -1,16 +1,15 @@
-// Package shim is containerd's door: a runtime shim, version 2, that runs each
-// container in a sandbox of its own, with the Guard attached before the first
-// process.
+// Package shim is containerd's door: a runtime shim that runs each pod in a
+// machine of its own, with the Guard attached before the first process.
 //
-// containerd starts one process of it per pod. The process boots a machine,
-// turns the mounted snapshot into a read-only image, and answers the task
-// service; what it cannot do it refuses, naming the field of the OCI
-// configuration, rather than run a container with less than was asked for.
+// containerd starts one process of it per pod. The process makes a machine,
+// turns mounted snapshots into read-only images, and answers the task service
+// for all containers of the pod, and the sandbox service for the pod; what it
+// cannot do it refuses, naming the field of the OCI configuration, rather than
+// run a container with less than was asked for.
 //
-// In this step a sandbox has no network, not even towards the mesh, and a pod
-// has one container: docs/containerd.md lists what follows from that. The
-// package gives out no identity and knows no release; containers it runs are
-// those that containerd was told to run.
+// The package gives out no identity and knows no release; containers it runs
+// are those that containerd was told to run. docs/containerd.md says how they
+// differ from those of the host's kernel.
 package shim
 
 import (

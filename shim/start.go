@@ -26,7 +26,6 @@ const (
 	defaultSockets = "/run/containerd/s"
 	scheme         = "unix://"
 	maxBootstrap   = 1 << 20
-	maxConfig      = 4 << 20
 	// eventsAddress is the variable that names containerd's ttrpc socket.
 	eventsAddress = "TTRPC_ADDRESS"
 )
@@ -80,17 +79,17 @@ func start(a arguments, stdin io.Reader, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	pod, role, err := readGroup(a.bundle, a.id)
+	b, err := readBundle(a.bundle, a.id)
 	if err != nil {
 		return fmt.Errorf("start shim: %w", err)
 	}
 	shim := a
-	shim.id = pod
+	shim.id = b.pod
 	socket, err := socketPath(shim, p)
 	if err != nil {
 		return err
 	}
-	if role == roleMember {
+	if b.role == roleMember {
 		err = join(a, socket)
 	} else {
 		err = found(a, p, socket)

@@ -203,8 +203,8 @@ func TestRemoveNothing(t *testing.T) {
 func TestGroup(t *testing.T) {
 	const kind, pod = `"io.kubernetes.cri.container-type": "`, `"io.kubernetes.cri.sandbox-id": "`
 	bundle := t.TempDir()
-	if got, role, err := readGroup(bundle, "web-1"); got != "web-1" || role != roleAlone || err != nil {
-		t.Errorf("no configuration: %q, %v, %v", got, role, err)
+	if got, err := readBundle(bundle, "web-1"); got.pod != "web-1" || got.role != roleAlone || err != nil {
+		t.Errorf("no configuration: %+v, %v", got, err)
 	}
 	for text, want := range map[string]struct {
 		pod  string
@@ -226,9 +226,9 @@ func TestGroup(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(bundle, "config.json"), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		got, role, err := readGroup(bundle, "web-1")
-		if got != want.pod || role != want.role || (err == nil) != (want.err == "") || err != nil && !strings.Contains(err.Error(), want.err) {
-			t.Errorf("%s: %q, %v, %v, want %+v", text, got, role, err, want)
+		got, err := readBundle(bundle, "web-1")
+		if got.pod != want.pod || got.role != want.role || (err == nil) != (want.err == "") || err != nil && !strings.Contains(err.Error(), want.err) {
+			t.Errorf("%s: %+v, %v, want %+v", text, got, err, want)
 		}
 	}
 }

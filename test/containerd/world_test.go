@@ -148,6 +148,9 @@ func (w *world) end(t *testing.T) {
 	if out, err := exec.Command(w.path("bin/containerd-shim-hauberk-v2"), "keep", "-end", "-run", w.path("run")).CombinedOutput(); err != nil {
 		t.Errorf("end keeper: %v: %s", err, out)
 	}
+	for late := time.Now().Add(5 * time.Second); len(w.processes()) > 0 && time.Now().Before(late); {
+		time.Sleep(20 * time.Millisecond) // the last shim is on its way
+	}
 	for pid, line := range w.processes() {
 		t.Errorf("process %d was left: %s", pid, line)
 		if p, err := os.FindProcess(pid); err == nil {
