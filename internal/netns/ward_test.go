@@ -14,12 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// wired makes a namespace with one link, joined, and opens a socket that sends
-// whole frames from the guest's end of it.
-func wired(t *testing.T, o JoinOptions) (pod *Namespace, fd int) {
+// wire is a joined namespace with one link, and sockets for whole frames at the
+// guest's end of it and at the network's.
+type wire struct {
+	pod        *Namespace
+	guest, far int
+}
+
+func wired(t *testing.T, o JoinOptions) (w wire) {
 	t.Helper()
-	pod = plain(t, "pod")
-	far := plain(t, "far")
+	pod, far := plain(t, "pod"), plain(t, "far")
 	err := pod.Do(func() error {
 		la := netlink.NewLinkAttrs()
 		la.Name, la.HardwareAddr = "eth0", net.HardwareAddr{2, 0, 0, 0, 0, 5}
@@ -59,21 +63,36 @@ func wired(t *testing.T, o JoinOptions) (pod *Namespace, fd int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = guest.Do(func() error {
-		ifi, err := net.InterfaceByName("eth0")
+	err = far.Do(func() error {
+		link, err := netlink.LinkByName("far")
+		return errors.Join(err, sysctl("ipv6/conf/far/disable_ipv6", "1"), netlink.LinkSetUp(link))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return wire{pod, packets(t, guest, "eth0"), packets(t, far, "far")}
+}
+
+// packets opens a socket for whole frames, which waits for them for a while.
+func packets(t *testing.T, ns *Namespace, device string) (fd int) {
+	t.Helper()
+	err := ns.Do(func() error {
+		ifi, err := net.InterfaceByName(device)
 		if err != nil {
 			return err
 		}
-		if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
+		const all = unix.ETH_P_ALL>>8 | unix.ETH_P_ALL&0xff<<8
+		if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, all); err != nil {
 			return err
 		}
-		return unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: ifi.Index})
+		return errors.Join(unix.Bind(fd, &unix.SockaddrLinklayer{Ifindex: ifi.Index, Protocol: all}),
+			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}))
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	return pod, fd
+	return fd
 }
 
 var (
@@ -113,7 +132,7 @@ func arp(from, says net.HardwareAddr, ip string) []byte {
 // TestWard sends frame after frame from a guest and sees which of them leave its
 // tap, and how those that do not are counted.
 func TestWard(t *testing.T) {
-	pod, fd := wired(t, JoinOptions{})
+	w := wired(t, JoinOptions{})
 	for _, tt := range []struct {
 		name, want string
 		frame      []byte
@@ -144,80 +163,77 @@ func TestWard(t *testing.T) {
 		{"foreign frame to the host's end", "spoofed", four(HostEndMAC, otherMAC, "127.0.0.1", HostEnd.String(), unix.IPPROTO_TCP)},
 		{"answer to the host's end", "passes", four(HostEndMAC, ownMAC, "127.0.0.1", HostEnd.String(), unix.IPPROTO_TCP)},
 	} {
-		if got := fate(t, pod, fd, tt.frame); got != tt.want {
+		if got := w.fate(t, tt.frame); got != tt.want {
 			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
 		}
 	}
 }
 
-// fate sends a frame, and a marker behind it that is always counted as the rest:
-// when that is there, the frame has met its end too.
-func fate(t *testing.T, pod *Namespace, fd int, f []byte) string {
+// fate sends a frame, and behind it one that passes: when that arrives, the
+// frame has met its end.
+func (w wire) fate(t *testing.T, f []byte) string {
 	t.Helper()
-	fake, rest, err := Stopped(pod.path)
+	fake, rest, err := Stopped(w.pod.path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	marker := frame(everyone, ownMAC, 0x88b5)
-	if err := errors.Join(send(fd, f), send(fd, marker)); err != nil {
+	w.send(t, f)
+	w.flush(t)
+	fakeNow, restNow, err := Stopped(w.pod.path)
+	switch {
+	case err != nil:
 		t.Fatal(err)
+	case fakeNow == fake && restNow == rest:
+		return "passes"
+	case fakeNow == fake+1 && restNow == rest:
+		return "spoofed"
+	case fakeNow == fake && restNow == rest+1:
+		return "rest"
 	}
-	for range 1000 {
-		fakeNow, restNow, err := Stopped(pod.path)
-		switch {
-		case err != nil:
-			t.Fatal(err)
-		case restNow == rest:
-			unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
-			continue
-		case fakeNow == fake+1 && restNow == rest+1:
-			return "spoofed"
-		case fakeNow == fake && restNow == rest+1:
-			// The frame may be the one that was counted, with the marker to come.
-			unix.Nanosleep(&unix.Timespec{Nsec: 20e6}, nil)
-			if _, again, _ := Stopped(pod.path); again == rest+2 {
-				return "rest"
-			}
-			return "passes"
-		case fakeNow == fake && restNow == rest+2:
-			return "rest"
-		}
-		t.Fatalf("counted %d and %d, were %d and %d", fakeNow, restNow, fake, rest)
-	}
-	return "never arrived"
+	t.Fatalf("counted %d and %d, were %d and %d", fakeNow, restNow, fake, rest)
+	return ""
 }
 
-func send(fd int, f []byte) error {
-	_, err := unix.Write(fd, f)
-	return err
+func (w wire) send(t *testing.T, f []byte) {
+	t.Helper()
+	if _, err := unix.Write(w.guest, f); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// flush waits until all that was sent has come as far as it can.
+func (w wire) flush(t *testing.T) {
+	t.Helper()
+	marker := four(everyone, ownMAC, "10.88.0.5", "10.88.0.254", unix.IPPROTO_SCTP)
+	w.send(t, marker)
+	buf := make([]byte, 2048)
+	for {
+		n, err := unix.Read(w.far, buf)
+		if err != nil {
+			t.Fatalf("wait for a frame that passes: %v", err)
+		}
+		if slices.Equal(buf[:n], marker) {
+			return
+		}
+	}
 }
 
 // TestUnfenced shows that the opt-out lets other addresses pass, and the two
 // ends of port-forward stay apart all the same.
 func TestUnfenced(t *testing.T) {
-	pod, fd := wired(t, JoinOptions{Unfenced: true})
-	for _, f := range [][]byte{
-		four(everyone, otherMAC, "10.88.0.6", "10.88.0.1", unix.IPPROTO_UDP),
-		four(HostEndMAC, ownMAC, "10.88.0.5", HostEnd.String(), unix.IPPROTO_TCP),
-		four(everyone, ownMAC, "127.0.0.1", "10.88.0.1", unix.IPPROTO_TCP),
+	w := wired(t, JoinOptions{Unfenced: true})
+	for _, tt := range []struct {
+		name, want string
+		frame      []byte
+	}{
+		{"foreign addresses", "passes", four(everyone, otherMAC, "10.88.0.6", "10.88.0.1", unix.IPPROTO_UDP)},
+		{"router advertisement", "passes", six(ownMAC, "fe80::ff:fe00:5", routerAdvertisement, "::")},
+		{"own address to the host's end", "rest", four(HostEndMAC, ownMAC, "10.88.0.5", HostEnd.String(), unix.IPPROTO_TCP)},
+		{"from loopback", "spoofed", four(everyone, ownMAC, "127.0.0.1", "10.88.0.1", unix.IPPROTO_TCP)},
 	} {
-		if err := send(fd, f); err != nil {
-			t.Fatal(err)
+		if got := w.fate(t, tt.frame); got != tt.want {
+			t.Errorf("%s: %s, want %s", tt.name, got, tt.want)
 		}
-	}
-	var fake, rest uint64
-	for range 1000 {
-		var err error
-		if fake, rest, err = Stopped(pod.path); err != nil {
-			t.Fatal(err)
-		}
-		if fake > 0 {
-			break
-		}
-		unix.Nanosleep(&unix.Timespec{Nsec: 1e6}, nil)
-	}
-	if fake != 1 || rest != 1 {
-		t.Errorf("stopped %d spoofed and %d others, want the one from loopback and the one to the host's end", fake, rest)
 	}
 }
 
