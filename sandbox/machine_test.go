@@ -151,6 +151,7 @@ func TestSandbox(t *testing.T) {
 	t.Run("exec", w.testExec)
 	t.Run("look", w.testLook)
 	t.Run("pause", w.testPause)
+	t.Run("network", w.testNetwork)
 	t.Run("stop", w.testStop)
 	t.Run("not run", w.testNotRun)
 	t.Run("shim killed", w.testShimKilled)
@@ -183,10 +184,15 @@ func (w *world) start(t *testing.T, o sandbox.Options) *sandbox.Sandbox {
 // exec runs a command and gives what it printed and its code.
 func (w *world) exec(t *testing.T, in string, c sandbox.Cmd) (out, errs string, code int) {
 	t.Helper()
+	return execIn(t, w.box, in, c)
+}
+
+func execIn(t *testing.T, b *sandbox.Sandbox, in string, c sandbox.Cmd) (out, errs string, code int) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), callTime)
 	defer cancel()
 	c.Stdin = in != ""
-	p, err := w.box.Exec(ctx, c)
+	p, err := b.Exec(ctx, c)
 	if err != nil {
 		t.Fatal(err)
 	}
