@@ -110,6 +110,9 @@ func wishOf(conf *oci.Config, b bundle, o oci.Options) (w wish, err error) {
 	if w.policy, err = compilePolicy(b.annotations); err != nil {
 		return wish{}, err
 	}
+	if w.unfenced, err = unfenced(b.annotations); err != nil {
+		return wish{}, err
+	}
 	if w.size, err = sizeOf(conf, o); err != nil {
 		return wish{}, err
 	}

@@ -53,6 +53,8 @@ type wish struct {
 	// netns is the path of the network namespace that somebody made for it;
 	// none is a pod with a loopback interface alone.
 	netns string
+	// unfenced lets the guest speak there for other addresses than its own.
+	unfenced bool
 	// first is a disk the machine boots with, in slot 0, if its path is given.
 	first image.Image
 }

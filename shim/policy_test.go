@@ -26,3 +26,14 @@ func TestCompilePolicy(t *testing.T) {
 		}
 	}
 }
+
+func TestFenceAnnotation(t *testing.T) {
+	for v, want := range map[string]bool{"": false, "on": false, "off": true} {
+		if got, err := unfenced(map[string]string{fenceAnnotation: v}); got != want || err != nil {
+			t.Errorf("%q: %v, %v", v, got, err)
+		}
+	}
+	if _, err := unfenced(map[string]string{fenceAnnotation: "Off"}); err == nil {
+		t.Error("a word that is neither is taken")
+	}
+}
