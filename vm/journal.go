@@ -50,6 +50,8 @@ type Journal struct {
 	// Scratch marks a machine that is nobody's: the guest that becomes a
 	// template, or one that waits for its owner. It is never adopted.
 	Scratch bool `json:"scratch,omitempty"`
+	// Cgroups are directories that bound the process, and go with the machine.
+	Cgroups []string `json:"cgroups,omitempty"`
 	// Template is the key of the template cloned, empty after a cold boot.
 	Template string    `json:"template,omitempty"`
 	Created  time.Time `json:"created"`

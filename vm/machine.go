@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/vm/cgroup"
 )
 
 // Monitor is what a machine asks of its monitor.
@@ -353,7 +354,7 @@ func (m *Machine) Kill(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("kill machine %s: %w", m.ID(), context.Cause(ctx))
 	}
-	return errors.Join(os.RemoveAll(m.dir.Path()), m.Release())
+	return errors.Join(cgroup.Remove(m.journal.Cgroups), os.RemoveAll(m.dir.Path()), m.Release())
 }
 
 // Release lets go of the machine, which runs on and can be adopted. It may be

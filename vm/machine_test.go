@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -56,7 +57,7 @@ func TestJournal(t *testing.T) {
 	if err := j.Write(dir); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := ReadJournal(dir); err != nil || got != j {
+	if got, err := ReadJournal(dir); err != nil || !reflect.DeepEqual(got, j) {
 		t.Errorf("read back %+v, %v; want %+v", got, err, j)
 	}
 	if err := CheckAlive(dir, "qemu"); !errors.Is(err, ErrUnfinished) {

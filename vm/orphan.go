@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"hauberk.dev/vm/cgroup"
 )
 
 // Orphan is a run directory found on disk.
@@ -61,7 +63,7 @@ func (o Orphan) End(ctx context.Context) error {
 	if err := o.kill(ctx); err != nil {
 		return fmt.Errorf("end machine %s: %w", o.ID, err)
 	}
-	return os.RemoveAll(o.Dir)
+	return errors.Join(cgroup.Remove(o.Journal.Cgroups), os.RemoveAll(o.Dir))
 }
 
 func (o Orphan) kill(ctx context.Context) error {

@@ -85,8 +85,13 @@ func Open(ctx context.Context, c Config) (_ *Guest, err error) {
 	g.Accelerator, g.Notice = found.Accelerator, found.Notice
 	d := c.Driver
 	d.Run, d.UID, d.GID, d.Accelerator = c.Run, c.User, c.User, found.Accelerator
-	g.Driver, err = qemu.Open(ctx, d)
-	return g, err
+	if g.Driver, err = qemu.Open(ctx, d); err != nil {
+		return nil, err
+	}
+	if !g.Driver.Bounded() {
+		g.Notice = strings.TrimPrefix(g.Notice+"; no cgroup bounds the memory of machines, only what their guests are given", "; ")
+	}
+	return g, nil
 }
 
 // Close frees the driver and its templates. Machines run on. It may be called

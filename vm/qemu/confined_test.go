@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"hauberk.dev/vm"
+	"hauberk.dev/vm/cgroup"
 )
 
 // confined checks what the kernel says of a machine's monitor.
@@ -38,6 +39,12 @@ func confined(t testing.TB, m *vm.Machine) {
 		theirs, err := os.Readlink(dir + "ns/" + ns)
 		if err != nil || ours == theirs {
 			t.Errorf("monitor shares our %s namespace (%v)", ns, err)
+		}
+	}
+	if _, err := cgroup.Find(); err == nil {
+		groups, err := os.ReadFile(dir + "cgroup")
+		if err != nil || !strings.Contains(string(groups), "/hauberk/hauberk-") {
+			t.Errorf("monitor is in no cgroup of its own: %s, %v", groups, err)
 		}
 	}
 	if _, err := os.Stat(dir + "root/etc/passwd"); err == nil {

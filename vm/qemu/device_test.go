@@ -231,6 +231,10 @@ func TestPauseResumeKill(t *testing.T) {
 	if !a.in.Scan() || a.in.Text() != "pong" {
 		t.Errorf("the resumed guest says %q, %v", a.in.Text(), a.in.Err())
 	}
+	j, err := vm.ReadJournal(m.Dir())
+	if err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
 		if err := m.Kill(ctx); err != nil {
 			t.Error(err)
@@ -240,6 +244,11 @@ func TestPauseResumeKill(t *testing.T) {
 		t.Errorf("it ended by %v", err)
 	}
 	gone(t, m.PID(), m.Dir())
+	for _, path := range j.Cgroups {
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("cgroup %s is left: %v", path, err)
+		}
+	}
 	if _, err := m.Memory(); err == nil {
 		t.Error("an ended machine has memory")
 	}

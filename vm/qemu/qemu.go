@@ -26,6 +26,7 @@ import (
 
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
+	"hauberk.dev/vm/cgroup"
 	"hauberk.dev/vm/jail"
 )
 
@@ -37,6 +38,7 @@ const (
 	defaultMaxTemplates = 4
 	templateDeadline    = 60 * time.Second
 	maxMonitorLog       = 1 << 20
+	maxThreads          = 256
 )
 
 // Config is how a driver is set up.
@@ -67,6 +69,8 @@ type Driver struct {
 	commandLine string
 	jail        *jail.Jail
 	nowhere     *netns.Nowhere // of the taps of guests without a network
+	cgroups     cgroup.Tree
+	bounded     bool // by cgroups
 
 	making    sync.Mutex // held while a template is made
 	mu        sync.Mutex
@@ -114,7 +118,12 @@ func Open(ctx context.Context, c Config) (*Driver, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), nowhere.Close())
 	}
-	return &Driver{config: c, version: version, commandLine: commandLine(tsc), jail: j, nowhere: nowhere}, nil
+	d := &Driver{config: c, version: version, commandLine: commandLine(tsc), jail: j, nowhere: nowhere}
+	d.cgroups, err = cgroup.Find()
+	if d.bounded = err == nil; err != nil && !errors.Is(err, cgroup.ErrNone) {
+		return nil, errors.Join(fmt.Errorf("open QEMU driver: %w", err), d.Close())
+	}
+	return d, nil
 }
 
 // Close frees the jail and the templates. Machines run on.
@@ -128,6 +137,10 @@ func (d *Driver) Close() error {
 	d.templates = nil
 	return errors.Join(errs...)
 }
+
+// Bounded says whether the host can bound what a machine takes of its memory
+// beside the guest's. On a host without usable cgroups it cannot.
+func (d *Driver) Bounded() bool { return d.bounded }
 
 // CommandLine is what every guest of this driver boots with.
 func (d *Driver) CommandLine() string { return d.commandLine }
@@ -229,6 +242,9 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 		return nil, nil, err
 	}
 	journal.Template = l.template
+	if d.bounded {
+		journal.Cgroups = d.cgroups.Paths(c.mark)
+	}
 	journal.Scratch = l.role == roleTemplate || d.config.scratch || l.spec.Spare
 	if err := journal.Write(dir.Path()); err != nil {
 		return nil, nil, err
@@ -238,6 +254,12 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 	}
 	if started.process, err = d.start(dir, c, l); err != nil {
 		return nil, nil, err
+	}
+	if d.bounded { // before it has anything to do
+		started.cgroups = journal.Cgroups
+		if err := d.bound(journal.Cgroups, c, started.process.Pid); err != nil {
+			return nil, nil, err
+		}
 	}
 	conn, err := dir.Dial(ctx, vm.MonitorSocket)
 	if err != nil {
@@ -281,6 +303,7 @@ type started struct {
 	tap     *os.File // if it is the machine's own
 	process *os.Process
 	monitor *monitor
+	cgroups []string
 }
 
 // undo ends what was started and adds to the error what QEMU said.
@@ -303,7 +326,22 @@ func (s *started) undo(ctx context.Context, err error) error {
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 		err = fmt.Errorf("%w: %w", cause, err)
 	}
-	return errors.Join(err, s.dir.Remove())
+	return errors.Join(err, cgroup.Remove(s.cgroups), s.dir.Remove())
+}
+
+// beside is what a monitor may take of the host beside the guest's memory and
+// the code it has translated.
+const beside = 160 << 20
+
+// bound puts a monitor into a group that holds it to what its guest was given.
+func (d *Driver) bound(paths []string, c configuration, pid int) error {
+	g, err := d.cgroups.Make(paths, cgroup.Limits{
+		Memory: int64(c.memoryMiB+c.cacheMiB)<<20 + beside, Processes: maxThreads,
+	})
+	if err != nil {
+		return err
+	}
+	return g.Add(pid)
 }
 
 func (d *Driver) configuration(l launch) configuration {
@@ -357,7 +395,7 @@ func (d *Driver) start(dir *vm.RunDir, c configuration, l launch) (*os.Process, 
 	return d.jail.Start(jail.Command{
 		Path: program, Args: c.arguments(), Files: files, Output: output,
 		UID: l.spec.UID, GID: l.spec.GID, Groups: d.config.Accelerator.groups(),
-		Limits: jail.Limits{OpenFiles: 256, Processes: 256, FileSize: uint64(fileSize)},
+		Limits: jail.Limits{OpenFiles: 256, Processes: maxThreads, FileSize: uint64(fileSize)},
 	})
 }
 
