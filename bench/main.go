@@ -68,7 +68,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	n := flags.Int("n", 12, "launches of each kind, and violations")
 	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
 	kernel := flags.String("kernel", "", "guest kernel of the parts launch and memory: a series such as 6.12, or an image")
-	rivals := flags.String("rivals", "", "directory of runsc and containerd-shim-runsc-v1, for the parts "+names(beside))
+	rivals := flags.String("rivals", "", "directory of runsc, for the parts "+names(beside))
 	if err := flags.Parse(args); err != nil {
 		return err
 	}

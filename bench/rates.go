@@ -92,7 +92,7 @@ func traffic1(ctx context.Context, l *lab, r runtimeUnderTest, pod, peer string)
 	}
 	defer func() { err = errors.Join(err, e.close(ctx)) }()
 	id := e.id()
-	if _, err := e.ctr(ctx, "run", "-d", "--runtime", e.shim, "--with-ns", "network:/var/run/netns/"+pod, engineImage, id, "/inside", "inside", "serve"); err != nil {
+	if _, err := e.ctr(ctx, e.begin("-d", "--with-ns", "network:/var/run/netns/"+pod, engineImage, id, "/inside", "inside", "serve")...); err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, e.end(ctx, id)) }()
