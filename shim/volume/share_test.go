@@ -28,7 +28,7 @@ func needRoot(t *testing.T) {
 func eventually(t *testing.T, what string, f func() error) {
 	t.Helper()
 	var err error
-	for range 500 {
+	for range 2000 {
 		if err = f(); err == nil {
 			return
 		}
