@@ -64,6 +64,7 @@ func (p *Pod) addLive(ctx context.Context, s *source) (string, error) {
 		delete(p.dirs, s.path)
 		return "", errors.Join(err, file.Close())
 	}
+	p.lives = append(p.lives, l)
 	return name, nil
 }
 

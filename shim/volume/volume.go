@@ -73,9 +73,10 @@ type Config struct {
 type Pod struct {
 	conf Config
 
-	mu   sync.Mutex
-	dirs map[string]string // guest's directory by the host's
-	made bool              // the directory for single files
+	mu    sync.Mutex
+	dirs  map[string]string // guest's directory by the host's
+	lives []*live
+	made  bool // the directory for single files
 	singles
 	follow *follower
 	share  *share
@@ -289,6 +290,10 @@ func (p *Pod) Close() error {
 	for _, s := range p.byPath {
 		errs = append(errs, s.file.Close())
 	}
+	for _, l := range p.lives {
+		errs = append(errs, l.file.Close())
+	}
 	clear(p.byPath)
+	p.lives = nil
 	return errors.Join(errs...)
 }
