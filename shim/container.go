@@ -45,6 +45,7 @@ type container struct {
 	err    error         // of create; read after made
 
 	pod   *pod
+	box   *box        // nil of a pause
 	conf  *oci.Config // nil of a pause
 	first *running
 	stand *standIn      // of one of several; nil if the pod's machine stands for it
@@ -106,7 +107,14 @@ func (c *container) pid() uint32 {
 // make makes the container in its pod up to its first exec.
 func (c *container) make(ctx context.Context, img image.Image, f oci.Facts) (err error) {
 	p := c.pod
-	if c.root, err = p.attach(ctx, c.id, img); err != nil {
+	create, volumes, err := c.conf.Create(f)
+	if err != nil {
+		return invalid(err)
+	}
+	if c.box, err = p.enter(ctx, volumes); err != nil {
+		return err
+	}
+	if c.root, err = c.box.attach(ctx, c.id, img); err != nil {
 		c.root = -1
 		return err
 	}
@@ -115,12 +123,8 @@ func (c *container) make(ctx context.Context, img image.Image, f oci.Facts) (err
 			err = errors.Join(err, c.remove(context.WithoutCancel(ctx)))
 		}
 	}()
-	f.Root = uint8(c.root)
-	create, volumes, err := c.conf.Create(f)
-	if err != nil {
-		return invalid(err)
-	}
-	if err := p.volumes.Add(ctx, c.id, &create, volumes); err != nil {
+	create.Root = uint8(c.root)
+	if err := c.box.volumes.Add(ctx, c.id, &create, volumes); err != nil {
 		return err
 	}
 	create.Program.TTY = c.names.Terminal
@@ -135,12 +139,12 @@ func (c *container) make(ctx context.Context, img image.Image, f oci.Facts) (err
 	}
 	c.limits.note(create.Resources)
 	mount := guestproto.MountRoot{
-		Root: f.Root, Serial: string(vm.ReadOnlySlot(c.root)), UpperBytes: uint64(p.size.MemoryMiB) << 20 / upperShare,
+		Root: create.Root, Serial: string(vm.ReadOnlySlot(c.root)), UpperBytes: uint64(p.size.MemoryMiB) << 20 / upperShare,
 	}
-	if _, err := p.channel.MountRoot(ctx, mount); err != nil {
+	if _, err := c.box.channel.MountRoot(ctx, mount); err != nil {
 		return err
 	}
-	guest, err := p.channel.Create(ctx, create)
+	guest, err := c.box.channel.Create(ctx, create)
 	if err != nil {
 		return err
 	}
@@ -155,7 +159,7 @@ func (c *container) remove(ctx context.Context) error {
 		return nil
 	}
 	select {
-	case <-c.pod.machine.Done():
+	case <-c.box.machine.Done():
 		c.root = -1 // all is gone
 		return nil
 	default:
@@ -171,8 +175,8 @@ func (c *container) remove(ctx context.Context) error {
 	if err := c.unmount(ctx); err != nil {
 		return fmt.Errorf("remove container %q: %w", c.id, err)
 	}
-	err := c.pod.volumes.Remove(ctx, c.id)
-	if err = errors.Join(err, c.pod.detach(ctx, vm.ReadOnlySlot(c.root))); err != nil {
+	err := c.box.volumes.Remove(ctx, c.id)
+	if err = errors.Join(err, c.box.detach(ctx, vm.ReadOnlySlot(c.root))); err != nil {
 		return fmt.Errorf("remove container %q: %w", c.id, err)
 	}
 	c.root = -1
@@ -186,7 +190,7 @@ const unmountRest = 20 * time.Millisecond
 // take a moment to be gone.
 func (c *container) unmount(ctx context.Context) error {
 	for {
-		err := c.pod.channel.UnmountRoot(ctx, uint8(c.root))
+		err := c.box.channel.UnmountRoot(ctx, uint8(c.root))
 		if errors.Is(err, syscall.ENOENT) { // it was not mounted
 			return nil
 		}
@@ -222,7 +226,7 @@ func (c *container) watch(r *running, p *vm.Process) {
 	if st, err := p.Wait(context.Background()); err == nil {
 		status = st.Code
 	} else {
-		c.log.Debug("machine is gone", "container", c.id, "exec", r.id, "err", err, "machine", c.pod.machine.Err())
+		c.log.Debug("machine is gone", "container", c.id, "exec", r.id, "err", err, "machine", c.box.machine.Err())
 	}
 	c.finish(r, status)
 }
@@ -276,12 +280,12 @@ func (c *container) leave() {
 // collect brings back what the container wrote for the host. It comes before
 // the container's end is told, for that is when it is read.
 func (c *container) collect() {
-	if c.pod.stopping.Load() {
+	if c.pause() || c.box.stopping.Load() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
 	defer cancel()
-	if err := c.pod.volumes.Collect(ctx, c.id); err != nil {
+	if err := c.box.volumes.Collect(ctx, c.id); err != nil {
 		c.log.Warn("collect files", "container", c.id, "err", err)
 	}
 }
@@ -345,7 +349,7 @@ func (c *container) exec(ctx context.Context, r *running) error {
 	if err := r.io.open(ctx); err != nil {
 		return err
 	}
-	p, err := c.pod.channel.Exec(ctx, c.first.process(), r.program)
+	p, err := c.box.channel.Exec(ctx, c.first.process(), r.program)
 	if err != nil {
 		return err
 	}
@@ -399,7 +403,7 @@ func (c *container) kill(ctx context.Context, r *running, s syscall.Signal, all 
 	defer cancel()
 	if err := signal(bounded, s); err != nil {
 		c.log.Warn("guest does not kill", "container", c.id, "err", err)
-		return c.pod.machine.Kill(ctx)
+		return c.box.machine.Kill(ctx)
 	}
 	go c.insist()
 	return nil

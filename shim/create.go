@@ -11,6 +11,7 @@ import (
 
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/shim/oci"
+	"hauberk.dev/shim/volume"
 )
 
 // Create makes a container, and its pod if there is none. Asked again for the
@@ -127,7 +128,10 @@ func wishOf(conf *oci.Config, b bundle, o oci.Options) (w wish, err error) {
 	if err != nil {
 		return wish{}, err
 	}
-	w.uid, w.netns = pod.UID, conf.Network()
+	w.uid, w.netns, w.several = pod.UID, conf.Network(), b.role == roleSandbox
+	if w.shared, err = willShare(b.annotations, w.uid); err != nil {
+		return wish{}, err
+	}
 	w.hostname = conf.Hostname()
 	if w.hostname == "" {
 		w.hostname = b.pod[:min(len(b.pod), 63)]
@@ -151,6 +155,15 @@ func (s *service) createProcess(ctx context.Context, c *container, conf *oci.Con
 	root, err := rootOf(r.Rootfs, dir)
 	if err != nil {
 		return invalid(err)
+	}
+	if c.role == roleAlone && !w.shared { // a pod cannot know so early
+		_, volumes, err := conf.Create(oci.Facts{Network: w.netns})
+		if err != nil {
+			return invalid(err)
+		}
+		if w.shared, err = volume.NeedShare(w.uid, volumes); err != nil {
+			return invalid(err)
+		}
 	}
 	c.conf = conf
 	c.first = newRunning(r.ID, "", guestproto.Program{}, c.names)
@@ -247,9 +260,9 @@ func (s *service) openPod(ctx context.Context, w wish) (*pod, error) {
 	}
 	s.pod = p
 	s.mu.Unlock()
-	g, err := s.guests(ctx)
-	if err == nil {
-		err = p.open(ctx, g)
+	var err error
+	if p.boots, err = s.guests(ctx); err == nil {
+		err = p.open(ctx)
 	}
 	if p.err = err; err != nil {
 		s.dropPod(p)
@@ -285,7 +298,7 @@ func (s *service) livingPod() (*pod, error) {
 	}
 	select {
 	case <-p.done:
-		return nil, status.Errorf(codes.FailedPrecondition, "pod %q has ended: %v", s.args.id, p.machine.Err())
+		return nil, status.Errorf(codes.FailedPrecondition, "pod %q has ended: %v", s.args.id, p.box.Load().machine.Err())
 	default:
 		return p, nil
 	}

@@ -36,19 +36,19 @@ func take(list []string, who string, last bool) (n int, ok bool) {
 }
 
 // attach gives the guest the disk of a container's root, and says where.
-func (p *pod) attach(ctx context.Context, container string, img image.Image) (n int, err error) {
-	p.mu.Lock()
-	n, ok := take(p.slots.reading[:], container, false)
-	p.mu.Unlock()
+func (b *box) attach(ctx context.Context, container string, img image.Image) (n int, err error) {
+	b.mu.Lock()
+	n, ok := take(b.slots.reading[:], container, false)
+	b.mu.Unlock()
 	if !ok {
 		return 0, status.Errorf(codes.ResourceExhausted, "create container %q: a pod has places for %d containers and disks at a time", container, vm.ReadOnlySlots)
 	}
-	if n == 0 && p.first.Path != "" && p.first.Path == img.Path {
+	if n == 0 && b.first.Path != "" && b.first.Path == img.Path {
 		return 0, nil // it started with it
 	}
 	defer func() {
 		if err != nil {
-			p.free(vm.ReadOnlySlot(n))
+			b.free(vm.ReadOnlySlot(n))
 		}
 	}()
 	if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
@@ -59,31 +59,31 @@ func (p *pod) attach(ctx context.Context, container string, img image.Image) (n 
 		return 0, fmt.Errorf("attach root of %s: %w", container, err)
 	}
 	defer disk.Close()
-	return n, p.machine.Attach(ctx, vm.Disk{File: disk, Slot: vm.ReadOnlySlot(n)})
+	return n, b.machine.Attach(ctx, vm.Disk{File: disk, Slot: vm.ReadOnlySlot(n)})
 }
 
 // free gives a place back.
-func (p *pod) free(s vm.Slot) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	list := p.slots.reading[:]
+func (b *box) free(s vm.Slot) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	list := b.slots.reading[:]
 	if s.Writable() {
-		list = p.slots.writing[:]
+		list = b.slots.writing[:]
 	}
 	list[s[1]-'0'] = ""
 }
 
 // detach takes a disk away again.
-func (p *pod) detach(ctx context.Context, s vm.Slot) error {
-	if err := p.machine.Detach(ctx, s); err != nil {
+func (b *box) detach(ctx context.Context, s vm.Slot) error {
+	if err := b.machine.Detach(ctx, s); err != nil {
 		return err
 	}
-	p.free(s)
+	b.free(s)
 	return nil
 }
 
 // volumeMachine is what a pod's volumes ask of its machine.
-type volumeMachine struct{ *pod }
+type volumeMachine struct{ *box }
 
 // Attach puts a volume's disk into a free place.
 func (m volumeMachine) Attach(ctx context.Context, disk *os.File, writable bool) (serial string, err error) {
@@ -114,16 +114,13 @@ func (m volumeMachine) Detach(ctx context.Context, serial string) error {
 	return m.detach(ctx, s)
 }
 
-// Share lets the guest reach a file server, if its memory is the server's too.
+// Share lets the guest reach a file server.
 func (m volumeMachine) Share(ctx context.Context, tag string, server *os.File) error {
-	type sharer interface {
-		Share(ctx context.Context, tag string, server *os.File) error
-	}
-	s, ok := m.machine.(sharer)
-	if !ok {
+	v, ok := m.machine.(*vm.Machine)
+	if !ok || !m.shared {
 		return errors.Join(volume.ErrNoShare, server.Close())
 	}
-	return s.Share(ctx, tag, server)
+	return v.Share(ctx, tag, server)
 }
 
 // volumeGuest is what they ask of its guest.

@@ -109,7 +109,7 @@ func (g *guests) kept(ctx context.Context, id string, w wish) (*vm.Machine, erro
 	began := time.Now()
 	c := keep.Client{Place: g.conf.place(), Start: []string{keepAction, "-state", g.conf.state, "-run", g.conf.run, "-pool", strconv.Itoa(g.conf.pool)}}
 	given, err := c.Machine(ctx, keep.Request{
-		ID: id, MemoryMiB: w.size.MemoryMiB, CPUs: w.size.Processors, TrustDomain: trustDomain,
+		ID: id, MemoryMiB: w.size.MemoryMiB, CPUs: w.size.Processors, TrustDomain: trustDomain, Shared: w.shared,
 	}, func(line string) { g.log.Info("keeper", "step", line) }) // package sandbox tells people of steps
 	if err != nil {
 		return nil, err
@@ -131,7 +131,7 @@ func (g *guests) boot(ctx context.Context, id string, w wish, disks []vm.Disk) (
 	}
 	defer release()
 	return guest.Driver.Boot(ctx, vm.Spec{
-		ID: id, UID: user, GID: user, Disks: disks, Journaled: release,
+		ID: id, UID: user, GID: user, Disks: disks, Journaled: release, Shared: w.shared,
 		Template: guest.Template(w.size.MemoryMiB, w.size.Processors, trustDomain),
 	})
 }

@@ -29,13 +29,13 @@ func unfenced(annotations map[string]string) (bool, error) {
 
 // network puts the guest into the pod's network namespace: it takes the place
 // of what is there. Without one it has a loopback interface alone.
-func (p *pod) network(ctx context.Context) error {
-	if p.netns == "" {
-		return p.channel.Network(ctx, guestproto.Network{})
+func (b *box) network(ctx context.Context) error {
+	if b.netns == "" {
+		return b.channel.Network(ctx, guestproto.Network{})
 	}
-	m, ok := p.machine.(*vm.Machine)
+	m, ok := b.machine.(*vm.Machine)
 	if !ok {
 		return errors.New("join network namespace: this machine has no network devices")
 	}
-	return nic.Enter(ctx, m, p.channel, p.netns, netns.JoinOptions{Unfenced: p.unfenced})
+	return nic.Enter(ctx, m, b.channel, b.netns, netns.JoinOptions{Unfenced: b.unfenced})
 }

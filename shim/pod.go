@@ -9,34 +9,16 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/guard"
 	"hauberk.dev/image"
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/shim/oci"
 	"hauberk.dev/shim/volume"
-	"hauberk.dev/vm"
 )
-
-// machine is what a pod asks of the machine it is.
-type machine interface {
-	ID() string
-	PID() int
-	Done() <-chan struct{}
-	Err() error
-	Console() string
-	Channel(ctx context.Context, onRecord func([]byte)) (*vm.Channel, guestproto.Hello, error)
-	Attach(context.Context, vm.Disk) error
-	Detach(context.Context, vm.Slot) error
-	Pause(context.Context) error
-	Resume(context.Context) error
-	Kill(context.Context) error
-}
-
-// booter starts machines.
-type booter interface {
-	machine(ctx context.Context, id string, w wish) (machine, error)
-}
 
 // wish is what a pod is to be.
 type wish struct {
@@ -46,6 +28,8 @@ type wish struct {
 	uid      string // by which kubelet knows it, may be empty
 	size     oci.Size
 	policy   guard.Compiled
+	// shared lets a file server reach the machine's memory.
+	shared bool
 	// sysctls are the pod's, and so every container's.
 	sysctls []guestproto.Setting
 	// files are the pod's, for containers that bring none of their own.
@@ -55,7 +39,9 @@ type wish struct {
 	netns string
 	// unfenced lets the guest speak there for other addresses than its own.
 	unfenced bool
-	// first is a disk the machine boots with, in slot 0, if its path is given.
+	// several says that it is more than one container by itself.
+	several bool
+	// first is a disk the machine starts with, in slot 0, if its path is given.
 	first image.Image
 }
 
@@ -65,28 +51,27 @@ type pod struct {
 	wish
 	log     *slog.Logger
 	journal journal
+	boots   booter
 	oom     func(process uint32) // must not block
 
 	made chan struct{} // closed when open has ended
 	err  error         // of open; read after made
 
-	machine machine
-	channel *vm.Channel
-	volumes *volume.Pod
+	box     atomic.Pointer[box] // once it is made
+	stand   *standIn            // of several
 	created time.Time
-	done    chan struct{} // closed when the machine is gone
+	done    chan struct{} // closed when its last machine is gone
 	gone    time.Time     // read after done
 
-	stopping atomic.Bool
-	ending   sync.Mutex // held while the machine is ended
+	changing sync.Mutex // held while the machine is replaced or ended
+	ended    bool
 
-	mu    sync.Mutex
-	slots slots
+	entering sync.Mutex // held while it is settled what machine a container gets
+	used     bool       // it has, or had, a container
 }
 
-// open makes the machine, and the guest in it this pod's own. What it made
-// before it failed is gone when it returns.
-func (p *pod) open(ctx context.Context, g booter) (err error) {
+// open makes the pod. What it made before it failed is gone when it returns.
+func (p *pod) open(ctx context.Context) (err error) {
 	if err := p.journal.write(p.bundle); err != nil {
 		return err
 	}
@@ -95,74 +80,78 @@ func (p *pod) open(ctx context.Context, g booter) (err error) {
 			err = errors.Join(err, p.end(), removeJournal(p.bundle))
 		}
 	}()
-	m, err := g.machine(ctx, p.journal.Machine, p.wish)
+	if p.several {
+		if p.stand, err = openStandIn(p.netns); err != nil {
+			return err
+		}
+	}
+	b, err := openBox(ctx, p, p.boots)
 	if err != nil {
 		return err
 	}
-	p.machine, p.created = m, time.Now()
-	for _, step := range []func(context.Context) error{p.connect, p.network, p.enforce} {
-		if err := step(ctx); err != nil {
-			return fmt.Errorf("%w; the guest printed: %s", err, m.Console())
-		}
-	}
-	p.volumes = volume.New(volume.Config{
-		Guest: volumeGuest{p.channel}, Machine: volumeMachine{p}, Log: p.log, UID: p.uid, MemoryMiB: p.size.MemoryMiB,
-		Failed: func(err error) {
-			p.log.Error("volumes are lost", "pod", p.id, "err", err)
-			go p.giveUp()
-		},
-	})
-	go p.watch()
+	p.created = time.Now()
+	p.box.Store(b)
+	go p.watch(b)
 	return nil
 }
 
-// watch notes the end of the machine, whatever ended it. A machine that cannot
-// be spoken to any more is ended.
-func (p *pod) watch() {
-	select {
-	case <-p.machine.Done():
-	case <-p.channel.Done():
-		if !p.stopping.Load() {
-			p.log.Error("guest is lost", "pod", p.id, "err", p.channel.Err())
-		}
+// watch ends the pod when its machine ends, whatever ended that, unless it was
+// replaced.
+func (p *pod) watch(b *box) {
+	b.lost()
+	p.changing.Lock()
+	replaced := p.box.Load() != b
+	p.changing.Unlock()
+	if !replaced {
+		p.giveUp()
+		p.gone = time.Now()
+		close(p.done)
 	}
-	if err := p.end(); err != nil { // its directory, the channel
-		p.log.Error("end machine", "pod", p.id, "err", err)
-	}
-	p.gone = time.Now()
-	close(p.done)
 }
 
-// connect opens the channel to the agent, and makes the guest its own. A guest
-// whose Guard is not attached runs nothing.
-func (p *pod) connect(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, agentTime)
-	defer cancel()
-	c, hello, err := p.machine.Channel(ctx, p.record)
+// enter gives the machine to a container to come, which wants these volumes. A
+// machine whose memory no file server can reach is replaced if one is needed:
+// that is possible as long as nothing ran in it.
+func (p *pod) enter(ctx context.Context, volumes []oci.Volume) (*box, error) {
+	p.entering.Lock()
+	defer p.entering.Unlock()
+	share, err := volume.NeedShare(p.uid, volumes)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	p.channel = c
-	c.OutOfMemory(func(process, kills uint32) {
-		p.log.Warn("out of memory", "pod", p.id, "process", process, "kills", kills)
-		p.oom(process)
-	})
-	if hello.Guard != guestproto.GuardAttached {
-		return fmt.Errorf("boot %s: the Guard is not attached: %q", p.id, hello.GuardText)
+	if b := p.box.Load(); b.shared || !share {
+		p.used = true
+		return b, nil
 	}
-	return c.Reseed(ctx, vm.NewSeed(p.hostname))
+	if p.used {
+		return nil, status.Errorf(codes.FailedPrecondition, "the pod runs without file sharing, and a container of it wants a directory of the host: "+
+			"annotate the pod with %s: \"true\"", shareAnnotation)
+	}
+	b, err := p.replace(ctx)
+	p.used = err == nil
+	return b, err
 }
 
-// enforce puts the policy in force.
-func (p *pod) enforce(ctx context.Context) error {
-	reply, err := p.channel.GuardPolicy(ctx, p.policy.Generation, p.policy.Blob)
-	if err == nil {
-		_, err = guard.DecodeApplied(reply)
+// replace makes another machine, one that a file server can reach.
+func (p *pod) replace(ctx context.Context) (*box, error) {
+	p.changing.Lock()
+	defer p.changing.Unlock()
+	if p.ended {
+		return nil, status.Errorf(codes.FailedPrecondition, "pod %q has ended", p.id)
 	}
+	p.log.Info("the pod needs file sharing: another machine takes its place", "pod", p.id)
+	old := p.box.Load()
+	if err := old.end(); err != nil {
+		return nil, err // watch ends the pod
+	}
+	p.shared, p.first = true, image.Image{}
+	b, err := openBox(ctx, p, p.boots)
 	if err != nil {
-		return fmt.Errorf("put the Guard's policy in force: %w", err)
+		return nil, err
 	}
-	return nil
+	p.box.Store(b)
+	go p.watch(b)
+	return b, nil
 }
 
 // record logs what the Guard refused.
@@ -182,21 +171,17 @@ func (p *pod) record(raw []byte) {
 	p.log.Warn("guard", "event", e.String(), "rule", text, "sequence", e.Sequence, "lost", e.Lost)
 }
 
-// end kills the machine and lets go of what it had. It may be called again.
+// end kills the machine and lets go of what the pod had. It may be called
+// again.
 func (p *pod) end() (err error) {
-	p.stopping.Store(true)
-	p.ending.Lock()
-	defer p.ending.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), cleanup)
-	defer cancel()
-	if p.machine != nil {
-		err = p.machine.Kill(ctx)
+	p.changing.Lock()
+	defer p.changing.Unlock()
+	p.ended = true
+	if b := p.box.Load(); b != nil {
+		err = b.end()
 	}
-	if p.channel != nil {
-		err = errors.Join(err, p.channel.Close())
-	}
-	if p.volumes != nil {
-		err = errors.Join(err, p.volumes.Close())
+	if p.stand != nil {
+		p.stand.stop()
 	}
 	if p.netns != "" {
 		err = errors.Join(err, netns.Leave(p.netns))
@@ -211,10 +196,14 @@ func (p *pod) giveUp() {
 	}
 }
 
-// pid stands for every process of the pod: the host knows no other.
+// pid stands for the pod: a thread for one of several containers, else the
+// machine.
 func (p *pod) pid() uint32 {
-	if p.machine == nil {
-		return 0
+	if p.stand != nil {
+		return p.stand.pid
 	}
-	return uint32(p.machine.PID())
+	if b := p.box.Load(); b != nil {
+		return uint32(b.machine.PID())
+	}
+	return 0
 }

@@ -30,6 +30,7 @@ import (
 	types "github.com/containerd/containerd/api/types/task"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/shim/oci"
 	"hauberk.dev/vm"
 )
 
@@ -63,13 +64,10 @@ func newFakeMachine(t testing.TB) *fakeMachine {
 	return m
 }
 
-func (m *fakeMachine) ID() string                   { return "c-fake" }
-func (m *fakeMachine) PID() int                     { return 4242 }
-func (m *fakeMachine) Done() <-chan struct{}        { return m.done }
-func (m *fakeMachine) Err() error                   { return vm.ErrKilled }
-func (m *fakeMachine) Console() string              { return `""` }
-func (m *fakeMachine) Pause(context.Context) error  { return nil }
-func (m *fakeMachine) Resume(context.Context) error { return nil }
+func (m *fakeMachine) PID() int              { return 4242 }
+func (m *fakeMachine) Done() <-chan struct{} { return m.done }
+func (m *fakeMachine) Err() error            { return vm.ErrKilled }
+func (m *fakeMachine) Console() string       { return `""` }
 
 func (m *fakeMachine) Kill(context.Context) error {
 	m.once.Do(func() { m.conn.Close(); close(m.done) })
@@ -369,9 +367,6 @@ func TestPod(t *testing.T) {
 		t.Errorf("%d machines, %d disks, %d roots unmounted, %d processes forgotten", len(s.boots.made), m.taken(),
 			m.count(guestproto.VerbUnmountRoot), m.count(guestproto.VerbForget))
 	}
-	if st, err := s.State(t.Context(), &task.StateRequest{ID: "pod"}); err != nil || st.Pid != 4242 {
-		t.Errorf("%v, %v", st, err)
-	}
 	if c := m.creates[0]; c.Hostname != "pod" {
 		t.Errorf("hostname %q", c.Hostname)
 	}
@@ -419,6 +414,47 @@ func TestPauseSignals(t *testing.T) {
 	}
 }
 
+// TestShares: a pod's machine is replaced for the first container that wants a
+// directory of the host, and for no later one.
+func TestShares(t *testing.T) {
+	s := newStand(t, "pod")
+	s.run("pod", "sandbox", "pod")
+	wanted := []oci.Volume{{Field: "mounts[0].source", Device: -1, Source: t.TempDir(), Target: "/data"}}
+	if _, err := s.pod.enter(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.pod.enter(t.Context(), wanted); status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), shareAnnotation) {
+		t.Errorf("after another: %v", err)
+	}
+	s.end("pod")
+	s.run("pod", "sandbox", "pod")
+	old := s.machine()
+	for range 2 {
+		b, err := s.pod.enter(t.Context(), wanted)
+		if err != nil || !b.shared {
+			t.Fatal(b, err)
+		}
+	}
+	if len(s.boots.made) != 3 {
+		t.Errorf("%d machines", len(s.boots.made))
+	}
+	<-old.done
+	s.run("one", "container", "pod")
+	if st, err := s.State(t.Context(), &task.StateRequest{ID: "pod"}); err != nil || st.Status != types.Status_RUNNING {
+		t.Errorf("%v, %v", st, err)
+	}
+	s.end("one")
+	s.end("pod")
+	s.run("pod", "sandbox", "pod")
+	s.boots.fail = errors.New("no machine today")
+	if _, err := s.pod.enter(t.Context(), wanted); err == nil {
+		t.Error("there was another machine")
+	}
+	if r, err := s.Wait(t.Context(), &task.WaitRequest{ID: "pod"}); err != nil || r.ExitStatus != 137 {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
 // TestAlone: the machine of a container that is its own pod ends with it.
 func TestAlone(t *testing.T) {
 	s := newStand(t, "web")
@@ -450,7 +486,7 @@ func TestCreateTwice(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
-			if r, err := s.Create(t.Context(), q); err != nil || r.Pid != 4242 {
+			if r, err := s.Create(t.Context(), q); err != nil || r.Pid == 0 {
 				t.Errorf("%v, %v", r, err)
 			}
 		})
@@ -612,7 +648,7 @@ func TestSandboxAPI(t *testing.T) {
 	}
 	var started sandboxapi.StartSandboxResponse
 	must("StartSandbox", &sandboxapi.StartSandboxRequest{SandboxID: "pod"}, &started)
-	if started.Pid != 4242 || time.Since(started.CreatedAt.AsTime()) > time.Minute {
+	if started.Pid == 0 || time.Since(started.CreatedAt.AsTime()) > time.Minute {
 		t.Error(&started)
 	}
 	s.run("one", "container", "pod")
@@ -635,7 +671,7 @@ func TestSandboxAPI(t *testing.T) {
 	}
 	var is sandboxapi.SandboxStatusResponse
 	must("SandboxStatus", &sandboxapi.SandboxStatusRequest{SandboxID: "pod", Verbose: true}, &is)
-	if is.State != sandboxReady || is.SandboxID != "pod" || is.Pid != 4242 || is.Info["machine"] == "" || is.ExitedAt != nil {
+	if is.State != sandboxReady || is.SandboxID != "pod" || is.Pid != started.Pid || is.Info["machine"] == "" || is.ExitedAt != nil {
 		t.Error(&is)
 	}
 	s.end("one")
@@ -697,7 +733,7 @@ func TestStandIns(t *testing.T) {
 		t.Errorf("its network namespace is %q, %v, ours %q", its, err, own)
 	}
 	f := s.facts(s.containers["two"])
-	if f.PIDs[4242] != 0 || f.PIDs[pids["one"]] != 1 || f.PIDs[pids["two"]] != 2 || len(f.PIDs) != 3 {
+	if f.PIDs[pids["pod"]] != 0 || f.PIDs[pids["one"]] != 1 || f.PIDs[pids["two"]] != 2 || len(f.PIDs) != 3 {
 		t.Errorf("facts %v, numbers %v", f.PIDs, pids)
 	}
 	s.end("one")

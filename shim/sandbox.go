@@ -16,7 +16,6 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/ttrpc"
 
-	"hauberk.dev/api/guestproto"
 	"hauberk.dev/shim/oci"
 )
 
@@ -142,6 +141,7 @@ func (q sandboxCall) wish() (wish, error) {
 		return wish{}, err
 	}
 	w.id, w.bundle, w.netns = q.id, q.bundle, q.netns
+	w.several = true
 	w.files = given.files(w.hostname)
 	return w, nil
 }
@@ -202,7 +202,7 @@ func (s *service) sandboxStatus(ctx context.Context, q sandboxCall) (a answerOf,
 	a.number(2, uint64(p.pid()))
 	a.text(3, state)
 	if q.verbose {
-		for key, value := range map[string]string{"machine": p.journal.Machine, "console": p.machine.Console()} {
+		for key, value := range map[string]string{"machine": p.journal.Machine, "console": p.box.Load().machine.Console()} {
 			var entry answerOf
 			entry.text(1, key)
 			entry.text(2, value)
@@ -221,7 +221,7 @@ func (s *service) pingSandbox(ctx context.Context, _ sandboxCall) (answerOf, err
 	if err != nil {
 		return nil, err
 	}
-	return nil, p.channel.Ping(ctx)
+	return nil, p.box.Load().channel.Ping(ctx)
 }
 
 // shutdownSandbox ends the pod and this process.
@@ -236,7 +236,7 @@ func (s *service) sandboxMetrics(ctx context.Context, _ sandboxCall) (a answerOf
 	if err != nil {
 		return nil, err
 	}
-	used, err := p.usage(ctx)
+	used, err := p.box.Load().usage(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -257,13 +257,4 @@ func (s *service) madePod(ctx context.Context) (*pod, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-}
-
-// usage is what the containers of a pod use together.
-func (p *pod) usage(ctx context.Context) (used guestproto.ContainerStats, err error) {
-	st, err := p.channel.Stats(ctx)
-	for _, u := range st.Containers {
-		used = together(used, u)
-	}
-	return used, err
 }

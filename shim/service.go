@@ -331,13 +331,13 @@ func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsR
 		return nil, status.Errorf(codes.FailedPrecondition, "read statistics of %q: it has ended", r.ID)
 	}
 	if c.pause() {
-		used, err := c.pod.usage(ctx)
+		used, err := c.pod.box.Load().usage(ctx)
 		if err != nil {
 			return nil, err
 		}
 		return &task.StatsResponse{Stats: metrics(used, limits{}, s.legacy)}, nil
 	}
-	st, err := c.pod.channel.Stats(ctx)
+	st, err := c.box.channel.Stats(ctx)
 	if err != nil {
 		return nil, err
 	}
