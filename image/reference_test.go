@@ -221,3 +221,30 @@ func TestTokensAreNotSentAstray(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// FuzzArchive opens arbitrary archives and pulls what they say they hold.
+func FuzzArchive(f *testing.F) {
+	layer := archive(f, passwd)
+	config := encode(map[string]any{"os": "linux", "architecture": runtime.GOARCH, "rootfs": map[string]any{"type": "layers", "diff_ids": []string{digestOf(layer)}}})
+	f.Add(archive(f, tar.Header{Name: "c.json", Uname: string(config)}, tar.Header{Name: "l/layer.tar", Uname: string(layer)},
+		tar.Header{Name: "manifest.json", Uname: `[{"Config":"c.json","RepoTags":["x:latest"],"Layers":["l/layer.tar"]}]`}))
+	f.Add(archive(f, tar.Header{Name: "manifest.json", Uname: `[{"Config":"../c","Layers":["a","a"]}]`}, tar.Header{Name: "a", Typeflag: tar.TypeSymlink, Linkname: "a"}))
+	s := store{}
+	d := s.image(f, layer)
+	files := []tar.Header{{Name: "index.json", Uname: fmt.Sprintf(`{"manifests":[{"digest":%q}]}`, d)}}
+	for digest, content := range s {
+		files = append(files, tar.Header{Name: "blobs/sha256/" + strings.TrimPrefix(digest, "sha256:"), Uname: string(content)})
+	}
+	f.Add(archive(f, files...))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		name := filepath.Join(t.TempDir(), "a.tar")
+		if err := os.WriteFile(name, raw, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, kind := range []string{"docker-archive:", "oci-archive:"} {
+			if img, err := pullReference(t, kind+name, OpenOptions{}); err == nil && Verify(img.Path, img.ErofsSHA256) != nil {
+				t.Errorf("%s: pulled %+v", kind, img)
+			}
+		}
+	})
+}
