@@ -194,11 +194,41 @@ func TestLostGuests(t *testing.T) {
 			}
 		})
 	})
+	t.Run("unbootable", func(t *testing.T) { unbootable(t, newBench(t, state, shim, agent)) })
 	t.Run("memory", func(t *testing.T) {
 		b := newBench(t, state, shim, agent)
 		b.configure(t, "sleep 2; head -c 1000000000 /dev/zero | tail -n 1; sleep 1000")
 		lost(t, b, func(pid int) { confine(t, pid, 8<<20) })
 	})
+}
+
+// unbootable confines the shim before it starts a machine: there is no memory
+// to boot one. The pod fails, or the kernel takes the shim itself; both can be
+// cleaned up.
+func unbootable(t *testing.T, b *bench) {
+	ctx := short(t, 2*time.Minute)
+	s, err := client.Start(ctx, b.p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	found := 0
+	for pid, line := range b.processes() {
+		if strings.Contains(line, "containerd-shim") {
+			confine(t, pid, 96<<20)
+			found++
+		}
+	}
+	if found == 0 {
+		t.Fatal("no shim runs")
+	}
+	began := time.Now()
+	_, err = s.Create(ctx, client.Create{ID: "pod", Bundle: b.bundle})
+	if err == nil {
+		t.Error("a machine has booted in 96 MiB")
+	}
+	t.Logf("after %v: %.300v", time.Since(began).Round(time.Millisecond), err)
+	_ = s.Shutdown(ctx, "pod", true) // it may be gone
 }
 
 // lost starts a container, has its monitor end, and looks at what is told.
@@ -259,9 +289,13 @@ func confine(t *testing.T, pid int, most int) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := os.Remove(group); err != nil {
-			t.Error(err)
+		var err error
+		for until := time.Now().Add(20 * time.Second); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+			if err = os.Remove(group); err == nil {
+				return
+			}
 		}
+		t.Errorf("who was confined does not end: %v", err)
 	})
 	for _, w := range []struct{ name, value string }{{limit, strconv.Itoa(most)}, {"cgroup.procs", strconv.Itoa(pid)}} {
 		if err := os.WriteFile(filepath.Join(group, w.name), []byte(w.value), 0o600); err != nil {
