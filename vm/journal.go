@@ -52,6 +52,10 @@ type Journal struct {
 	Scratch bool `json:"scratch,omitempty"`
 	// Cgroups are directories that bound the process, and go with the machine.
 	Cgroups []string `json:"cgroups,omitempty"`
+	// Key is a digest of everything that a saved state of the machine depends
+	// on, and Memory how many bytes the guest has.
+	Key    string `json:"key,omitempty"`
+	Memory int64  `json:"memory,omitempty"`
 	// Template is the key of the template cloned, empty after a cold boot.
 	Template string    `json:"template,omitempty"`
 	Created  time.Time `json:"created"`

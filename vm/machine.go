@@ -26,6 +26,9 @@ type Monitor interface {
 	Detach(context.Context, Slot) error
 	// Share gives the guest the file system of a server.
 	Share(ctx context.Context, tag string, server *os.File) error
+	// Save writes the guest's state, memory included; the guest stands still
+	// meanwhile and goes on if it ran.
+	Save(ctx context.Context, state *os.File) (Saved, error)
 	// Close ends the connection, not the machine.
 	Close() error
 }

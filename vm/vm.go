@@ -35,6 +35,10 @@ type Driver interface {
 	Clone(ctx context.Context, t *Template, spec Spec) (*Machine, error)
 	// Boot starts a machine from its kernel.
 	Boot(ctx context.Context, spec Spec) (*Machine, error)
+	// Restore starts a machine from a state that Save wrote, which it reads from
+	// the file. The guest runs when it returns; its entropy, clock and names are
+	// those of the machine saved.
+	Restore(ctx context.Context, s Snapshot, state *os.File, spec Spec) (*Machine, error)
 	// Adopt takes up the machine of a run directory whose process lives on.
 	Adopt(ctx context.Context, dir string) (*Machine, error)
 }
@@ -54,6 +58,8 @@ var (
 	ErrNotShared = errors.New("machine was not started for shares")
 	// ErrSlotTaken says that a slot has a disk already.
 	ErrSlotTaken = errors.New("slot is taken")
+	// ErrDamaged says that a snapshot is not what was written.
+	ErrDamaged = errors.New("snapshot is damaged")
 	// ErrKilled is why a machine ended that Kill ended.
 	ErrKilled = errors.New("machine was killed")
 )

@@ -90,6 +90,8 @@ func (m *monitor) setDrive(ctx context.Context, s vm.Slot, node string) error {
 	return m.execute(ctx, "qom-set", map[string]string{"path": peripheral + string(s), "property": "drive", "value": node}, nil)
 }
 
+const shareID = "share"
+
 // Share gives the guest the file system of a vhost-user server.
 func (m *monitor) Share(ctx context.Context, tag string, server *os.File) error {
 	m.plugging.Lock()
@@ -104,7 +106,7 @@ func (m *monitor) Share(ctx context.Context, tag string, server *os.File) error 
 	if !shared {
 		return vm.ErrNotShared
 	}
-	const id = "share"
+	const id = shareID
 	if err := m.execute(ctx, "getfd", map[string]string{"fdname": id}, nil, server); err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -211,6 +212,7 @@ type launch struct {
 	memory   *os.File
 	boot     []*os.File // kernel and initrd
 	template string     // key
+	saved    bool       // the state holds the memory, and devices no template has
 	// begin brings the guest to where it can run.
 	begin func(context.Context, *monitor) error
 
@@ -241,7 +243,7 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 	if err != nil {
 		return nil, nil, err
 	}
-	journal.Template = l.template
+	journal.Template, journal.Key, journal.Memory = l.template, d.key(l.spec.Template), int64(c.memoryMiB)<<20
 	if d.bounded {
 		journal.Cgroups = d.cgroups.Paths(c.mark)
 	}
@@ -283,14 +285,23 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 
 // run brings the guest to run, with the devices that no template has.
 func (l launch) run(ctx context.Context, mon *monitor) error {
-	if err := l.begin(ctx, mon); err != nil {
-		return err
-	}
-	for i, n := range l.spec.Networks {
-		if i == 0 {
-			continue // the board's
+	plug := func() error {
+		for i, n := range l.spec.Networks {
+			if i == 0 {
+				continue // the board's
+			}
+			if err := mon.AttachNetwork(ctx, i, n.Tap); err != nil {
+				return err
+			}
 		}
-		if err := mon.AttachNetwork(ctx, i, n.Tap); err != nil {
+		return nil
+	}
+	steps := []func() error{func() error { return l.begin(ctx, mon) }, plug}
+	if l.saved {
+		slices.Reverse(steps)
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
 			return err
 		}
 	}
@@ -346,7 +357,7 @@ func (d *Driver) bound(paths []string, c configuration, pid int) error {
 
 func (d *Driver) configuration(l launch) configuration {
 	c := d.shape(l.spec.Template)
-	c.role, c.shared = l.role, l.spec.Shared
+	c.role, c.shared = l.role, l.spec.Shared || l.saved
 	c.mark = "hauberk-" + l.spec.ID + "-" + strings.ToLower(rand.Text()[:12])
 	return c
 }

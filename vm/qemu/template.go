@@ -127,12 +127,17 @@ func (d *Driver) freeze(ctx context.Context, k string, spec vm.TemplateSpec) (_ 
 
 // save stops the guest and writes its devices' state, memory left out.
 func save(ctx context.Context, mon *monitor, state *os.File) error {
-	if err := ignoreShared(ctx, mon); err != nil {
+	if err := ignoreShared(ctx, mon, true); err != nil {
 		return err
 	}
 	if err := mon.Pause(ctx); err != nil {
 		return err
 	}
+	return migrate(ctx, mon, state)
+}
+
+// migrate writes the state of a guest that stands still.
+func migrate(ctx context.Context, mon *monitor, state *os.File) error {
 	if err := mon.execute(ctx, "getfd", map[string]string{"fdname": "state"}, nil, state); err != nil {
 		return err
 	}
@@ -154,14 +159,14 @@ func save(ctx context.Context, mon *monitor, state *os.File) error {
 	})
 }
 
-// ignoreShared keeps the memory out of the state: it is in its file.
-func ignoreShared(ctx context.Context, mon *monitor) error {
+// ignoreShared keeps the memory out of the state, where it is in its file.
+func ignoreShared(ctx context.Context, mon *monitor, ignore bool) error {
 	type capability struct {
 		Capability string `json:"capability"`
 		State      bool   `json:"state"`
 	}
 	return mon.execute(ctx, "migrate-set-capabilities",
-		map[string][]capability{"capabilities": {{"x-ignore-shared", true}}}, nil)
+		map[string][]capability{"capabilities": {{"x-ignore-shared", ignore}}}, nil)
 }
 
 // Clone starts a machine from a template.
@@ -189,7 +194,7 @@ func (d *Driver) Clone(ctx context.Context, t *vm.Template, spec vm.Spec) (*vm.M
 		}
 		m, _, err = d.launch(ctx, launch{
 			spec: spec, role: roleClone, memory: memory, template: t.Key,
-			begin: func(ctx context.Context, mon *monitor) error { return restore(ctx, mon, own) },
+			begin: func(ctx context.Context, mon *monitor) error { return restore(ctx, mon, own, true) },
 		})
 		return err
 	})
@@ -199,9 +204,9 @@ func (d *Driver) Clone(ctx context.Context, t *vm.Template, spec vm.Spec) (*vm.M
 	return m, nil
 }
 
-// restore reads the devices' state.
-func restore(ctx context.Context, mon *monitor, state *os.File) error {
-	if err := ignoreShared(ctx, mon); err != nil {
+// restore reads the devices' state, and the memory unless that is there.
+func restore(ctx context.Context, mon *monitor, state *os.File, ignoreMemory bool) error {
+	if err := ignoreShared(ctx, mon, ignoreMemory); err != nil {
 		return err
 	}
 	// QEMU would announce the devices' hardware addresses, as if the template
