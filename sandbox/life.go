@@ -40,6 +40,9 @@ func (h *Host) Create(ctx context.Context, o Options) (*Sandbox, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
+	if len(h.conf.Run) > maxRun {
+		return nil, fmt.Errorf("create sandbox: directory %s: its name has more than %d bytes, sockets in it would have none left", h.conf.Run, maxRun)
+	}
 	b, unlock, err := h.claim(ctx, &o, img, p)
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)

@@ -50,6 +50,7 @@ func place(t *testing.T) sandbox.Config {
 		t.Fatalf("build: %v: %s", err, out)
 	}
 	t.Cleanup(func() { leftOf(t, dir) })
+	t.Setenv("HAUBERK_SHIM_POOL", "off") // each boots cold: test/run takes kept ones
 	return sandbox.Config{
 		State: dir + "/s", Run: dir + "/r", Shim: dir + "/containerd-shim-hauberk-v2", ShimState: dir + "/ss", ShimRun: dir + "/sr",
 	}
@@ -150,6 +151,7 @@ func TestSandbox(t *testing.T) {
 	t.Run("streams", w.testStreams)
 	t.Run("exec", w.testExec)
 	t.Run("look", w.testLook)
+	t.Run("files", w.testFiles)
 	t.Run("pause", w.testPause)
 	t.Run("network", w.testNetwork)
 	t.Run("stop", w.testStop)
@@ -318,6 +320,62 @@ func (w *world) testLook(t *testing.T) {
 	}
 	if list, err := w.host.Images(); err != nil || len(list) != 1 {
 		t.Errorf("images: %+v, %v", list, err)
+	}
+}
+
+// testFiles takes files in and out, and sees what runs.
+func (w *world) testFiles(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	big := bytes.Repeat([]byte("0123456789abcde\n"), 1<<16)
+	if err := w.box.WriteFile(ctx, "/tmp/big", big, 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := w.box.ReadFile(ctx, "/tmp/big"); err != nil || !bytes.Equal(got, big) {
+		t.Errorf("%d bytes of %d came back, %v", len(got), len(big), err)
+	}
+	if out, _, _ := w.exec(t, "", sandbox.Cmd{Args: []string{"sh", "-c", "ls -l /tmp/big; wc -c /tmp/big"}}); !strings.HasPrefix(out, "-rw-r-----") || !strings.HasSuffix(out, "1048576 /tmp/big\n") {
+		t.Errorf("in the sandbox it is %q", out)
+	}
+	if _, err := w.box.ReadFile(ctx, "/nosuch"); err == nil || !strings.Contains(err.Error(), "no such file") {
+		t.Errorf("a file that is not there: %v", err)
+	}
+	if _, err := w.box.ReadFile(ctx, "/tmp"); err == nil {
+		t.Error("a directory was read as a file")
+	}
+	dir := t.TempDir()
+	if err := os.MkdirAll(dir+"/in/sub", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(dir+"/in/sub/f", []byte("body"), 0o600), os.Symlink("sub/f", dir+"/in/l")); err != nil {
+		t.Fatal(err)
+	}
+	// Under a new name, into what is there, and only what is in it.
+	for _, to := range []string{"/tmp/new", "/tmp/new", "/tmp/new/."} {
+		from := dir + "/in"
+		if strings.HasSuffix(to, "/.") {
+			from += "/."
+		}
+		if err := w.box.Put(ctx, from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.box.Get(ctx, "/tmp/new", dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"new/sub/f", "new/l", "new/in/sub/f"} {
+		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != "body" {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+	gone, leave := context.WithCancel(ctx)
+	leave()
+	if err := w.box.CopyOut(gone, "/", io.Discard); !errors.Is(err, context.Canceled) {
+		t.Errorf("a copy that was given up: %v", err)
+	}
+	list, err := w.box.Top(ctx)
+	if err != nil || len(list) == 0 || list[0].Name != "sh" {
+		t.Errorf("%+v, %v", list, err)
 	}
 }
 

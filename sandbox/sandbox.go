@@ -102,9 +102,6 @@ func Open(c Config) (*Host, error) {
 		}
 		*dir = abs
 	}
-	if len(c.Run) > maxRun {
-		return nil, fmt.Errorf("open sandboxes: %s: its name has more than %d bytes, sockets in it would have none left", c.Run, maxRun)
-	}
 	h := &Host{conf: c}
 	for _, dir := range []string{h.boxes(), h.names(), h.refs(), h.sockets(), h.networks()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {

@@ -374,8 +374,15 @@ func TestOpenRefuses(t *testing.T) {
 		}
 		return
 	}
-	if _, err := Open(Config{State: t.TempDir(), Run: "/tmp/" + strings.Repeat("x", maxRun)}); err == nil {
-		t.Error("a name too long for sockets was taken")
+	dir := t.TempDir()
+	h, err := Open(Config{State: dir + "/s", Run: dir + "/" + strings.Repeat("x", maxRun)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := h.ref(image.Reference{From: image.FromRegistry, Host: "docker.io", Repository: "library/x", Tag: "latest"})
+	must(t, os.WriteFile(file, []byte(`{"path":"/dev/null","digest":"","erofsSHA256":"","size":0,"config":{"cmd":["x"],"uid":0,"gid":0,"workingDir":"/"},"name":"","pulled":"2026-11-22T10:00:00Z"}`), 0o600))
+	if _, err := h.Create(t.Context(), Options{Image: "x"}); err == nil || !strings.Contains(err.Error(), "its name has more than") {
+		t.Errorf("a name too long for sockets: %v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -157,6 +158,27 @@ func (w *world) testBackground(t *testing.T) {
 	}
 	if r := w.hauberk(t, "in\n", "exec", "-i", "-e", "A=1", "-w", "/tmp", "-u", "1000", "hand/web", "sh", "-c", "cat; echo $A; pwd; id -u"); r.out != "in\n1\n/tmp\n1000\n" {
 		t.Errorf("exec: %+v", r)
+	}
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("from here\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.must(t, "cp", file, "web:/tmp")
+	w.must(t, "cp", "hand/web:/tmp/file", file+".back")
+	if got, err := os.ReadFile(file + ".back"); err != nil || string(got) != "from here\n" {
+		t.Errorf("cp there and back: %q, %v", got, err)
+	}
+	if out := w.must(t, "cp", "web:/tmp/file", "-"); !strings.Contains(out, "from here") {
+		t.Errorf("cp to a tar: %d bytes", len(out))
+	}
+	if r := w.hauberk(t, "", "cp", "web:/nosuch", file); r.code != 1 || !strings.Contains(r.errs, "no such file") {
+		t.Errorf("cp of what is not there: %+v", r)
+	}
+	if r := w.hauberk(t, "", "cp", file, file); r.code != 2 {
+		t.Errorf("cp without a sandbox: %+v", r)
+	}
+	if out := w.must(t, "top", "web"); !strings.Contains(out, "sleep") && !strings.Contains(out, "sh") {
+		t.Errorf("top: %s", out)
 	}
 	var used []struct {
 		Name   string
