@@ -105,8 +105,12 @@ func (o *Options) configuration(id string, p process, net network) ([]byte, erro
 			c.Linux.Namespaces[len(c.Linux.Namespaces)-1]["path"] = net.path
 		}
 	}
-	if net.resolv != "" {
-		c.Mounts = append(c.Mounts, ociMount{"/etc/resolv.conf", "bind", net.resolv, []string{"rbind", "rprivate", "ro"}})
+	for _, f := range []struct{ name, source string }{
+		{"/etc/hosts", net.hosts}, {"/etc/hostname", net.hostname}, {"/etc/resolv.conf", net.resolv},
+	} {
+		if f.source != "" {
+			c.Mounts = append(c.Mounts, ociMount{f.name, "bind", f.source, []string{"rbind", "rprivate", "ro"}})
+		}
 	}
 	for _, v := range o.Volumes {
 		options := []string{"rbind", "rprivate"}

@@ -1,9 +1,11 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -18,8 +20,10 @@ const gateUser = 64390
 
 // network is what a container's configuration must know of its network.
 type network struct {
-	path   string // of the namespace; none if there is no network
-	resolv string // file for /etc/resolv.conf
+	path string // of the namespace; none if there is no network
+	// Files of the bundle for /etc/resolv.conf, if there is a network, and for
+	// /etc/hosts and /etc/hostname.
+	resolv, hosts, hostname string
 }
 
 // spec reads what was asked for; nothing is no network at all.
@@ -44,7 +48,11 @@ func (h *Host) networks() string { return filepath.Join(h.conf.Run, "n") }
 // their numbers.
 func (b *Sandbox) openNetwork(ctx context.Context, o Options) (n network, ports []string, err error) {
 	s, err := o.spec()
-	if err != nil || len(s.Egress)+len(s.Publish) == 0 {
+	if err != nil {
+		return n, nil, err
+	}
+	connected := len(s.Egress)+len(s.Publish) > 0
+	if err := b.name(&n, cmp.Or(o.Hostname, b.id), connected); err != nil || !connected {
 		return n, nil, err
 	}
 	s.Dir, s.Name, s.UID, s.GID = b.host.networks(), b.id, gateUser, gateUser
@@ -66,6 +74,18 @@ func (b *Sandbox) openNetwork(ctx context.Context, o Options) (n network, ports 
 		ports = append(ports, p.String())
 	}
 	return n, ports, nil
+}
+
+// name writes the files that say what the sandbox is called. Its name means its
+// address, so that a server that listens on it is reached.
+func (b *Sandbox) name(n *network, hostname string, connected bool) error {
+	address := netip.MustParseAddr("127.0.0.1")
+	if connected {
+		address = netns.HandAddress
+	}
+	n.hosts, n.hostname = filepath.Join(b.bundle(), "hosts"), filepath.Join(b.bundle(), "hostname")
+	hosts := fmt.Sprintf("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n%s\t%s\n", address, hostname)
+	return errors.Join(atomicfile.Write(n.hosts, []byte(hosts), 0o644), atomicfile.Write(n.hostname, []byte(hostname+"\n"), 0o644))
 }
 
 // closeNetwork ends what openNetwork began, if anything. The machine must have

@@ -125,7 +125,7 @@ func (s *session) psTable(w io.Writer, instances []admin.Instance, boxes []sandb
 		rows = append(rows, r)
 	}
 	for _, b := range boxes {
-		r := []string{fromHand, "", b.Name, runs(b), string(b.Phase), "", show.Age(b.Created, s.now()), ended(b)}
+		r := []string{fromHand, "", b.Name, runs(b), string(b.Phase), strings.Join(b.Ports, ","), show.Age(b.Created, s.now()), ended(b)}
 		if wide {
 			r = append(r, b.ID, short(b.Image), show.Short(b.Digest), "", b.Policy)
 		}

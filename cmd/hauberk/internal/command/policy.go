@@ -61,12 +61,18 @@ func policyNames() (out []string) {
 
 const maxPolicyFile = 1 << 20
 
-// readPolicies gives the policies of names and files. Several intersect.
-func readPolicies(names []string) (out []node.NamedGuardPolicy, err error) {
+// readPolicies gives the policies of names and files. Several intersect. Who
+// asks for destinations by flags means those, which are enforced outside the
+// guest, so that the ready policies have no list of them then.
+func readPolicies(names []string, egress bool) (out []node.NamedGuardPolicy, err error) {
 	for _, name := range names {
 		i := slices.Index(policyNames(), name)
 		if i >= 0 {
-			out = append(out, node.NamedGuardPolicy{Name: name, Spec: ready[i].spec})
+			p := node.NamedGuardPolicy{Name: name, Spec: ready[i].spec}
+			if egress {
+				p.Spec.Net = nil
+			}
+			out = append(out, p)
 			continue
 		}
 		raw, err := readBounded(name)

@@ -173,7 +173,7 @@ func (o *runOptions) read(c *cobra.Command) error {
 	if c.Flags().Changed("entrypoint") {
 		o.Entrypoint = &o.entrypoint
 	}
-	o.Policy, err = readPolicies(o.policies)
+	o.Policy, err = readPolicies(o.policies, len(o.Egress) > 0)
 	fault(err)
 	o.Stdin = o.interactive
 	if o.detach && c.Flags().Changed("detach-keys") {

@@ -120,7 +120,7 @@ func TestKeys(t *testing.T) {
 func TestReadyPolicies(t *testing.T) {
 	seen := map[string]string{}
 	for _, name := range policyNames() {
-		list, err := readPolicies([]string{name})
+		list, err := readPolicies([]string{name}, false)
 		if err != nil || len(list) != 1 {
 			t.Fatalf("%s: %v", name, err)
 		}
@@ -139,9 +139,12 @@ func TestReadyPolicies(t *testing.T) {
 		t.Errorf("the Guard's baseline is %q here, %v", seen[own.Digest], err)
 	}
 	// They survive the way to the shim.
-	agent, _ := readPolicies([]string{"agent"})
+	agent, _ := readPolicies([]string{"agent"}, false)
 	if agent[0].Spec.Net == nil || len(agent[0].Spec.Net.Egress) == 0 {
 		t.Error("a list of destinations that is empty is lost on the way, and then allows all")
+	}
+	if open, err := readPolicies([]string{"agent"}, true); err != nil || open[0].Spec.Net != nil || open[0].Spec.Exec == nil {
+		t.Errorf("with --egress agent is %+v, %v", open, err)
 	}
 }
 
@@ -156,7 +159,7 @@ func TestPolicyFiles(t *testing.T) {
 	}
 	head := "apiVersion: hauberk.dev/v1alpha1\nkind: GuardPolicy\nmetadata: {name: a}\n"
 	good := write("# two\n" + head + "spec: {exec: {origin: image}}\n---\n" + head + "spec:\n  files: [{path: /etc, deny: w}]\n---\n")
-	list, err := readPolicies([]string{good, "web"})
+	list, err := readPolicies([]string{good, "web"}, false)
 	if err != nil || len(list) != 3 || list[1].Spec.Files[0].Path != "/etc" || list[2].Name != "web" {
 		t.Errorf("%+v, %v", list, err)
 	}
@@ -171,11 +174,11 @@ func TestPolicyFiles(t *testing.T) {
 		"apiVersion: hauberk.dev/v1alpha1\nkind: GuardPolicy\n":                   "metadata.name",
 		strings.Repeat("# much\n", maxPolicyFile/7+1):                             "more than",
 	} {
-		if _, err := readPolicies([]string{write(text)}); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := readPolicies([]string{write(text)}, false); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%.60q: %v, want %q", text, err, want)
 		}
 	}
-	if _, err := readPolicies([]string{"agnet"}); err == nil || !strings.Contains(err.Error(), "ready are baseline, agent, web, dev") {
+	if _, err := readPolicies([]string{"agnet"}, false); err == nil || !strings.Contains(err.Error(), "ready are baseline, agent, web, dev") {
 		t.Errorf("one that is not there: %v", err)
 	}
 }
