@@ -141,7 +141,8 @@ func (m *monitor) hear(r io.Reader) error {
 			return errors.New("hear QEMU: more replies than commands")
 		}
 	}
-	if err := sc.Err(); err != nil {
+	// One that is killed before it has read what it was asked resets.
+	if err := sc.Err(); err != nil && !errors.Is(err, unix.ECONNRESET) {
 		return fmt.Errorf("hear QEMU: %w", err)
 	}
 	return errHungUp
