@@ -86,9 +86,11 @@ func (s *service) create(ctx context.Context, c *container, r *task.CreateTaskRe
 	if err != nil {
 		return invalid(err)
 	}
-	options, err := parseOptions(r.Options)
-	if err != nil {
-		return invalid(err)
+	var options oci.Options
+	if b.role != roleMember { // whose pod has its size, whatever containerd hands on
+		if options, err = parseOptions(r.Options); err != nil {
+			return invalid(err)
+		}
 	}
 	w, err := wishOf(conf, b, options)
 	if err != nil {

@@ -27,8 +27,6 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	"github.com/containerd/containerd/api/types"
-
 	"hauberk.dev/internal/version"
 )
 
@@ -166,7 +164,7 @@ func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io
 		_, err := fmt.Fprintf(stdout, "%s:\n  Version:  %s\n", filepath.Base(os.Args[0]), version.String())
 		return err
 	case a.info:
-		return reply(stdout, &types.RuntimeInfo{Name: Name, Version: &types.RuntimeVersion{Version: version.String()}})
+		return reply(stdout, info())
 	}
 	c, err := environment(os.Getenv)
 	if err != nil {

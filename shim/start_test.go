@@ -3,17 +3,20 @@ package shim
 import (
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
 
 	bootstrap "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	"github.com/containerd/containerd/api/types"
 )
 
 var caller = arguments{namespace: "k8s.io", id: "web-1", address: "/run/containerd/containerd.sock"}
@@ -230,6 +233,29 @@ func TestGroup(t *testing.T) {
 		if got.pod != want.pod || got.role != want.role || (err == nil) != (want.err == "") || err != nil && !strings.Contains(err.Error(), want.err) {
 			t.Errorf("%s: %+v, %v, want %+v", text, got, err, want)
 		}
+	}
+}
+
+// TestInfo: what the shim says of itself is what containerd reads.
+func TestInfo(t *testing.T) {
+	var out bytes.Buffer
+	if err := Main(t.Context(), []string{"-info"}, nil, &out, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	var info types.RuntimeInfo
+	if err := proto.Unmarshal(out.Bytes(), &info); err != nil || info.Name != Name {
+		t.Fatal(&info, err)
+	}
+	var f struct {
+		MountOptions []string `json:"mountOptions"`
+		Linux        struct {
+			Seccomp struct {
+				Enabled bool `json:"enabled"`
+			} `json:"seccomp"`
+		} `json:"linux"`
+	}
+	if err := json.Unmarshal(info.Features.GetValue(), &f); err != nil || info.Features.GetTypeUrl() != featuresURL || !slices.Contains(f.MountOptions, "rro") || !f.Linux.Seccomp.Enabled {
+		t.Errorf("%s, %v", info.Features, err)
 	}
 }
 

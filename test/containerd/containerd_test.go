@@ -43,6 +43,7 @@ func TestContainerd(t *testing.T) {
 	t.Run("containerd killed", w.testContainerdKilled)
 	t.Run("killed while created", w.testKilledWhileCreated)
 	t.Run("newer caller", w.testNewerCaller)
+	t.Run("pod", w.testPod)
 }
 
 func (w *world) testRun(t *testing.T) {
@@ -495,4 +496,61 @@ func (w *world) startNewer(t *testing.T, bundle string) string {
 		t.Fatalf("%v, %v", &result, err)
 	}
 	return result.Address
+}
+
+// join starts a container of a pod, or, with its id, what stands for the pod.
+func (w *world) join(t *testing.T, pod, id string, args ...string) {
+	t.Helper()
+	kind := "container"
+	if pod == id {
+		kind = "sandbox"
+	}
+	flags := []string{"-d", "--annotation", "io.kubernetes.cri.container-type=" + kind, "--annotation", "io.kubernetes.cri.sandbox-id=" + pod}
+	if _, err := w.run(t, "", flags, id, args...); err != nil {
+		t.Fatal(err)
+	}
+	w.becomes(t, id, "RUNNING")
+	w.machines(t)
+}
+
+// testPod runs several containers in one machine, as the CRI of containerd 1.6
+// asks for them, kills containerd and then the shim.
+func (w *world) testPod(t *testing.T) {
+	inside := func(id, exec string, args ...string) string {
+		t.Helper()
+		return w.must(t, "", append([]string{"task", "exec", "--exec-id", exec, id}, args...)...)
+	}
+	w.join(t, "pod", "pod")
+	w.join(t, "pod", "one", "sleep", "1000")
+	w.join(t, "pod", "two", "sh", "-c", "httpd -f -p 127.0.0.1:80 -h /etc & sleep 1000")
+	if left := w.machines(t); len(left) != 1 {
+		t.Errorf("machines: %q", left)
+	}
+	if out := inside("one", "a", "sh", "-c", "hostname; until wget -qO- http://127.0.0.1/passwd; do sleep 0.1; done; ls -d /proc/[0-9]* | wc -l"); !strings.HasPrefix(out, "pod\nroot:x:0:0") {
+		t.Errorf("printed %q", out)
+	}
+	for range 2 { // a container that fails is made anew
+		w.discard(t, "one")
+		w.join(t, "pod", "one", "sleep", "1000")
+	}
+	w.stop(t, syscall.SIGKILL)
+	w.serve(t)
+	for _, id := range []string{"pod", "one", "two"} {
+		w.becomes(t, id, "RUNNING")
+	}
+	if out := inside("one", "b", "echo", "here"); out != "here\n" {
+		t.Errorf("printed %q", out)
+	}
+	shim := w.shim(t, "pod")
+	kill(t, shim)
+	w.gone(t, shim)
+	for _, id := range []string{"one", "two", "pod"} {
+		w.becomes(t, id, "")
+		w.must(t, "", "container", "rm", id)
+	}
+	// Without its pod a container does not start.
+	if _, err := w.run(t, "", []string{"-d", "--annotation", "io.kubernetes.cri.container-type=container", "--annotation", "io.kubernetes.cri.sandbox-id=pod"}, "late", "true"); err == nil || !strings.Contains(err.Error(), "is not running") {
+		t.Errorf("without a pod: %v", err)
+	}
+	w.ctr(t.Context(), "", "container", "rm", "late") // ctr may have removed it
 }
