@@ -85,7 +85,9 @@ func (c *checked) spans(amd bool) []span {
 	for n := range last + 1 {
 		add(n, c.decide(byNumber[n], amd))
 	}
-	add(last+1, ret(c.unheard()))
+	if len(byNumber) > 0 { // else nothing is newer than what is named
+		add(last+1, ret(c.unheard()))
+	}
 	if amd {
 		// The guest's kernel has no x32, and would say so.
 		add(x32, ret(retErrno|enosys))

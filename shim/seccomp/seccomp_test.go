@@ -108,7 +108,7 @@ func decide(p *Profile, e entry) uint32 {
 		}
 	}
 	switch {
-	case int64(e.number) > int64(newest) && byDefault != retAllow && byDefault != retLog:
+	case newest >= 0 && int64(e.number) > int64(newest) && byDefault != retAllow && byDefault != retLog:
 		return retErrno | enosys
 	case len(always) > 0:
 		return always[0]
