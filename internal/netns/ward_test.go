@@ -70,7 +70,28 @@ func wired(t *testing.T, o JoinOptions) (w wire) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return wire{pod, packets(t, guest, "eth0"), packets(t, far, "far")}
+	w = wire{pod, packets(t, guest, "eth0"), packets(t, far, "far")}
+	w.awaken(t)
+	return w
+}
+
+// awaken sends until something arrives: links that were just set up lose what
+// comes before the kernel has noticed that they are.
+func (w wire) awaken(t *testing.T) {
+	t.Helper()
+	greeting := four(everyone, ownMAC, "10.88.0.5", "10.88.0.253", unix.IPPROTO_SCTP)
+	buf := make([]byte, 2048)
+	for range 100 {
+		w.send(t, greeting)
+		poll := []unix.PollFd{{Fd: int32(w.far), Events: unix.POLLIN}}
+		if n, err := unix.Poll(poll, 100); err != nil || n == 0 {
+			continue
+		}
+		if n, err := unix.Read(w.far, buf); err == nil && slices.Equal(buf[:n], greeting) {
+			return
+		}
+	}
+	t.Fatal("nothing passes")
 }
 
 // packets opens a socket for whole frames, which waits for them for a while.
