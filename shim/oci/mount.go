@@ -35,6 +35,8 @@ type mountPlan struct {
 
 func (m mountPlan) readOnly() bool { return (m.Flags|m.Recursive)&unix.MS_RDONLY != 0 }
 
+func (m mountPlan) readOnlyBelow() bool { return m.Recursive&unix.MS_RDONLY != 0 }
+
 const flagRec = unix.MS_REC
 
 const maxMounts = 1024

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -17,16 +18,27 @@ type mountLine struct {
 // originOf says where else a path is that a bind mount shows: the path itself
 // if none does.
 func originOf(path string) (string, error) {
-	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	lines, err := parseMounts(f)
+	lines, err := readMounts()
 	if err != nil {
 		return "", err
 	}
 	return origin(lines, path), nil
+}
+
+// mountsBelow says whether something is mounted below a path.
+func mountsBelow(path string) (bool, error) {
+	lines, err := readMounts()
+	below := strings.TrimSuffix(path, "/") + "/"
+	return slices.ContainsFunc(lines, func(l mountLine) bool { return strings.HasPrefix(l.point, below) }), err
+}
+
+func readMounts() ([]mountLine, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return parseMounts(f)
 }
 
 func origin(lines []mountLine, path string) string {

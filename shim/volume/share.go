@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"hauberk.dev/api/guestproto"
 	"hauberk.dev/shim/oci"
 )
 
@@ -66,7 +67,7 @@ type bind struct {
 	out   chan error
 }
 
-func (p *Pod) addShared(ctx context.Context, s *source, v oci.Volume) (string, error) {
+func (p *Pod) addShared(ctx context.Context, m *guestproto.Mount, s *source, v oci.Volume) (string, error) {
 	if p.share == nil {
 		sh, err := p.openShare(ctx)
 		if err != nil {
@@ -74,9 +75,20 @@ func (p *Pod) addShared(ctx context.Context, s *source, v oci.Volume) (string, e
 		}
 		p.share = sh
 	}
-	name, err := p.share.add(s, v.ReadOnly, v.Recursive)
+	name, err := p.share.add(s, v)
 	if err != nil {
 		return "", fmt.Errorf("share it: %w", err)
+	}
+	if v.ReadOnly && v.Recursive && !v.Below {
+		// To the guest it is one file system; the host's mounts say what of it
+		// can be written.
+		several, err := mountsBelow(s.path)
+		if err != nil {
+			return "", fmt.Errorf("share it: %w", err)
+		}
+		if several {
+			m.Flags &^= unix.MS_RDONLY
+		}
 	}
 	return shareTag + "/" + name, nil
 }
@@ -270,14 +282,14 @@ func attach(b bind) error {
 }
 
 // add binds a volume below the share, once for each way it is wanted.
-func (sh *share) add(s *source, readOnly, recursive bool) (string, error) {
+func (sh *share) add(s *source, v oci.Volume) (string, error) {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	key := fmt.Sprintf("%v %v %s", readOnly, recursive, s.path)
+	key := fmt.Sprintf("%v %v %v %s", v.ReadOnly, v.Recursive, v.Below, s.path)
 	if name, ok := sh.names[key]; ok {
 		return name, nil
 	}
-	tree, err := cloneTree(s.file, readOnly, recursive)
+	tree, err := cloneTree(s.file, v)
 	if err != nil {
 		return "", err
 	}
@@ -301,21 +313,26 @@ func (sh *share) add(s *source, readOnly, recursive bool) (string, error) {
 }
 
 // cloneTree makes a copy of the mounts at a place, attached nowhere, with what
-// a guest must not do taken away from all of them.
-func cloneTree(f *os.File, readOnly, recursive bool) (int, error) {
+// a guest must not do taken away from all of them. Read-only is the first of
+// them, and those below if that was asked for.
+func cloneTree(f *os.File, v oci.Volume) (int, error) {
 	how := uint(unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC | unix.AT_EMPTY_PATH)
-	if recursive {
+	if v.Recursive {
 		how |= unix.AT_RECURSIVE
 	}
 	tree, err := unix.OpenTree(int(f.Fd()), "", how)
 	if err != nil {
 		return -1, os.NewSyscallError("open_tree", err)
 	}
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Propagation: unix.MS_PRIVATE}
-	if readOnly {
-		attr.Attr_set |= unix.MOUNT_ATTR_RDONLY
+	all := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Propagation: unix.MS_PRIVATE}
+	if v.ReadOnly && v.Below {
+		all.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
-	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
+	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &all)
+	if err == nil && v.ReadOnly {
+		err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	}
+	if err != nil {
 		return -1, errors.Join(os.NewSyscallError("mount_setattr", err), unix.Close(tree))
 	}
 	return tree, nil

@@ -211,6 +211,45 @@ func TestReadOnlyShareCannotBeWritten(t *testing.T) {
 	}
 }
 
+// TestReadOnlyBelow: read-only is a volume's first mount, and with rro those
+// below, too. The guest is told so where it cannot see the difference.
+func TestReadOnlyBelow(t *testing.T) {
+	p, _, server, _, _ := openTestShare(t)
+	dir := t.TempDir()
+	below := filepath.Join(dir, "below")
+	if err := os.Mkdir(below, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("x", below, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(below, unix.MNT_DETACH) })
+	create := guestproto.Create{Mounts: []guestproto.Mount{{Flags: unix.MS_RDONLY | unix.MS_BIND}, {Flags: unix.MS_RDONLY | unix.MS_BIND}, {Flags: unix.MS_RDONLY}}}
+	if err := p.Add(t.Context(), "below", &create, []oci.Volume{
+		{Mount: 0, Device: -1, Source: dir, Target: "/a", ReadOnly: true, Recursive: true},
+		{Mount: 1, Device: -1, Source: dir, Target: "/b", ReadOnly: true, Recursive: true, Below: true},
+		{Mount: 2, Device: -1, Source: dir, Target: "/c", ReadOnly: true},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []struct {
+		top, below error
+		flags      uint32
+	}{{unix.EROFS, nil, unix.MS_BIND}, {unix.EROFS, unix.EROFS, unix.MS_RDONLY | unix.MS_BIND}, {unix.EROFS, unix.EROFS, unix.MS_RDONLY}} {
+		m := create.Mounts[i]
+		at := fmt.Sprintf("/proc/%d/root/%s", server, strings.TrimPrefix(m.Source, "share/"))
+		if err := os.WriteFile(at+"/f", nil, 0o644); !errors.Is(err, want.top) {
+			t.Errorf("%d: write: %v, want %v", i, err, want.top)
+		}
+		if err := os.WriteFile(at+"/below/f", nil, 0o644); !errors.Is(err, want.below) {
+			t.Errorf("%d: write below: %v, want %v", i, err, want.below)
+		}
+		if m.Flags != want.flags {
+			t.Errorf("%d: the guest mounts with %#x, want %#x", i, m.Flags, want.flags)
+		}
+	}
+}
+
 // TestLaterMountsStayOut: what is mounted on the host below a read-only volume
 // later does not come in by propagation, where it could be written.
 func TestLaterMountsStayOut(t *testing.T) {

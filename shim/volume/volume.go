@@ -138,7 +138,7 @@ func (p *Pod) add(ctx context.Context, container string, create *guestproto.Crea
 		return p.addDiskFile(ctx, container, create, v, s)
 	default:
 		m.Kind = guestproto.MountShare
-		m.Source, err = p.addShared(ctx, s, v)
+		m.Source, err = p.addShared(ctx, m, s, v)
 	}
 	return err
 }
