@@ -6,12 +6,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"path/filepath"
 	"time"
 
 	"hauberk.dev/guard"
 	"hauberk.dev/shim/keep"
 	"hauberk.dev/vm"
-	"hauberk.dev/vm/pool"
 )
 
 const (
@@ -47,7 +47,7 @@ func keepMachines(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	return keep.Run(ctx, keep.Config{
 		Place: place, Link: guard.Link, PerSize: *number, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
-		Prepare: pool.Rehearsal{Policy: baseline}.Prepare,
+		Prepare: keep.Rehearse(filepath.Join(*state, "rehearsal"), baseline),
 		Log:     slog.New(slog.NewTextHandler(stderr, nil)),
 	})
 }

@@ -17,7 +17,6 @@ import (
 	"hauberk.dev/api/guestproto"
 	"hauberk.dev/internal/kernel"
 	"hauberk.dev/vm"
-	"hauberk.dev/vm/pool"
 )
 
 // patience of the tests with a busy machine.
@@ -36,13 +35,14 @@ func TestMain(m *testing.M) {
 }
 
 func keepMain(args []string) error {
-	c := Config{PerSize: 1, Sizes: 1, Prepare: pool.Rehearsal{}.Prepare, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	c := Config{PerSize: 1, Sizes: 1, Log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	f := flag.NewFlagSet("keep", flag.ExitOnError)
 	f.StringVar(&c.State, "state", "", "")
 	f.StringVar(&c.Run, "run", "", "")
 	f.StringVar(&c.Agent, "agent", "", "")
 	f.DurationVar(&c.Idle, "idle", time.Minute, "")
 	f.Parse(args)
+	c.Prepare = Rehearse(filepath.Join(c.State, "rehearsal"), nil)
 	return Run(context.Background(), c)
 }
 
