@@ -244,8 +244,8 @@ func (l *lab) launch(ctx context.Context, h how) (s *sandbox, err error) {
 			return s, err
 		}
 		s.machine = spare // to be ended
+		s.before = processor(spare.PID())
 	}
-	s.spent = 0
 	err = s.steps(step{stepNetwork, func() (err error) {
 		if s.ns, err = netns.Create(filepath.Join(l.dir, "netns"), s.id); err != nil {
 			return err
@@ -257,9 +257,6 @@ func (l *lab) launch(ctx context.Context, h how) (s *sandbox, err error) {
 		s.tap, err = s.ns.Tap(g)
 		return err
 	}})
-	if spare != nil {
-		s.before = processor(spare.PID())
-	}
 	if err == nil {
 		err = l.machine(ctx, s, h)
 	}
