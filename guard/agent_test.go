@@ -128,6 +128,11 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 	if _, err := s.c.MountRoot(ctx, guestproto.MountRoot{Serial: "root0"}); err != nil {
 		t.Fatal(err)
 	}
+	boot, err := s.c.Stats(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("agent before it ran anything: %d kB private", boot.AgentPrivate>>10)
 	create := guestproto.Create{
 		Hostname: "box", Files: []guestproto.File{{Path: "/etc/hosts", Mode: 0o644, Data: []byte("127.0.0.1 box\n")}},
 		Program: guestproto.Program{Args: []string{"/attack", "serve"}, Env: []string{"PATH=/bin"}},
@@ -193,6 +198,11 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 		t.Errorf("status %+v %v; want generation 2, digest %s", st, err, open.Digest)
 	}
 	s.remount(t, ctx, create, first, box)
+	used, err := s.c.Stats(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("agent: %d kB resident, %d kB private", used.AgentResident>>10, used.AgentPrivate>>10)
 }
 
 // remount gives the root up and mounts it again: the Guard must let go of it,

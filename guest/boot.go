@@ -154,12 +154,13 @@ func loadModules() error {
 
 // startGuard attaches the Guard if the initramfs carries one.
 func startGuard() (guestproto.GuardState, string) {
-	bundle, err := readAll(bundlePath, maxBundle)
+	bundle, err := mapFile(bundlePath, maxBundle)
 	if err == syscall.ENOENT {
 		return guestproto.GuardAbsent, ""
 	}
 	if err == nil {
 		err = guardStart(bundle)
+		_ = syscall.Munmap(bundle) // it is large, and never needed again
 	}
 	_ = syscall.Unlink(bundlePath)
 	if err != nil {

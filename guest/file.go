@@ -83,6 +83,31 @@ func readDescriptor(fd int, path string, limit int64) ([]byte, error) {
 	return buf[:n], nil
 }
 
+// mapFile reads a file that is not empty into mapped memory.
+func mapFile(path string, limit int64) ([]byte, error) {
+	fd, err := syscall.Open(path, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err // the caller tells absent from broken
+	}
+	defer syscall.Close(fd)
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return nil, fail("stat", path, err)
+	}
+	if st.Size > limit {
+		return nil, fail("read", path, syscall.EFBIG)
+	}
+	b, err := mapMemory(int(st.Size))
+	if err != nil {
+		return nil, fail("map", path, err)
+	}
+	if n, err := readFull(fd, b); err != nil || n < len(b) {
+		_ = syscall.Munmap(b)
+		return nil, fail("read", path, syscall.EIO)
+	}
+	return b, nil
+}
+
 // writeFile writes to a file that is there, as those of proc and sys are.
 func writeFile(path, value string) error {
 	fd, err := syscall.Open(path, syscall.O_WRONLY|syscall.O_CLOEXEC, 0)
