@@ -86,6 +86,10 @@ func mounts() []ociMount {
 // policyAnnotation is how the shim is told of the Guard's policies.
 const policyAnnotation = "hauberk.dev/guard-policy"
 
+// policyGeneration comes after that of the baseline, which a machine that was
+// kept ahead of demand has in force already.
+const policyGeneration = 2
+
 // cpuPeriod in microseconds, as docker has it.
 const cpuPeriod = 100000
 
@@ -112,6 +116,9 @@ func (o *Options) configuration(id string, p process, net network) ([]byte, erro
 			c.Mounts = append(c.Mounts, ociMount{f.name, "bind", f.source, []string{"rbind", "rprivate", "ro"}})
 		}
 	}
+	for _, t := range o.Tmpfs {
+		c.Mounts = append(c.Mounts, ociMount{t, "tmpfs", "tmpfs", []string{"nosuid", "nodev", "noexec", "mode=1777"}})
+	}
 	for _, v := range o.Volumes {
 		options := []string{"rbind", "rprivate"}
 		if v.ReadOnly {
@@ -120,7 +127,7 @@ func (o *Options) configuration(id string, p process, net network) ([]byte, erro
 		c.Mounts = append(c.Mounts, ociMount{v.Target, "bind", v.Source, options})
 	}
 	if len(o.Policy) > 0 {
-		raw, err := json.Marshal(node.Guard{Generation: 1, Policies: o.Policy})
+		raw, err := json.Marshal(node.Guard{Generation: policyGeneration, Policies: o.Policy})
 		if err != nil {
 			return nil, fmt.Errorf("write policy: %w", err)
 		}
@@ -133,7 +140,7 @@ func (o *Options) configuration(id string, p process, net network) ([]byte, erro
 func (p process) oci(terminal bool, rows, cols uint16) ociProcess {
 	out := ociProcess{
 		Terminal: terminal, User: ociUser{p.UID, p.GID, p.Groups}, Args: p.Args, Env: p.Env, Cwd: p.Cwd,
-		Capabilities: ociCapabilities{Bounding: capabilities, Effective: capabilities, Permitted: capabilities},
+		Capabilities: ociCapabilities{Bounding: p.Capabilities, Effective: p.Capabilities, Permitted: p.Capabilities},
 	}
 	if p.UID != 0 { // who is not root has none, and can gain them from files
 		out.Capabilities.Effective, out.Capabilities.Permitted = nil, nil

@@ -43,12 +43,12 @@ func (h *Host) Create(ctx context.Context, o Options) (*Sandbox, error) {
 	if len(h.conf.Run) > maxRun {
 		return nil, fmt.Errorf("create sandbox: directory %s: its name has more than %d bytes, sockets in it would have none left", h.conf.Run, maxRun)
 	}
-	b, unlock, err := h.claim(ctx, &o, img, p)
+	b, held, err := h.claim(ctx, &o, img, p)
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	defer unlock()
-	if err := b.make(ctx, o, img, p); err != nil {
+	defer held.Close()
+	if err := b.make(ctx, o, img, p, held); err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
 		return nil, fmt.Errorf("create sandbox: %w", errors.Join(err, b.removeLocked(ctx)))
@@ -56,8 +56,9 @@ func (h *Host) Create(ctx context.Context, o Options) (*Sandbox, error) {
 	return b, nil
 }
 
-// claim gives a sandbox its ID, its name and its record. Its lock is held.
-func (h *Host) claim(ctx context.Context, o *Options, img Image, p process) (_ *Sandbox, unlock func(), err error) {
+// claim gives a sandbox its ID, its name and its record. Its lock is held by the
+// file.
+func (h *Host) claim(ctx context.Context, o *Options, img Image, p process) (_ *Sandbox, held *os.File, err error) {
 	release, err := h.lock(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -75,7 +76,7 @@ func (h *Host) claim(ctx context.Context, o *Options, img Image, p process) (_ *
 	if err := os.Mkdir(b.dir, 0o700); err != nil {
 		return nil, nil, err
 	}
-	if unlock, err = b.lock(ctx); err == nil {
+	if held, err = flock.Hold(ctx, filepath.Join(b.dir, lockName)); err == nil {
 		i := o.info(img, p)
 		i.ID, i.Created = b.id, time.Now()
 		err = b.write(record{Options: *o, Info: i, Process: p})
@@ -84,12 +85,12 @@ func (h *Host) claim(ctx context.Context, o *Options, img Image, p process) (_ *
 		err = os.Symlink(b.id, filepath.Join(h.names(), o.Name))
 	}
 	if err != nil {
-		if unlock != nil {
-			unlock()
+		if held != nil {
+			_ = held.Close() // it was only locked
 		}
 		return nil, nil, errors.Join(err, os.RemoveAll(b.dir))
 	}
-	return b, unlock, nil
+	return b, held, nil
 }
 
 // free refuses a name that a sandbox has; a name without one is given up.
@@ -107,8 +108,10 @@ func (h *Host) free(name string) error {
 	return os.Remove(link)
 }
 
-// make has the shim make the container.
-func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process) error {
+// make has the shim make the container. Who removes what a killed program left
+// waits for the lock, and so until the shim that was being started says where
+// it is.
+func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process, held *os.File) error {
 	for _, dir := range []string{b.bundle(), b.run} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
@@ -131,7 +134,9 @@ func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process) err
 	}
 	stop := b.tell()
 	defer stop()
-	s, err := client.Start(ctx, b.program())
+	program := b.program()
+	program.Held = held
+	s, err := client.Start(ctx, program)
 	if err != nil {
 		return err
 	}

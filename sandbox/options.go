@@ -46,9 +46,15 @@ type Options struct {
 	CPUs   float64 `json:"cpus,omitempty"`
 	Pids   int64   `json:"pids,omitempty"`
 
-	ReadOnly bool              `json:"readOnly,omitempty"`
-	Volumes  []Volume          `json:"volumes,omitempty"`
-	Labels   map[string]string `json:"labels,omitempty"`
+	ReadOnly bool     `json:"readOnly,omitempty"`
+	Volumes  []Volume `json:"volumes,omitempty"`
+	// Tmpfs lists directories that lie in memory and can be written.
+	Tmpfs []string `json:"tmpfs,omitempty"`
+	// CapAdd and CapDrop change the capabilities that docker gives to root of a
+	// container; ALL drops all. The Guard has its say besides.
+	CapAdd  []string          `json:"capAdd,omitempty"`
+	CapDrop []string          `json:"capDrop,omitempty"`
+	Labels  map[string]string `json:"labels,omitempty"`
 
 	// Egress lists where it may go: any, ADDRESS, ADDRESS/BITS or NAME, each with
 	// :PORT if need be. Publish lists what of this machine leads into it:
@@ -125,6 +131,11 @@ func (o *Options) check() error {
 			fault("volume %s:%s: want absolute paths, and not /", v.Source, v.Target)
 		}
 	}
+	for _, t := range o.Tmpfs {
+		if !path.IsAbs(t) || path.Clean(t) == "/" {
+			fault("tmpfs %q: want an absolute path, and not /", t)
+		}
+	}
 	for _, s := range slices.Concat(o.Args, o.Env, []string{o.WorkingDir, o.User}) {
 		if strings.ContainsRune(s, 0) {
 			fault("%q holds a zero byte", s)
@@ -144,6 +155,8 @@ type process struct {
 	GID        uint32   `json:"gid"`
 	Groups     []uint32 `json:"groups,omitempty"`
 	StopSignal string   `json:"stopSignal,omitempty"`
+	// Capabilities of the bounding set; those of root are the same.
+	Capabilities []string `json:"capabilities,omitempty"`
 }
 
 func (o *Options) process(img Image) (process, error) {
@@ -153,7 +166,7 @@ func (o *Options) process(img Image) (process, error) {
 			return process{}, err
 		}
 	}
-	p := process{Cwd: c.WorkingDir, UID: c.UID, GID: c.GID, Groups: c.Groups, StopSignal: c.StopSignal}
+	p := process{Capabilities: o.capabilities(), Cwd: c.WorkingDir, UID: c.UID, GID: c.GID, Groups: c.Groups, StopSignal: c.StopSignal}
 	entry, args := c.Entrypoint, c.Cmd
 	if o.Entrypoint != nil {
 		entry, args = nil, nil
@@ -172,6 +185,29 @@ func (o *Options) process(img Image) (process, error) {
 	}
 	p.Env = merge([]string{"PATH=" + defaultPath}, c.Env, o.environment(c.Home), o.Env)
 	return p, nil
+}
+
+// capabilities are docker's, changed as asked for.
+func (o *Options) capabilities() []string {
+	out := slices.Clone(capabilities)
+	for _, name := range o.CapDrop {
+		if strings.EqualFold(name, "ALL") {
+			out = []string{}
+			continue
+		}
+		out = slices.DeleteFunc(out, func(c string) bool { return c == capability(name) })
+	}
+	for _, name := range o.CapAdd {
+		if c := capability(name); !slices.Contains(out, c) {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// capability is the whole name of one, which the shim judges.
+func capability(name string) string {
+	return "CAP_" + strings.TrimPrefix(strings.ToUpper(name), "CAP_")
 }
 
 // environment is what a process is given besides.

@@ -214,13 +214,15 @@ func (b *Sandbox) exists() bool {
 	return err == nil
 }
 
+const lockName = ".lock"
+
 // lock is held by who changes the sandbox; watch by who waits for its end and
 // will settle it.
 func (b *Sandbox) lock(ctx context.Context) (unlock func(), err error) {
-	return b.flock(func(path string) (func(), error) { return flock.Take(ctx, path) }, ".lock")
+	return b.flock(func(path string) (func(), error) { return flock.Take(ctx, path) }, lockName)
 }
 
-func (b *Sandbox) tryLock() (unlock func(), err error) { return b.flock(flock.Try, ".lock") }
+func (b *Sandbox) tryLock() (unlock func(), err error) { return b.flock(flock.Try, lockName) }
 
 func (b *Sandbox) flock(take func(string) (func(), error), name string) (func(), error) {
 	unlock, err := take(filepath.Join(b.dir, name))

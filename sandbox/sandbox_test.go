@@ -50,11 +50,11 @@ func imageForTest() Image {
 func claimed(t *testing.T, h *Host, name string) *Sandbox {
 	t.Helper()
 	o := Options{Name: name, Image: "oci:/x"}
-	b, unlock, err := h.claim(t.Context(), &o, imageForTest(), process{Args: []string{"x"}})
+	b, held, err := h.claim(t.Context(), &o, imageForTest(), process{Args: []string{"x"}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	unlock()
+	held.Close()
 	return b
 }
 
@@ -94,8 +94,9 @@ func TestProcess(t *testing.T) {
 func TestConfiguration(t *testing.T) {
 	o := Options{
 		Hostname: "h", Terminal: true, Rows: 3, Cols: 4, Memory: 64 << 20, CPUs: 1.5, Pids: 9, ReadOnly: true,
-		Volumes: []Volume{{"/a", "/b", true}, {"/c", "/d", false}},
-		Policy:  []node.NamedGuardPolicy{{Name: "p", Spec: spec.GuardPolicy{Mode: "audit"}}},
+		Volumes: []Volume{{"/a", "/b", true}, {"/c", "/d", false}}, Tmpfs: []string{"/t"},
+		CapDrop: []string{"all", "chown"}, CapAdd: []string{"net_raw", "CAP_CHOWN", "NET_RAW"},
+		Policy: []node.NamedGuardPolicy{{Name: "p", Spec: spec.GuardPolicy{Mode: "audit"}}},
 	}
 	p, err := o.process(imageForTest())
 	if err != nil {
@@ -108,7 +109,7 @@ func TestConfiguration(t *testing.T) {
 	for _, want := range []string{
 		`"hostname": "h"`, `"readonly": true`, `"limit": 67108864`, `"quota": 150000`, `"height": 3`, `"uid": 7`,
 		`"path": "/run/n/id.pod"`, `"source": "/b/resolv.conf"`,
-		`"hauberk.dev/guard-policy": "{\"generation\":1,\"policies\":[{\"name\":\"p\",\"spec\":{\"mode\":\"audit\"}}]}"`,
+		`"hauberk.dev/guard-policy": "{\"generation\":2,\"policies\":[{\"name\":\"p\",\"spec\":{\"mode\":\"audit\"}}]}"`,
 	} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("no %s in %s", want, raw)
@@ -118,8 +119,11 @@ func TestConfiguration(t *testing.T) {
 	if err := json.Unmarshal(raw, &c); err != nil {
 		t.Fatal(err)
 	}
-	if len(c.Process.Capabilities.Effective) > 0 || len(c.Process.Capabilities.Bounding) != 14 {
+	if len(c.Process.Capabilities.Effective) > 0 || !slices.Equal(c.Process.Capabilities.Bounding, []string{"CAP_NET_RAW", "CAP_CHOWN"}) {
 		t.Errorf("who is not root has %+v", c.Process.Capabilities)
+	}
+	if other, err := (&Options{CapDrop: []string{"MKNOD"}}).process(imageForTest()); err != nil || len(other.Capabilities) != 13 {
+		t.Errorf("one dropped leaves %q, %v", other.Capabilities, err)
 	}
 	last := c.Mounts[len(c.Mounts)-2:]
 	if !slices.Contains(last[0].Options, "ro") || slices.Contains(last[1].Options, "ro") || last[1].Destination != "/d" {
@@ -142,6 +146,7 @@ func TestOptionsRefused(t *testing.T) {
 		`hostname "a b"`:        {Hostname: "a b"},
 		`volume /a:/:`:          {Volumes: []Volume{{Source: "/a", Target: "/"}}},
 		`volume a:/b:`:          {Volumes: []Volume{{Source: "a", Target: "/b"}}},
+		`tmpfs "t"`:             {Tmpfs: []string{"t"}},
 		`pull "sometimes"`:      {Pull: "sometimes"},
 		`destination "a b"`:     {Egress: []string{"any", "a b"}},
 		`publish "80"`:          {Publish: []string{"80"}},
@@ -175,12 +180,12 @@ func TestNamesAreUnique(t *testing.T) {
 	for range 16 {
 		wg.Go(func() {
 			o := Options{Name: "one"}
-			_, unlock, err := h.claim(context.Background(), &o, imageForTest(), process{})
+			_, held, err := h.claim(context.Background(), &o, imageForTest(), process{})
 			mu.Lock()
 			defer mu.Unlock()
 			switch {
 			case err == nil:
-				unlock()
+				held.Close()
 				made++
 			case errors.Is(err, ErrTaken):
 				taken++
@@ -318,14 +323,14 @@ func TestCreateFails(t *testing.T) {
 	must(t, os.WriteFile(h.conf.Shim, []byte(script), 0o700))
 	o := Options{Name: "x", Image: "oci:/x"}
 	img := imageForTest()
-	b, unlock, err := h.claim(t.Context(), &o, img, process{Args: []string{"x"}})
+	b, held, err := h.claim(t.Context(), &o, img, process{Args: []string{"x"}})
 	must(t, err)
-	err = b.make(t.Context(), o, img, process{Args: []string{"x"}})
+	err = b.make(t.Context(), o, img, process{Args: []string{"x"}}, held)
 	if err == nil || !strings.Contains(err.Error(), "no machine today") {
 		t.Errorf("got %v", err)
 	}
 	must(t, b.removeLocked(t.Context()))
-	unlock()
+	held.Close()
 	for _, dir := range []string{h.boxes(), h.names(), h.sockets()} {
 		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 			t.Errorf("%s holds %v, %v", dir, left, err)

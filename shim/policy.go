@@ -22,9 +22,9 @@ func compilePolicy(annotations map[string]string) (guard.Compiled, error) {
 		if err := strictjson.Decode([]byte(raw), maxPolicy, &g); err != nil {
 			return guard.Compiled{}, fmt.Errorf("read annotation %s: %w", policyAnnotation, err)
 		}
-		if g.Generation == 0 {
-			g.Generation = 1
-		}
+		// A machine that was kept ahead of demand has the baseline in force,
+		// as the first generation.
+		g.Generation = max(g.Generation, 2)
 		if len(g.Policies) == 0 {
 			return guard.Compiled{}, fmt.Errorf("read annotation %s: it holds no policy; leave it out for the baseline", policyAnnotation)
 		}

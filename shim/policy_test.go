@@ -11,7 +11,7 @@ func TestCompilePolicy(t *testing.T) {
 		t.Fatal(err)
 	}
 	open, err := compilePolicy(map[string]string{policyAnnotation: `{"generation":0,"policies":[{"name":"open","spec":{"exec":{"origin":"any"}}}]}`})
-	if err != nil || open.Digest == baseline.Digest || open.Generation != 1 {
+	if err != nil || open.Digest == baseline.Digest || open.Generation != 2 {
 		t.Errorf("%+v, %v", open, err)
 	}
 	for raw, want := range map[string]string{

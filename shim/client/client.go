@@ -67,6 +67,9 @@ type Program struct {
 	// Env is added to this process's own.
 	Env   []string
 	Debug bool
+	// Held is open in what starts the shim until it has, however its caller
+	// ends; the shim has it not.
+	Held *os.File
 }
 
 const (
@@ -95,6 +98,9 @@ func Start(ctx context.Context, p Program) (*Shim, error) {
 	}
 	cmd := p.command(ctx, "start")
 	cmd.Stdin = bytes.NewReader(in)
+	if p.Held != nil {
+		cmd.ExtraFiles = []*os.File{p.Held}
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal's Ctrl-C is not for it
 	out, err := output(cmd)
 	if err != nil {

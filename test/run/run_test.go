@@ -5,6 +5,8 @@ package run_test
 import (
 	"context"
 	"encoding/json"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,6 +20,7 @@ func TestRun(t *testing.T) {
 	w := newWorld(t)
 	t.Run("codes", w.testCodes)
 	t.Run("flags", w.testFlags)
+	t.Run("outside", w.testOutside)
 	t.Run("pipe", w.testPipe)
 	t.Run("terminal", w.testTerminal)
 	t.Run("background", w.testBackground)
@@ -91,6 +94,40 @@ func (w *world) testFlags(t *testing.T) {
 	}
 }
 
+// testOutside gives sandboxes what is outside: files of this machine, and ports.
+func (w *world) testOutside(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "in"), []byte("from here\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	r := w.run(t, "", []string{"-q", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "-v", dir + ":/rw", "-v", dir + ":/ro:ro"},
+		"sh", "-c", "cat /ro/in; echo back >/rw/out; touch /ro/x /x; touch /tmp/x && echo wrote; grep CapEff /proc/self/status")
+	if r.code != 0 || r.out != "from here\nwrote\nCapEff:\t0000000000000000\n" || strings.Count(r.errs, "Read-only") != 2 {
+		t.Errorf("%+v", r)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "out")); err != nil || string(got) != "back\n" {
+		t.Errorf("what the sandbox wrote is %q, %v", got, err)
+	}
+	w.must(t, "run", "-qd", "--name", "server", "-p", "0:8080", w.image, "sh", "-c", "mkdir /tmp/w; echo page >/tmp/w/index.html; exec httpd -f -p 8080 -h /tmp/w")
+	defer w.must(t, "rm", "-f", "server")
+	var list []struct{ Ports []string }
+	if err := json.Unmarshal([]byte(w.must(t, "ps", "-o", "json")), &list); err != nil || len(list) != 1 || len(list[0].Ports) != 1 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	address := strings.TrimSuffix(list[0].Ports[0], ":8080")
+	var said string
+	for began := time.Now(); time.Since(began) < 20*time.Second && said != "page\n"; time.Sleep(50 * time.Millisecond) {
+		if resp, err := http.Get("http://" + address + "/"); err == nil {
+			raw, _ := io.ReadAll(resp.Body)
+			said = string(raw)
+			resp.Body.Close()
+		}
+	}
+	if said != "page\n" {
+		t.Errorf("%s answers %q", address, said)
+	}
+}
+
 func (w *world) testPipe(t *testing.T) {
 	big := strings.Repeat("0123456789abcde\n", 1<<16)
 	if r := w.run(t, big, []string{"-qi"}, "cat"); r.code != 0 || r.out != big {
@@ -112,6 +149,7 @@ func (w *world) testTerminal(t *testing.T) {
 	x.shows(t, "\n40 132\n")
 	x.types(t, "echo begin; sleep 100\r")
 	x.shows(t, "\nbegin\n")
+	time.Sleep(300 * time.Millisecond) // until the shell waits for it
 	x.types(t, "\x03")
 	x.shows(t, "^C")
 	x.types(t, "echo interrupted $?\r")

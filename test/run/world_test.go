@@ -106,7 +106,7 @@ func archive(t *testing.T, path string) {
 		write(w, tar.Header{Name: d + "/", Typeflag: tar.TypeDir, Mode: 0o755}, "")
 	}
 	write(w, tar.Header{Name: "bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755}, string(raw))
-	for name := range strings.FieldsSeq("sh cat cp echo env false hostname id ls mkdir ps pwd rm seq sleep stty tail test touch true tty uname wc") {
+	for name := range strings.FieldsSeq("sh cat cp echo env false grep hostname httpd id ls mkdir ps pwd rm seq sleep stty tail test touch true tty uname wc") {
 		write(w, tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox"}, "")
 	}
 	write(w, tar.Header{Name: "etc/passwd", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:0::/root:\napp:x:1000:1001::/home:\n")
