@@ -77,7 +77,7 @@ func (b *box) connect(ctx context.Context) error {
 	b.channel = c
 	c.OutOfMemory(func(process, kills uint32) {
 		b.log.Warn("out of memory", "pod", b.id, "process", process, "kills", kills)
-		b.oom(process)
+		b.oom(process, kills)
 	})
 	if hello.Guard != guestproto.GuardAttached {
 		return fmt.Errorf("boot %s: the Guard is not attached: %q", b.id, hello.GuardText)

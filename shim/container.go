@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -51,6 +52,8 @@ type container struct {
 	stand *standIn      // of one of several; nil if the pod's machine stands for it
 	root  int           // its slot, -1 if it has none
 	ended chan struct{} // closed when nothing of it runs any more
+
+	oomKills atomic.Uint32 // by the guest's kernel, so far
 
 	pausing sync.Mutex // held while it is paused or resumed
 

@@ -307,9 +307,10 @@ func (s *service) livingPod() (*pod, error) {
 }
 
 // oom tells that a container had too little memory.
-func (s *service) oom(process uint32) {
+func (s *service) oom(process, kills uint32) {
 	for _, c := range s.ready() {
 		if g := c.first.process(); g != nil && g.ID() == process {
+			c.oomKills.Store(kills)
 			s.events.publish(&events.TaskOOM{ContainerID: c.id})
 		}
 	}

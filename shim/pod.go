@@ -52,7 +52,7 @@ type pod struct {
 	log     *slog.Logger
 	journal journal
 	boots   booter
-	oom     func(process uint32) // must not block
+	oom     func(process, kills uint32) // must not block
 
 	made chan struct{} // closed when open has ended
 	err  error         // of open; read after made

@@ -555,6 +555,29 @@ func TestSlotsEnd(t *testing.T) {
 	}
 }
 
+// TestOutOfMemory: it is told, and the last figures still say so.
+func TestOutOfMemory(t *testing.T) {
+	s := newStand(t, "pod")
+	s.run("pod", "sandbox", "pod")
+	s.run("one", "container", "pod")
+	m := s.machine()
+	m.say(0, guestproto.VerbOOM, (&guestproto.OOM{Process: 1, Kills: 2}).Append(nil))
+	m.exit(1, 137)
+	if _, err := s.Wait(t.Context(), &task.WaitRequest{ID: "one"}); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.Stats(t.Context(), &task.StatsRequest{ID: "one"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]uint64{}
+	flat(t, r.Stats.Value, map[string]bool{"8": true}, "", got)
+	if got["8.5"] != 2 {
+		t.Errorf("figures %v", got)
+	}
+	waitFor(t, func() bool { return slices.Contains(s.topics(), "/tasks/oom") })
+}
+
 // TestSignalIsNotStarved by statistics that never come.
 func TestSignalIsNotStarved(t *testing.T) {
 	s := newStand(t, "web")

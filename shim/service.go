@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/api/runtime/task/v2"
 	types "github.com/containerd/containerd/api/types/task"
 
+	"hauberk.dev/api/guestproto"
 	"hauberk.dev/internal/version"
 	"hauberk.dev/shim/oci"
 )
@@ -328,7 +329,8 @@ func (s *service) Stats(ctx context.Context, r *task.StatsRequest) (*task.StatsR
 		return nil, err
 	}
 	if ph, _, _ := p.state(); ph == phaseStopped {
-		return nil, status.Errorf(codes.FailedPrecondition, "read statistics of %q: it has ended", r.ID)
+		// containerd asks when a container was killed, whether for want of memory.
+		return &task.StatsResponse{Stats: metrics(guestproto.ContainerStats{OOMKills: c.oomKills.Load()}, c.allowed(), s.legacy)}, nil
 	}
 	if c.pause() {
 		used, err := c.pod.box.Load().usage(ctx)
