@@ -84,7 +84,7 @@ func (w *world) testTerminal(t *testing.T) {
 		t.Skip("script (bsdutils) makes the terminal: ", err)
 	}
 	line := "stty rows 33 cols 101; ctr -a " + w.path("c.sock") + " run --rm -t --runtime " + runtimeName + " " + imageName +
-		" terminal sh -c 'tty; stty size; echo out >&2; exit 4'"
+		" terminal sh -c 'tty; until stty size 2>/dev/null; do sleep 0.1; done; echo out >&2; exit 4'" // ctr gives the size after the start
 	ctx, cancel := context.WithTimeout(t.Context(), callTime)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, script, "-qec", line, os.DevNull).Output()
