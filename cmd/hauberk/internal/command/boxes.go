@@ -54,12 +54,12 @@ were run by hand. Of the latter those that have ended are listed with --all.`,
 			if err != nil && !noControl {
 				return err
 			}
-			boxes, err := s.listBoxes(c.Context(), namespace, all)
-			if err != nil {
-				return err
+			boxes, listErr := s.listBoxes(c.Context(), namespace, all)
+			if listErr != nil {
+				return listErr
 			}
-			if boxes == nil && noControl && !s.mayRun() {
-				return fmt.Errorf("%w, and sandboxes run by hand are root's", client.ErrNotRunning)
+			if boxes == nil && noControl {
+				return err // nothing was ever started here, or who asks may not see it
 			}
 			if quiet {
 				return s.printNames(instances, boxes)
@@ -81,7 +81,8 @@ were run by hand. Of the latter those that have ended are listed with --all.`,
 	return c
 }
 
-// listBoxes gives the sandboxes run by hand, which are in no namespace.
+// listBoxes gives the sandboxes run by hand, which are in no namespace; nil if
+// there is no place for any.
 func (s *session) listBoxes(ctx context.Context, namespace string, all bool) ([]sandbox.Info, error) {
 	if namespace != "" {
 		return nil, nil
@@ -93,6 +94,9 @@ func (s *session) listBoxes(ctx context.Context, namespace string, all bool) ([]
 	list, err := h.List(ctx)
 	if err != nil {
 		return nil, err
+	}
+	if list == nil {
+		list = []sandbox.Info{} // there could be some
 	}
 	return slices.DeleteFunc(list, func(i sandbox.Info) bool { return i.Phase == sandbox.Exited && !all }), nil
 }

@@ -137,6 +137,3 @@ func (s *session) completeImages(_ *cobra.Command, given []string, _ string) (na
 	}
 	return names, cobra.ShellCompDirectiveDefault
 }
-
-// mayRun says whether this user can have sandboxes.
-func (s *session) mayRun() bool { return os.Geteuid() == 0 }
