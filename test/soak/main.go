@@ -141,6 +141,7 @@ func (s *soak) cycle(ctx context.Context, n int) error {
 	if s.random.Float64() >= s.faults {
 		began := time.Now()
 		err := lives[kind](ctx, name)
+		s.lasts[kind] = min(s.lasts[kind], time.Since(began))
 		s.tell(n, kind, "", began, err)
 		if err != nil {
 			s.broken = append(s.broken, fmt.Sprintf("%s: %v", name, err))
