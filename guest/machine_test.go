@@ -3,6 +3,7 @@ package guest_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"hauberk.dev/internal/kernel"
 	"hauberk.dev/vm"
 )
 
@@ -147,11 +149,15 @@ func (m *machine) dial(t testing.TB, onRecord func([]byte)) *vm.Channel {
 }
 
 func findKernel(t testing.TB) (path, release string) {
-	found, _ := filepath.Glob("/boot/vmlinuz-*-cloud-amd64")
-	if len(found) == 0 {
-		t.Skip("no kernel to boot: install linux-image-cloud-amd64")
+	t.Helper()
+	k, err := kernel.Find("/", kernel.Flavour)
+	if errors.Is(err, kernel.ErrMissing) {
+		t.Skip(err)
 	}
-	return found[len(found)-1], strings.TrimPrefix(found[len(found)-1], "/boot/vmlinuz-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k.Image, k.Release
 }
 
 // tscKHz is the rate of the host's clock, which a microvm with ACPI waits for
