@@ -12,10 +12,10 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-debian critest-runc soak clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-sandbox critest-debian critest-runc soak clean
 
 help: ## say what each target does
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 up: ## install, build, start everything, deploy examples/bank, print URLs (root)
 	scripts/setup run
@@ -65,6 +65,10 @@ bench-sandbox: ## measure sandboxes beside runc and gVisor (root)
 critest: ## validate the runtime by Kubernetes' suite, on containerd 2 (root)
 	scripts/setup test
 	go run ./test/critest
+
+critest-sandbox: ## the same by the Sandbox API, without pause containers (root)
+	scripts/setup test
+	go run ./test/critest -no-pause
 
 critest-debian: ## the same on Debian's containerd (root)
 	scripts/setup test

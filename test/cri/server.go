@@ -26,7 +26,7 @@ type options struct {
 	dir      string          // for everything that is written
 	programs string          // directory with containerd; empty for Debian's
 	own      string          // directory with Hauberk's shim and guest
-	shipped  string          // configuration with the runtime, as users get it
+	shipped  []byte          // configuration with the runtime, as users get it
 	images   *registry.Store // what can be pulled
 }
 
@@ -175,15 +175,11 @@ func Tail(name string, most int) string {
 
 // configure writes the files that containerd and its CNI read.
 func (s *Server) configure() error {
-	shipped, err := os.ReadFile(s.options.shipped)
-	if err != nil {
-		return err
-	}
 	files := map[string]string{"cni/10-bridge.conflist": s.network()}
 	for _, host := range hosts {
 		files["hosts/"+host+"/hosts.toml"] = fmt.Sprintf("server = \"http://%s\"\n[host.\"http://%[1]s\"]\ncapabilities = [\"pull\", \"resolve\"]\n", s.address)
 	}
-	files["config.toml"] = s.config(shipped)
+	files["config.toml"] = s.config(s.options.shipped)
 	for name, text := range files {
 		if err := os.MkdirAll(filepath.Dir(s.path(name)), 0o755); err != nil {
 			return err

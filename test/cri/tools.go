@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -93,15 +94,26 @@ func prepare(ctx context.Context, cache string, debian bool, tell func(string, .
 
 func (t Tools) bin() string { return filepath.Join(t.Work, "bin") }
 
-// Start starts containerd with Hauberk's runtime configured as it is shipped.
-func (t Tools) Start(ctx context.Context) (*Server, error) {
+// Start starts containerd with Hauberk's runtime configured as it is shipped, but
+// for texts in it that are replaced.
+func (t Tools) Start(ctx context.Context, replace map[string]string) (*Server, error) {
 	store, err := registry.Open(filepath.Join(t.Work, "images"))
 	if err != nil {
 		return nil, err
 	}
-	shipped := "deploy/containerd/config-2.toml"
+	name := "deploy/containerd/config-2.toml"
 	if t.Containerd == "" {
-		shipped = "deploy/containerd/config.toml"
+		name = "deploy/containerd/config.toml"
+	}
+	shipped, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	for old, changed := range replace {
+		if bytes.Count(shipped, []byte(old)) != 1 {
+			return nil, fmt.Errorf("change %s: %q is not in it once", name, old)
+		}
+		shipped = bytes.Replace(shipped, []byte(old), []byte(changed), 1)
 	}
 	return start(ctx, options{dir: t.Work, programs: t.Containerd, own: t.bin(), shipped: shipped, images: store})
 }

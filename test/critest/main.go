@@ -25,6 +25,7 @@ import (
 func main() {
 	o := options{}
 	flag.StringVar(&o.runtime, "runtime", "hauberk", "runtime handler to validate: hauberk or runc")
+	flag.BoolVar(&o.noPause, "no-pause", false, "make pods by the Sandbox API, without a pause container")
 	flag.BoolVar(&o.debian, "debian", false, "on Debian's containerd instead of the one of the module proxy")
 	flag.StringVar(&o.focus, "focus", "", "only specs whose name this regular expression finds")
 	flag.StringVar(&o.skip, "skip", "", "but not those that this one finds")
@@ -46,6 +47,7 @@ func main() {
 
 type options struct {
 	runtime, focus, skip, cache, keep string
+	noPause                           bool
 	debian                            bool
 	limit                             time.Duration
 	seed                              int64
@@ -73,7 +75,11 @@ func (o options) validate(ctx context.Context, t cri.Tools) (err error) {
 	if err != nil {
 		return err
 	}
-	server, err := t.Start(ctx)
+	var replace map[string]string
+	if o.noPause {
+		replace = map[string]string{"sandboxer = 'podsandbox'": "sandboxer = 'shim'"}
+	}
+	server, err := t.Start(ctx, replace)
 	if err != nil {
 		return err
 	}

@@ -63,7 +63,7 @@ func run(ctx context.Context, o options) (code int, err error) {
 	if !inside || err != nil {
 		return code, err
 	}
-	server, err := t.Start(ctx)
+	server, err := t.Start(ctx, nil)
 	if err != nil {
 		return 1, err
 	}
