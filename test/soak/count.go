@@ -14,10 +14,11 @@ import (
 )
 
 // kinds of things that could be left, in the order of the table.
-var kinds = []string{"process", "mount", "namespace", "link", "address", "filter rule", "cgroup", "socket", "file", ofContainerd, "pod", "container", "task", "snapshot", "lease"}
+var kinds = []string{"process", "mount", "namespace", "link", "address", "filter rule", "cgroup", "socket", "file", ofContainerd, "pod", "container", "task", "snapshot"}
 
-// ofContainerd are files that containerd and its client leave when containerd
-// is killed: a bundle renamed for removal, and the pipes of a ctr that lost it.
+// ofContainerd is what containerd and its client leave when containerd is killed:
+// a bundle renamed for removal, the pipes of a ctr that lost it, and its lease,
+// which ends after a day.
 // They are shown, and no runtime can be blamed for them.
 const ofContainerd = "containerd's"
 
@@ -99,7 +100,7 @@ func (s *soak) count(ctx context.Context) (inventory, error) {
 	command("container", 0, s.ctr, "containers", "ls", "-q")
 	command("task", 0, s.ctr, "tasks", "ls", "-q")
 	command("snapshot", 0, s.ctr, "snapshots", "ls")
-	command("lease", 0, s.ctr, "leases", "ls", "-q")
+	command(ofContainerd, 0, s.ctr, "leases", "ls", "-q")
 	rules, err := program("iptables-save")(ctx)
 	for line := range strings.Lines(rules) {
 		if strings.HasPrefix(line, "-A ") {
