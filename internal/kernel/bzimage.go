@@ -128,7 +128,7 @@ func unpackZstd(frame []byte, want uint32) ([]byte, error) {
 	defer z.Close()
 	out, err := io.ReadAll(io.LimitReader(z, int64(want)+1))
 	if err != nil {
-		return nil, fmt.Errorf("Zstandard frame at %d bytes: %w", len(out), err)
+		return nil, fmt.Errorf("read Zstandard frame at %d bytes: %w", len(out), err)
 	}
 	if len(out) > int(want) {
 		return nil, fmt.Errorf("image unpacks to more than the %d bytes it says", want)
