@@ -429,7 +429,7 @@ func TestLists(t *testing.T) {
 }
 
 func FuzzLists(f *testing.F) {
-	for _, s := range []string{"any", "192.0.2.0/24:1", "[2001:db8::1]:443", "*.example.net:443", "0.0.0.0:8080:80/udp", "[::1]:53:53"} {
+	for _, s := range []string{"any", "Any", "any.:80", "192.0.2.0/24:1", "[2001:db8::1]:443", "*.example.net:443", "0.0.0.0:8080:80/udp", "[::1]:53:53"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

@@ -52,6 +52,9 @@ func ParseDestination(s string) (d Destination, err error) {
 		return d, nil
 	}
 	d.Name = strings.ToLower(strings.TrimSuffix(host, "."))
+	if d.Name == "any" { // what a program writes again must mean the same
+		return Destination{}, fmt.Errorf("destination %q: a machine of that name cannot be told from any: write any, or its address", s)
+	}
 	if !nameRE.MatchString(d.Name) || len(d.Name) > 253 || strings.Trim(d.Name, "0123456789.") == "" {
 		return Destination{}, fmt.Errorf("destination %q: want any, ADDRESS, ADDRESS/BITS or NAME, each with :PORT if need be", s)
 	}
