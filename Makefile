@@ -81,7 +81,7 @@ critest-runc: ## the same with runc, on both (root)
 
 soak: ## 500 containers, processes killed at random, then count what is left (root)
 	scripts/setup test
-	go run ./test/soak -cycles $(or $(CYCLES),500)
+	go run ./test/soak -cycles $(or $(CYCLES),500) -faults $(or $(FAULTS),0.4)
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

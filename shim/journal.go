@@ -153,7 +153,21 @@ func removePod(ctx context.Context, a arguments, j journal, r *task.DeleteRespon
 			return err
 		}
 	}
-	return removeSocket(a.bundle)
+	return errors.Join(removeSocket(a.bundle), removeDeadSocket(a, j.Pod))
+}
+
+// removeDeadSocket removes the socket that a pod's shim left which was killed
+// before the bundle named it.
+func removeDeadSocket(a arguments, pod string) error {
+	a.id = pod
+	socket, err := socketPath(a, nil)
+	if err != nil || served(socket) {
+		return err
+	}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // dismissTime is how long a living shim may take to end a container.
