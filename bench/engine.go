@@ -146,9 +146,10 @@ func (e *engine) ctr(ctx context.Context, args ...string) (string, error) {
 	return string(out), nil
 }
 
+// id gives names of one length: runsc takes a name for any that begins with it.
 func (e *engine) id() string {
 	e.made++
-	return "b" + strconv.Itoa(e.made)
+	return fmt.Sprintf("b%05d", e.made)
 }
 
 // begin is the start of a command that runs a container.
