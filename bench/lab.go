@@ -16,6 +16,7 @@ import (
 	"hauberk.dev/api/guestproto"
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/guard"
+	"hauberk.dev/guard/bpf"
 	"hauberk.dev/image"
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
@@ -81,7 +82,7 @@ func openLab(ctx context.Context, bin, kernel string, n int, log io.Writer) (_ *
 func (l *lab) prepare(ctx context.Context, kernel string) (err error) {
 	l.guest, err = boot.Open(ctx, boot.Config{
 		State: l.dir, Run: filepath.Join(l.dir, "vm"), User: firstUser,
-		Kernel: kernel, Agent: filepath.Join(l.bin, "hauberk-guest"), Link: guard.Link,
+		Kernel: kernel, Agent: filepath.Join(l.bin, "hauberk-guest"), Link: bpf.Link,
 	})
 	if err != nil {
 		return err

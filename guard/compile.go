@@ -277,7 +277,7 @@ func (c *compiler) blob() []byte {
 	return c.appendDestinations(b)
 }
 
-// fixedPart is struct policy of bpf/policy.h.
+// fixedPart is struct policy of bpf/src/policy.h.
 func (c *compiler) fixedPart(b []byte) []byte {
 	le := binary.LittleEndian
 	deny, audit := uint32(0), uint32(0)

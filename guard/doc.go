@@ -2,11 +2,11 @@
 // in a guest's kernel, the policy they hold a workload to, and the words for
 // what they saw.
 //
-// It works on the host, before and beside the guest: Link fits the programs
-// to one kernel, Compile turns policies into one blob that the guest's agent
-// puts into maps, Decode reads what the guest sends back. It loads nothing
-// into any kernel and opens no connection; what loads is package guest, which
-// speaks bpf(2) itself.
+// It works on the host, before and beside the guest: Compile turns policies into
+// one blob that the guest's agent puts into maps, Decode reads what the guest
+// sends back. Package guard/bpf has the programs and fits them to one kernel.
+// This one loads nothing into any kernel and opens no connection; what loads is
+// package guest, which speaks bpf(2) itself.
 //
 // A verdict rests on identity (an inode, a task, a file system), never on a
 // name, and without a policy a workload may do nothing. What the programs do

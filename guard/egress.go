@@ -126,7 +126,7 @@ func (c *compiler) appendDestinations(b []byte) []byte {
 	return b
 }
 
-// appendKey is struct destination of bpf/policy.h: an IPv4 address stands in
+// appendKey is struct destination of bpf/src/policy.h: an IPv4 address stands in
 // its IPv6 form, but under a family of its own.
 func appendKey(b []byte, d destination) []byte {
 	const ahead = 32 // bits of family and port

@@ -14,7 +14,7 @@ import (
 // Op is what a task tried or did.
 type Op uint8
 
-// The operations, as in bpf/event.h.
+// The operations, as in bpf/src/event.h.
 const (
 	OpExec Op = iota + 1
 	OpMap

@@ -9,12 +9,14 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+
+	"hauberk.dev/guard/bpf"
 )
 
 // The compiler and the programs must mean the same by the same bytes. Offsets
 // are asserted in bpf/*.h, where they are compiled.
 func TestLayoutsAgreeWithPrograms(t *testing.T) {
-	spec, err := ebpf.LoadCollectionSpecFromReader(bytes.NewReader(object))
+	spec, err := ebpf.LoadCollectionSpec("bpf/src/guard.o")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +80,7 @@ func TestLinkRefuses(t *testing.T) {
 		if tt.overlay != nil {
 			module = bytes.NewReader(tt.overlay)
 		}
-		_, err := Link(bytes.NewReader(tt.kernel), module, tt.id)
+		_, err := bpf.Link(bytes.NewReader(tt.kernel), module, tt.id)
 		if err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: %v; want an error with %q", tt.name, err, tt.want)
 		}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"hauberk.dev/guard/bpf"
 	"hauberk.dev/internal/kernel"
 )
 
@@ -83,7 +84,7 @@ func linkFor(k *kernel.Artefacts) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Link(types, bytes.NewReader(overlay), k.BuildID)
+	return bpf.Link(types, bytes.NewReader(overlay), k.BuildID)
 }
 
 // outcome is what came out of one boot.

@@ -21,7 +21,7 @@ const builtIn = "built in"
 
 // builtInRules keep the Guard itself, the agent and the kernel out of a
 // workload's reach, and refuse what cannot be decided. Numbers as in
-// bpf/policy.h.
+// bpf/src/policy.h.
 func builtInRules() []Rule {
 	return []Rule{
 		{1, builtIn, "nothing may be done before a policy is in force", spec.SeverityWarning},
@@ -43,7 +43,7 @@ type reference uint32
 
 const denies reference = 1 << 31
 
-// Indexes of struct policy's rules, as in bpf/policy.h.
+// Indexes of struct policy's rules, as in bpf/src/policy.h.
 const (
 	onOrigin = iota
 	onMemory

@@ -12,7 +12,7 @@ import (
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
-	"hauberk.dev/guard"
+	"hauberk.dev/guard/bpf"
 	"hauberk.dev/image"
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
@@ -49,7 +49,7 @@ func openGuests(ctx context.Context, n *Node) (*guests, error) {
 	}
 	c := boot.Config{
 		State: n.conf.State, Run: g.machines, User: templateUser,
-		Kernel: n.conf.Kernel, Agent: n.conf.GuestAgent, Link: guard.Link,
+		Kernel: n.conf.Kernel, Agent: n.conf.GuestAgent, Link: bpf.Link,
 	}
 	if n.conf.WithoutGuard {
 		c.Link = nil

@@ -13,7 +13,7 @@ import (
 	"sync"
 	"time"
 
-	"hauberk.dev/guard"
+	"hauberk.dev/guard/bpf"
 	"hauberk.dev/image"
 	"hauberk.dev/shim/keep"
 	"hauberk.dev/vm"
@@ -143,7 +143,7 @@ func (g *guests) prepare(ctx context.Context) (*boot.Guest, error) {
 	if g.guest != nil {
 		return g.guest, nil
 	}
-	guest, err := boot.Open(ctx, boot.Config{State: g.conf.state, Run: g.conf.machines(), User: keep.FirstUser, Link: guard.Link})
+	guest, err := boot.Open(ctx, boot.Config{State: g.conf.state, Run: g.conf.machines(), User: keep.FirstUser, Link: bpf.Link})
 	if err != nil {
 		return nil, err
 	}

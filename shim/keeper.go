@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"hauberk.dev/guard"
+	"hauberk.dev/guard/bpf"
 	"hauberk.dev/shim/keep"
 	"hauberk.dev/vm"
 )
@@ -46,7 +46,7 @@ func keepMachines(ctx context.Context, args []string, stderr io.Writer) error {
 		return place.End(ctx)
 	}
 	return keep.Run(ctx, keep.Config{
-		Place: place, Link: guard.Link, PerSize: *number, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
+		Place: place, Link: bpf.Link, PerSize: *number, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
 		Prepare: keep.Rehearse(filepath.Join(*state, "rehearsal"), baseline),
 		Log:     slog.New(slog.NewTextHandler(stderr, nil)),
 	})

@@ -8,7 +8,7 @@ import (
 // A policy blob, as package guard compiles it, and its limits.
 const (
 	policyMagic    = "HBPOLCY\x01"
-	policySize     = 224 // struct policy of guard/bpf/policy.h
+	policySize     = 224 // struct policy of guard/bpf/src/policy.h
 	policySlot     = 8   // where its slot stands
 	destSize       = 24
 	nameSize       = 60
@@ -81,7 +81,7 @@ type mark struct {
 	slot [2]meaning
 }
 
-const markSize = 72 // struct mark of guard/bpf/policy.h
+const markSize = 72 // struct mark of guard/bpf/src/policy.h
 
 type meaning struct {
 	generation                       uint64

@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"hauberk.dev/guard"
+	"hauberk.dev/guard/bpf"
 	"hauberk.dev/shim/client"
 	"hauberk.dev/vm/boot"
 )
@@ -124,7 +124,7 @@ func (b *bench) end(t *testing.T) {
 func prepared(t *testing.T, dir string) string {
 	t.Helper()
 	state := filepath.Join(dir, "state")
-	g, err := boot.Open(t.Context(), boot.Config{State: state, Run: filepath.Join(dir, "run"), User: user, Agent: "/bin/busybox", Link: guard.Link})
+	g, err := boot.Open(t.Context(), boot.Config{State: state, Run: filepath.Join(dir, "run"), User: user, Agent: "/bin/busybox", Link: bpf.Link})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package guard
+package bpf
 
 import (
 	"bytes"
@@ -18,10 +18,10 @@ import (
 	"github.com/cilium/ebpf/btf"
 )
 
-//go:generate clang -O2 -g -Wall -Werror -target bpf -D__TARGET_ARCH_x86 -fdebug-prefix-map=$PWD=. -fdebug-compilation-dir=. -I/usr/include/x86_64-linux-gnu -c bpf/guard.bpf.c -o bpf/guard.o
-//go:generate llvm-strip -g bpf/guard.o
+//go:generate clang -O2 -g -Wall -Werror -target bpf -D__TARGET_ARCH_x86 -fdebug-prefix-map=$PWD=. -fdebug-compilation-dir=. -I/usr/include/x86_64-linux-gnu -c src/guard.bpf.c -o src/guard.o
+//go:generate llvm-strip -g src/guard.o
 
-//go:embed bpf/guard.o
+//go:embed src/guard.o
 var object []byte
 
 // The head of a bundle. The number rises with every change that an older
