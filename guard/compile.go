@@ -167,6 +167,7 @@ func (c *compiler) policy(p node.NamedGuardPolicy) {
 		c.fault("name", p.Name, "want 1 to 255 characters")
 	}
 	c.enforce = c.oneOf("mode", p.Spec.Mode, "enforce", "audit")
+	c.later(p.Spec)
 	if p.Spec.Exec != nil {
 		c.exec(p.Spec.Exec)
 	}

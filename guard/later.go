@@ -1,0 +1,45 @@
+package guard
+
+import (
+	"fmt"
+
+	"hauberk.dev/api/spec"
+)
+
+// later refuses what a policy may say and the programs cannot hold yet. A field
+// leaves this list with the commit that holds it.
+func (c *compiler) later(p spec.GuardPolicy) {
+	said := map[string]bool{"mode learn": p.Mode == "learn", "onFailure open": p.OnFailure == "open", "limits": p.Limits != nil}
+	if e := p.Exec; e != nil {
+		said["exec.audit"] = e.Audit
+		said["exec.volumes"] = e.Volumes != nil
+		said["exec.jit"] = e.JIT != nil
+		said["exec.allow"] = e.Allow != nil
+		said["exec.scripts"] = e.Scripts != nil
+		said["exec.preload"] = e.Preload == "deny"
+	}
+	for i, f := range p.Files {
+		said[fmt.Sprintf("files[%d].by", i)] = f.By != nil || f.Allow != ""
+		said[fmt.Sprintf("files[%d].fim", i)] = f.FIM
+		said[fmt.Sprintf("files[%d].bait", i)] = f.Bait
+		said[fmt.Sprintf("files[%d].audit", i)] = f.Audit
+	}
+	if n := p.Net; n != nil {
+		said["net.audit"] = n.Audit
+		said["net.ingress"] = n.Ingress != nil
+		said["net.dns"] = n.DNS != nil
+		for i, e := range n.Egress {
+			said[fmt.Sprintf("net.egress[%d].name", i)] = e.Name != ""
+			said[fmt.Sprintf("net.egress[%d].protocol", i)] = e.Protocol != ""
+		}
+	}
+	if s := p.Sys; s != nil {
+		said["sys.audit"] = s.Audit
+		said["sys.capabilities"] = s.Capabilities != nil
+	}
+	for field, is := range said {
+		if is {
+			c.faults = append(c.faults, fmt.Errorf("policy %q: %s: this is not held yet", c.name, field))
+		}
+	}
+}
