@@ -8,13 +8,14 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hauberk.dev/internal/argv"
 )
 
 // shimProcess is the process that serves a sandbox, by what it left in the
@@ -45,8 +46,11 @@ func (b *Sandbox) process() (*shimProcess, error) {
 	if err != nil {
 		return nil, fmt.Errorf("find shim: %w", err)
 	}
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !slices.ContainsFunc(bytes.Split(line, []byte{0}), func(a []byte) bool { return string(a) == b.id }) {
+	ours, err := argv.Has(pid, b.id)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("find shim: %w", err), unix.Close(fd))
+	}
+	if !ours {
 		return nil, unix.Close(fd) // it has ended, and somebody else has its number
 	}
 	return &shimProcess{pid, fd}, nil

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"hauberk.dev/internal/argv"
 	"hauberk.dev/internal/atomicfile"
 )
 
@@ -142,33 +143,32 @@ func (j Journal) find() (pid int, start uint64, err error) {
 	}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || !j.marked(pid) {
+		if err != nil {
 			continue
 		}
-		if start, err := startTime(pid); err == nil && j.marked(pid) {
-			return pid, start, nil
+		ours, err := j.marked(pid)
+		if err != nil {
+			return 0, 0, err
+		}
+		if !ours {
+			continue
+		}
+		if start, err := startTime(pid); err == nil {
+			if ours, err := j.marked(pid); ours || err != nil { // it was it all the time
+				return pid, start, err
+			}
 		}
 	}
 	return 0, 0, nil
 }
 
 // marked says whether a process has the machine's user and mark.
-func (j Journal) marked(pid int) bool {
-	dir := "/proc/" + strconv.Itoa(pid)
+func (j Journal) marked(pid int) (bool, error) {
 	var st unix.Stat_t
-	if unix.Stat(dir, &st) != nil || st.Uid != j.UID {
-		return false
+	if unix.Stat("/proc/"+strconv.Itoa(pid), &st) != nil || st.Uid != j.UID {
+		return false, nil
 	}
-	line, err := os.ReadFile(dir + "/cmdline")
-	if err != nil {
-		return false
-	}
-	for arg := range strings.SplitSeq(string(line), "\x00") {
-		if arg == j.Mark {
-			return true
-		}
-	}
-	return false
+	return argv.Has(pid, j.Mark)
 }
 
 func bootID() (string, error) {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -313,5 +314,31 @@ func TestSeedsDiffer(t *testing.T) {
 	}
 	if len(a.MachineID) != 32 || len(a.BootID) != 36 || a.BootID[14] != '4' || a.Hostname != "web-1" || a.UnixNanos == 0 {
 		t.Errorf("seed %+v", a)
+	}
+}
+
+// TestFindsWhatIsStarting looks for a monitor that is started again and again: at
+// many moments it has no arguments, as one that was started just now.
+func TestFindsWhatIsStarting(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("a monitor has a user of its own")
+	}
+	const user, mark = 65417, "hauberk-test-mark"
+	again := `exec sh -c "$0" "$0" ` + mark
+	cmd := exec.Command("sh", "-c", again, again, mark)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	j, err := NewJournal("m", "test", mark, user)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 50 {
+		if pid, _, err := j.find(); pid != cmd.Process.Pid || err != nil {
+			t.Fatalf("found %d, %v, want %d", pid, err, cmd.Process.Pid)
+		}
 	}
 }

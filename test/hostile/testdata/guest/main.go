@@ -1,6 +1,7 @@
 // Command guest is PID 1 of a machine that is out for its host: it plays one act
-// after the other on the agent's port, one for each time the host greets it,
-// prints without end, and in its last act has the kernel do its worst.
+// after the other on the agent's port, prints without end, and in its last act
+// has the kernel do its worst. It says which act it plays, for a host that is
+// slow may have to greet it more than once.
 package main
 
 import (
@@ -40,9 +41,11 @@ func main() {
 	all := strings.Split(acts, ",")
 	s := &session{port: port, frames: make(chan heard, 1024)}
 	go s.listen()
-	for n := 0; ; n++ {
+	for n := 0; ; {
 		nonce, id := s.greeted()
-		s.act(all[min(n, len(all)-1)], nonce, id)
+		if s.act(all[n], nonce, id) {
+			n = min(n+1, len(all)-1)
+		}
 	}
 }
 
@@ -189,8 +192,8 @@ func frame(id uint32, v guestproto.Verb, payload []byte) []byte {
 	return b
 }
 
-func (s *session) greet(nonce []byte, id uint32, version uint32) {
-	hello := guestproto.Hello{Version: guestproto.Version, Release: "hostile", Guard: guestproto.GuardAttached}
+func (s *session) greet(act string, nonce []byte, id uint32, version uint32) {
+	hello := guestproto.Hello{Version: guestproto.Version, Release: act, Guard: guestproto.GuardAttached}
 	b := hello.Append(nil)
 	if version != guestproto.Version {
 		hello.Version = version
@@ -199,40 +202,45 @@ func (s *session) greet(nonce []byte, id uint32, version uint32) {
 	s.write(append(bytes.Clone(nonce), frame(id, guestproto.VerbReply, b)...))
 }
 
-func (s *session) act(name string, nonce []byte, id uint32) {
+// act plays one, and says whether it was played: those of a session are once the
+// host has asked for something.
+func (s *session) act(name string, nonce []byte, id uint32) bool {
 	switch name {
 	case "garbage":
 		b := make([]byte, 64<<10)
 		rand.Read(b)
 		s.flood(b)
-		return
+		return true
 	case "silence":
-		return
+		return true
 	case "half":
 		whole := frame(id, guestproto.VerbReply, (&guestproto.Hello{Version: guestproto.Version}).Append(nil))
 		s.write(append(bytes.Clone(nonce), whole[:len(whole)-1]...))
-		return
+		return true
 	case "oversize":
 		s.write(append(bytes.Clone(nonce), 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0, 0x80))
-		return
+		return true
 	case "future":
-		s.greet(nonce, id, 99)
-		return
+		s.greet(name, nonce, id, 99)
+		return true
 	}
-	s.greet(nonce, id, guestproto.Version)
-	if name == "good" || name == "worst" {
-		if name == "worst" {
+	s.greet(name, nonce, id, guestproto.Version)
+	h, ok := s.next()
+	if ok {
+		s.misbehave(name, h)
+	}
+	return ok
+}
+
+// misbehave answers a question as an act has it.
+func (s *session) misbehave(act string, h guestproto.Header) {
+	switch act {
+	case "good", "worst":
+		if act == "worst" {
 			burnAll()
 		}
+		s.write(frame(h.ID, guestproto.VerbReply, nil))
 		s.obey()
-		return
-	}
-	h, ok := s.next()
-	if !ok {
-		return
-	}
-	long := bytes.Repeat([]byte{0xff}, guestproto.MaxPayload)
-	switch name {
 	case "records":
 		record := frame(0, guestproto.VerbGuardEvents, guestproto.AppendRecord(nil, make([]byte, 1000)))
 		s.flood(bytes.Repeat(record, 16))
@@ -244,7 +252,7 @@ func (s *session) act(name string, nonce []byte, id uint32) {
 	case "twice":
 		s.write(bytes.Repeat(frame(h.ID, guestproto.VerbReply, nil), 2))
 	case "list":
-		s.write(frame(h.ID, guestproto.VerbReply, long))
+		s.write(frame(h.ID, guestproto.VerbReply, bytes.Repeat([]byte{0xff}, guestproto.MaxPayload)))
 	case "never":
 	case "dies":
 		syscall.Reboot(syscall.LINUX_REBOOT_CMD_RESTART)
