@@ -140,6 +140,16 @@ func attempts() []attempt {
 	return list
 }
 
+// mounting is refused even where mounting is allowed.
+func mounting() []attempt {
+	const device, image = "no device but", "only programs and libraries of the image"
+	return []attempt{
+		{"mountnew=1 none devtmpfs", device, OpDevice}, {"fsmount=1 devtmpfs", device, OpDevice},
+		{"mountnew=2 none debugfs", device, OpDevice}, {"mountnew=3 /dev/disk erofs", device, OpDevice},
+		{"mountover", image, OpExec}, {"drop=3 /mnt/y", image, OpExec},
+	}
+}
+
 // benign is what a service does: it works with and without the Guard.
 var benign = []string{
 	"exec /bin/tool", "pipeshell", "mapimage", "protectimage", "personaquery",
@@ -206,10 +216,15 @@ func runs(list []attempt) (steps []string) {
 }
 
 // ordered puts what works on a tool before what spoils it.
-func ordered() []string {
+func ordered(guarded bool) []string {
 	list := attempts()
 	first, last := list[:len(list)-2], list[len(list)-2:]
 	steps := runs(first)
+	if !guarded {
+		for _, a := range mounting() { // under the strict policy nothing is mounted at all
+			steps = append(steps, "run "+a.run)
+		}
+	}
 	for _, q := range quiet {
 		steps = append(steps, "run "+q)
 	}
@@ -231,8 +246,8 @@ var quiet = []string{"readagent", "securityxattr /etc/other"}
 // An attack that does not work on an open machine would prove nothing of one
 // that is guarded.
 func TestAttacksWorkWithoutGuard(t *testing.T) {
-	o := boot(t, false, imageFiles(), append(slices.Clone(before), ordered()...)...)
-	for _, a := range attempts() {
+	o := boot(t, false, imageFiles(), append(slices.Clone(before), ordered(false)...)...)
+	for _, a := range slices.Concat(attempts(), mounting()) {
 		if got := o.ran[name(a.run)]; !strings.HasPrefix(got, "exit 0 ") {
 			t.Errorf("%s: %s; want it to work", a.run, got)
 		}
@@ -253,7 +268,7 @@ func TestAttacksAreRefused(t *testing.T) {
 	files := imageFiles()
 	files[".strict"] = compiled.Blob
 	steps := append(slices.Clone(before), "run nothing", "policy .strict")
-	steps = append(append(steps, ordered()...), "status")
+	steps = append(append(steps, ordered(true)...), "status")
 	o := boot(t, true, files, steps...)
 	t.Log(o.policies)
 	if got := o.ran["nothing"]; !strings.HasPrefix(got, "exit 12 notstarted operation not permitted") {
@@ -365,12 +380,14 @@ func TestBuiltInRulesHoldUnderAnyPolicy(t *testing.T) {
 	}
 }
 
-// A rule for a file holds where mounting is allowed.
+// A rule for a file holds where mounting is allowed; and a privileged container,
+// which may mount, gains nothing else by it.
 func TestProtectedFilesHoldAgainstMounts(t *testing.T) {
+	privileged := compileForTest(t, 4, Privileged())
 	compiled := compileForTest(t, 3, spec.GuardPolicy{Files: []spec.GuardFile{{Path: "/etc/app", Deny: "w"}, {Path: "/srv/bait", Deny: "rw"}}})
 	files := imageFiles()
 	files["etc/app/secret"] = []byte("kept")
-	files[".files"] = compiled.Blob
+	files[".files"], files[".privileged"] = compiled.Blob, privileged.Blob
 	list := []attempt{
 		{"bind /etc/app", "/etc/app may not be changed", OpWrite},
 		{"bindover /etc/app", "/etc/app may not be changed", OpWrite},
@@ -381,11 +398,23 @@ func TestProtectedFilesHoldAgainstMounts(t *testing.T) {
 	for _, a := range list {
 		steps = append(steps, "run "+a.run)
 	}
-	o := boot(t, true, files, append(steps, "run bindover=3 /mnt", "run mount")...)
+	steps = append(steps, "run bindover=3 /mnt", "run mount", "policy .privileged")
+	still := append(mounting(),
+		attempt{"bpfmap", "eBPF may not be used", OpBPF}, attempt{"delmodule", "kernel modules may not", OpModule},
+		attempt{"killagent", "the agent", OpAgent}, attempt{"traceagent", "the agent", OpAgent}, attempt{"raw", "only TCP, UDP", OpRawSocket},
+		attempt{"mknod", "no device file", OpMknod}, attempt{"open /dev/port", "no device but", OpDevice}, attempt{"userns", "user namespace", OpUserNS},
+		attempt{"setting", "settings", OpSetting}, attempt{"drop=4 /tmp/x", "only programs and libraries of the image", OpExec})
+	for _, a := range still {
+		steps = append(steps, "run "+a.run)
+	}
+	o := boot(t, true, files, append(steps, "run bindover=4 /etc", "run mount=2", "run umount", "run mountnew=4 none proc")...)
 	for _, a := range list {
 		checkRefused(t, &compiled, a, o)
 	}
-	for _, b := range []string{"bindover=3", "mount"} {
+	for _, a := range still {
+		checkRefused(t, &privileged, a, o)
+	}
+	for _, b := range []string{"bindover=3", "mount", "bindover=4", "mount=2", "umount", "mountnew=4"} {
 		if got := o.ran[b]; !strings.HasPrefix(got, "exit 0 ") {
 			t.Errorf("%s: %s; want it to work", b, got)
 		}

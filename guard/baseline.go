@@ -1,6 +1,10 @@
 package guard
 
-import "hauberk.dev/api/spec"
+import (
+	"slices"
+
+	"hauberk.dev/api/spec"
+)
 
 // Baseline is the policy of a workload that has none: nothing runs but what
 // the image brought, and nothing is done that an ordinary service does not do.
@@ -15,6 +19,15 @@ func Baseline() spec.GuardPolicy {
 			Severity: spec.SeverityWarning,
 		},
 	}
+}
+
+// Privileged is the policy of a sandbox without one that holds a privileged
+// container: the baseline, but what is the container's own to mount it may
+// mount. What may be mounted at all is no policy's to say (bpf/system.h).
+func Privileged() spec.GuardPolicy {
+	p := Baseline()
+	p.Sys.Deny = slices.DeleteFunc(p.Sys.Deny, func(o spec.GuardOperation) bool { return o == "mount" })
+	return p
 }
 
 // baselineName is what the baseline is called in events.

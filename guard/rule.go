@@ -28,7 +28,7 @@ func builtInRules() []Rule {
 		{2, builtIn, "eBPF programs and maps are out of reach", spec.SeverityCritical},
 		{3, builtIn, "the kernel's modules are out of reach", spec.SeverityCritical},
 		{4, builtIn, "the agent and the kernel may not be signalled, traced or limited", spec.SeverityCritical},
-		{5, builtIn, "no device but null, zero, full, random, urandom, tty and terminals may be opened", spec.SeverityWarning},
+		{5, builtIn, "no device but null, zero, full, random, urandom, tty, terminals and those that the container was given may be used", spec.SeverityWarning},
 		{6, builtIn, "the kernel's settings may not be changed", spec.SeverityWarning},
 		{7, builtIn, "the kernel may not start programs for anyone", spec.SeverityCritical},
 		{8, builtIn, "a file deeper than 96 directories cannot be checked against the rules for files", spec.SeverityWarning},

@@ -204,6 +204,11 @@ func (c *container) makeDevice(d *guestproto.Device) error {
 	if err := syscall.Mknodat(dir, name, kind|d.Mode&0o777, number); err != nil {
 		return err
 	}
+	if kind != syscall.S_IFIFO {
+		if _, err := syscall.Write(setupSocket, giveWord(kind, d.Major, d.Minor)); err != nil {
+			return err
+		}
+	}
 	return syscall.Fchownat(dir, name, int(d.UID), int(d.GID), atNoFollow)
 }
 

@@ -40,6 +40,26 @@ func guardUnroot(path string) error {
 	return fromGuard(attached.Unroot(path))
 }
 
+// guardDevice lets the processes of a cgroup open a device.
+func guardDevice(cgroup int, kind, major, minor uint32) error {
+	if attached == nil {
+		return nil
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(cgroup, &st); err != nil {
+		return fail("stat", "cgroup", err)
+	}
+	return fromGuard(attached.Give(st.Ino, kind, major, minor))
+}
+
+// guardNoDevices takes back what guardDevice gave.
+func guardNoDevices(cgroup int) {
+	var st syscall.Stat_t
+	if attached != nil && syscall.Fstat(cgroup, &st) == nil {
+		attached.TakeBack(st.Ino)
+	}
+}
+
 // guardPolicy puts a policy in force.
 func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
 	if attached == nil {

@@ -212,6 +212,7 @@ func (a *agent) release(p *process) {
 		_ = syscall.Munmap(p.inputSpace)
 	}
 	if p.cgroup >= 0 {
+		guardNoDevices(p.cgroup)
 		closeFD(&p.cgroup)
 		closeFD(&p.oom)
 		a.dropCgroup(p.id)

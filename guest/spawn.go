@@ -82,6 +82,7 @@ const (
 // Words on the setup socket, one a message.
 const (
 	wordTake  = 'T' // to the spare, with its descriptors: standard three, spec, cgroup
+	wordGive  = 'D' // from the setup stage: kind, u32 major, u32 minor of a device that the container was given
 	wordReady = 'R' // from the setup stage, with the terminal's master if there is one
 	wordGo    = 'G' // to it: exec now
 	wordError = 'E' // from it: u32 errno, text
@@ -420,9 +421,13 @@ func nullFiles() (null int, files []uintptr, err error) {
 // setupReady hears what a setup stage has to say; that it hangs up without a
 // word means that it exec'd.
 func (a *agent) setupReady(p *process) {
-	if p.setup < 0 {
-		return
+	for p.setup >= 0 && a.hearSetup(p) {
 	}
+}
+
+// hearSetup takes one word, and says whether there is more to come before the
+// one that matters.
+func (a *agent) hearSetup(p *process) bool {
 	var msg [1024]byte
 	var oob [32]byte
 	n, oobn, _, _, err := syscall.Recvmsg(p.setup, msg[:], oob[:], syscall.MSG_DONTWAIT|syscall.MSG_CMSG_CLOEXEC)
@@ -431,6 +436,12 @@ func (a *agent) setupReady(p *process) {
 	case err != nil || n == 0:
 		closeFD(&p.setup)
 		a.setupLeft(p)
+	case msg[0] == wordGive && n == giveSize && p.container == p:
+		err := p.give(msg[1:n])
+		if err != nil {
+			a.setupFailed(p, err)
+		}
+		return err == nil
 	case msg[0] == wordReady:
 		if oobn > 0 {
 			p.takeTerminal(oob[:oobn])
@@ -445,6 +456,32 @@ func (a *agent) setupReady(p *process) {
 			syscall.Errno(uint32(msg[1]) | uint32(msg[2])<<8), string(msg[5:n]),
 		})
 	}
+	return false
+}
+
+// giveSize is the size of the word that gives a device.
+const giveSize = 1 + 1 + 4 + 4
+
+// giveWord is that word.
+func giveWord(kind, major, minor uint32) []byte {
+	word := []byte{wordGive, 'c'}
+	if kind == syscall.S_IFBLK {
+		word[1] = 'b'
+	}
+	for _, v := range [...]uint32{major, minor} {
+		word = append(word, byte(v), byte(v>>8), byte(v>>16), byte(v>>24))
+	}
+	return word
+}
+
+// give lets a container's processes open a device that its setup stage made.
+func (p *process) give(b []byte) error {
+	kind := uint32(syscall.S_IFCHR)
+	if b[0] == 'b' {
+		kind = syscall.S_IFBLK
+	}
+	at := func(b []byte) uint32 { return uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 | uint32(b[3])<<24 }
+	return guardDevice(p.cgroup, kind, at(b[1:]), at(b[5:]))
 }
 
 // setupLeft is the end of a setup stage.

@@ -50,7 +50,7 @@ func openBox(ctx context.Context, p *pod, g booter) (b *box, err error) {
 	if b.machine, err = g.machine(ctx, p.journal.Machine, p.wish); err != nil {
 		return nil, err
 	}
-	for _, step := range []func(context.Context) error{b.connect, b.network, b.enforce} {
+	for _, step := range []func(context.Context) error{b.connect, b.network, b.judge} {
 		if err := step(ctx); err != nil {
 			return nil, errors.Join(fmt.Errorf("%w; the guest printed: %s", err, b.machine.Console()), b.end())
 		}
@@ -85,9 +85,12 @@ func (b *box) connect(ctx context.Context) error {
 	return c.Reseed(ctx, vm.NewSeed(b.hostname))
 }
 
-// enforce puts the policy in force.
-func (b *box) enforce(ctx context.Context) error {
-	reply, err := b.channel.GuardPolicy(ctx, b.policy.Generation, b.policy.Blob)
+// judge puts the pod's policy in force.
+func (b *box) judge(ctx context.Context) error { return b.enforce(ctx, b.inForce()) }
+
+// enforce puts a policy in force.
+func (b *box) enforce(ctx context.Context, c *guard.Compiled) error {
+	reply, err := b.channel.GuardPolicy(ctx, c.Generation, c.Blob)
 	if err == nil {
 		_, err = guard.DecodeApplied(reply)
 	}

@@ -126,6 +126,11 @@ func (c *container) make(ctx context.Context, img image.Image, f oci.Facts) (err
 			err = errors.Join(err, c.remove(context.WithoutCancel(ctx)))
 		}
 	}()
+	if c.conf.Privileged() {
+		if err := p.relax(ctx, c.box); err != nil {
+			return err
+		}
+	}
 	create.Root = uint8(c.root)
 	if err := c.box.volumes.Add(ctx, c.id, &create, volumes); err != nil {
 		return err

@@ -113,6 +113,7 @@ func wishOf(conf *oci.Config, b bundle, o oci.Options) (w wish, err error) {
 	if w.policy, err = compilePolicy(b.annotations); err != nil {
 		return wish{}, err
 	}
+	w.judged = b.annotations[policyAnnotation] != ""
 	if w.unfenced, err = unfenced(b.annotations); err != nil {
 		return wish{}, err
 	}

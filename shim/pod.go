@@ -28,6 +28,8 @@ type wish struct {
 	uid      string // by which kubelet knows it, may be empty
 	size     oci.Size
 	policy   guard.Compiled
+	// judged says that somebody chose the policy.
+	judged bool
 	// shared lets a file server reach the machine's memory.
 	shared bool
 	// sysctls are the pod's, and so every container's.
@@ -68,6 +70,17 @@ type pod struct {
 
 	entering sync.Mutex // held while it is settled what machine a container gets
 	used     bool       // it has, or had, a container
+
+	// relaxed is the policy in force once there was a privileged container.
+	relaxed atomic.Pointer[guard.Compiled]
+}
+
+// inForce is the policy that the guest has, or is to have.
+func (p *pod) inForce() *guard.Compiled {
+	if c := p.relaxed.Load(); c != nil {
+		return c
+	}
+	return &p.policy
 }
 
 // open makes the pod. What it made before it failed is gone when it returns.
@@ -132,6 +145,26 @@ func (p *pod) enter(ctx context.Context, volumes []oci.Volume) (*box, error) {
 	return b, err
 }
 
+// relax lets a privileged container mount, in a pod for which nobody chose a
+// policy. The machine is one that the container entered.
+func (p *pod) relax(ctx context.Context, b *box) error {
+	p.entering.Lock()
+	defer p.entering.Unlock()
+	if p.judged || p.relaxed.Load() != nil {
+		return nil
+	}
+	c, err := privilegedPolicy()
+	if err != nil {
+		return err
+	}
+	if err := b.enforce(ctx, &c); err != nil {
+		return err
+	}
+	p.relaxed.Store(&c)
+	p.log.Info("the pod has a privileged container: mounting in its guest is allowed", "pod", p.id)
+	return nil
+}
+
 // replace makes another machine, one that a file server can reach.
 func (p *pod) replace(ctx context.Context) (*box, error) {
 	p.changing.Lock()
@@ -165,7 +198,7 @@ func (p *pod) record(raw []byte) {
 		return
 	}
 	text := fmt.Sprintf("rule %d", e.Rule)
-	if r, ok := p.policy.Rule(e.Rule); ok {
+	if r, ok := p.inForce().Rule(e.Rule); ok {
 		text = r.String()
 	}
 	p.log.Warn("guard", "event", e.String(), "rule", text, "sequence", e.Sequence, "lost", e.Lost)

@@ -30,6 +30,7 @@ import (
 	types "github.com/containerd/containerd/api/types/task"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/guard"
 	"hauberk.dev/shim/oci"
 	"hauberk.dev/vm"
 )
@@ -453,6 +454,68 @@ func TestShares(t *testing.T) {
 	if r, err := s.Wait(t.Context(), &task.WaitRequest{ID: "pod"}); err != nil || r.ExitStatus != 137 {
 		t.Errorf("%v, %v", r, err)
 	}
+}
+
+// TestPrivilegedContainer: with a privileged container a pod's policy becomes
+// that of privileged ones, once, unless somebody chose its policy.
+func TestPrivilegedContainer(t *testing.T) {
+	admin := []string{"CAP_SYS_ADMIN"}
+	make := func(s *stand, id string, change func(process, annotations map[string]any)) {
+		t.Helper()
+		r := s.request(id, "container", "pod")
+		if id == "pod" {
+			r = s.request(id, "sandbox", "pod")
+		}
+		name := filepath.Join(r.Bundle, "config.json")
+		raw, err := os.ReadFile(name)
+		var v map[string]any
+		if err = errors.Join(err, json.Unmarshal(raw, &v)); err != nil {
+			t.Fatal(err)
+		}
+		change(v["process"].(map[string]any), v["annotations"].(map[string]any))
+		if raw, err = json.Marshal(v); err == nil {
+			err = os.WriteFile(name, raw, 0o600)
+		}
+		if err == nil {
+			_, err = s.Create(t.Context(), r)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	plain := func(process, annotations map[string]any) {}
+	privileged := func(process, annotations map[string]any) {
+		process["capabilities"] = map[string]any{"bounding": admin, "effective": admin, "permitted": admin}
+	}
+	judged := func(process, annotations map[string]any) {
+		annotations[policyAnnotation] = `{"policies":[{"name":"own","spec":{"sys":{"deny":["mount"]}}}]}`
+	}
+	s := newStand(t, "pod")
+	make(s, "pod", plain)
+	make(s, "one", plain)
+	if p := s.pod.inForce(); p.Generation != 1 || s.machine().count(guestproto.VerbGuardPolicy) != 1 {
+		t.Errorf("generation %d after an ordinary container", p.Generation)
+	}
+	make(s, "two", privileged)
+	make(s, "three", privileged)
+	p := s.pod.inForce()
+	if p.Generation != 2 || s.machine().count(guestproto.VerbGuardPolicy) != 2 || slices.ContainsFunc(p.Rules, func(r guard.Rule) bool { return strings.Contains(r.Text, "mounted") }) {
+		t.Errorf("with a privileged one: generation %d, %d policies told, rules %v", p.Generation, s.machine().count(guestproto.VerbGuardPolicy), p.Rules)
+	}
+	for _, want := range []string{"programs and libraries of the image", "eBPF may not", "modules may not", "traced", "TCP, UDP", "device file", "io_uring", "user namespace"} {
+		if !slices.ContainsFunc(p.Rules, func(r guard.Rule) bool { return strings.Contains(r.Text, want) && r.Policy == "privileged" }) {
+			t.Errorf("no rule about %q", want)
+		}
+	}
+	s.end("pod")
+
+	s = newStand(t, "pod")
+	make(s, "pod", judged)
+	make(s, "two", privileged)
+	if p := s.pod.inForce(); s.machine().count(guestproto.VerbGuardPolicy) != 1 || !slices.ContainsFunc(p.Rules, func(r guard.Rule) bool { return r.Policy == "own" }) {
+		t.Errorf("a chosen policy gave way: %v", p.Rules)
+	}
+	s.end("pod")
 }
 
 // TestAlone: the machine of a container that is its own pod ends with it.

@@ -31,3 +31,10 @@ func compilePolicy(annotations map[string]string) (guard.Compiled, error) {
 	}
 	return guard.Compile(g, guard.CompileFacts{})
 }
+
+// privilegedPolicy takes the baseline's place in a pod that gets a privileged
+// container.
+func privilegedPolicy() (guard.Compiled, error) {
+	g := node.Guard{Generation: 2, Policies: []node.NamedGuardPolicy{{Name: "privileged", Spec: guard.Privileged()}}}
+	return guard.Compile(g, guard.CompileFacts{})
+}

@@ -22,6 +22,7 @@ type Guard struct {
 	blob       []byte // of the policy in force
 	marks      map[uint32]*mark
 	lastMark   uint32
+	given      [][deviceKey]byte // devices of containers
 }
 
 // guardedRoot is a container's root and the image below it.
@@ -98,7 +99,7 @@ func (g *Guard) createMaps(b *bundle) error {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "images", "denials", "audit", "counters"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "images", "devices", "denials", "audit", "counters"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}

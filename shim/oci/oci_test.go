@@ -118,6 +118,21 @@ func TestPrivileged(t *testing.T) {
 	if r.Bounding>>21&1 != 1 || r.Effective != r.Permitted || create.PID != guestproto.PIDPod || create.Program.Seccomp.Mode != guestproto.SeccompNone || !create.Program.NewPrivileges {
 		t.Errorf("rights %+v, pid mode %d, seccomp %d", r, create.PID, create.Program.Seccomp.Mode)
 	}
+	if !c.Privileged() {
+		t.Error("it does not count as privileged")
+	}
+	for field, value := range map[string]any{
+		"linux.maskedPaths": list{"/proc/kcore"}, "linux.readonlyPaths": list{"/proc/sys"}, "process.noNewPrivileges": true,
+		"linux.seccomp": object{"defaultAction": "SCMP_ACT_ALLOW"}, "process.capabilities.effective": list{"CAP_NET_ADMIN"}, "process.capabilities": nil,
+	} {
+		c, err := Parse(edit(t, edit(t, raw, "linux.devices", nil), field, value))
+		if err != nil || c.Privileged() {
+			t.Errorf("with %s = %v it counts as privileged (%v)", field, value, err)
+		}
+	}
+	if c, err := Parse(read(t, "cri24-container")); err != nil || c.Privileged() {
+		t.Errorf("any container counts as privileged (%v)", err)
+	}
 }
 
 // edit sets a field of a configuration; nil removes it.

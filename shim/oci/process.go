@@ -157,6 +157,17 @@ func capabilityName(set uint64) string {
 	return ""
 }
 
+const adminBit = 1 << 21 // CAP_SYS_ADMIN
+
+// Privileged says whether the container was asked for as the CRI and its kin
+// ask for a privileged one: with the right to administer, and with nothing
+// masked, write-protected or filtered.
+func (c *Config) Privileged() bool {
+	l, r := c.spec.Linux, c.program.Rights
+	return r.Bounding&r.Effective&adminBit != 0 && !c.spec.Process.NoNewPrivileges &&
+		l.Seccomp == nil && len(l.MaskedPaths) == 0 && len(l.ReadonlyPaths) == 0
+}
+
 // limitNames are in the order of their numbers.
 var limitNames = strings.Fields(`RLIMIT_CPU RLIMIT_FSIZE RLIMIT_DATA RLIMIT_STACK RLIMIT_CORE RLIMIT_RSS RLIMIT_NPROC
 	RLIMIT_NOFILE RLIMIT_MEMLOCK RLIMIT_AS RLIMIT_LOCKS RLIMIT_SIGPENDING RLIMIT_MSGQUEUE RLIMIT_NICE RLIMIT_RTPRIO RLIMIT_RTTIME`)

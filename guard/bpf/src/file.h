@@ -218,11 +218,11 @@ int BPF_PROG(on_mknod, struct inode *dir, struct dentry *d, unsigned short mode,
 	return err ? err : change(d, false);
 }
 
-static __always_inline bool device_allowed(__u32 mode, __u32 rdev)
+static __always_inline bool is_usual(__u32 type, __u32 rdev)
 {
 	__u32 major = rdev >> 20, minor = rdev & 0xfffff;
 
-	if (mode != S_IFCHR)
+	if (type != S_IFCHR)
 		return false;
 	switch (major) {
 	case 1: /* null zero full random urandom */
@@ -231,6 +231,21 @@ static __always_inline bool device_allowed(__u32 mode, __u32 rdev)
 		return minor == 0 || minor == 2;
 	}
 	return major >= 136 && major <= 143; /* pts */
+}
+
+/* Whether the container of this task was given the device. Containers are the
+   cgroups right below the first, and none of their processes can leave: the
+   files that would move it are settings. */
+static __always_inline bool device_given(__u32 type, __u32 rdev)
+{
+	struct device key = {.cgroup = bpf_get_current_ancestor_cgroup_id(1), .type = type, .number = rdev};
+
+	return key.cgroup && bpf_map_lookup_elem(&devices, &key);
+}
+
+static __always_inline bool device_allowed(__u32 type, __u32 rdev)
+{
+	return is_usual(type, rdev) || device_given(type, rdev);
 }
 
 /* Whether writing the file sets something of the kernel itself rather than of

@@ -21,10 +21,16 @@ struct qstr {
 
 struct dentry;
 
+struct file_system_type {
+	const char *name;
+};
+
 struct super_block {
 	__u32 s_dev;
 	unsigned long s_magic;
 	struct dentry *s_root;
+	struct file_system_type *s_type;
+	void *s_bdev;
 };
 
 struct inode {

@@ -102,6 +102,14 @@ struct object {
 	__u64 ino;
 };
 
+/* A device that the containers of one cgroup were given: S_IFCHR or S_IFBLK,
+   and the number as inodes have it. */
+struct device {
+	__u64 cgroup;
+	__u32 type;
+	__u32 number;
+};
+
 #define NAME_SIZE 60
 struct name {
 	__u32 set;
@@ -134,6 +142,8 @@ AT(destination, family, 4);
 AT(destination, port, 6);
 AT(destination, addr, 8);
 AT(object, ino, 8);
+AT(device, type, 8);
+AT(device, number, 12);
 
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
@@ -217,6 +227,16 @@ struct {
 	__type(key, __u32);
 	__type(value, __u32);
 } images SEC(".maps");
+
+/* Devices beyond the usual that a container's configuration gives it. The agent
+   fills it before the container's first process, and empties it after the
+   last. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct device);
+	__type(value, __u32);
+} devices SEC(".maps");
 
 static __always_inline const struct policy *policy_now(void)
 {

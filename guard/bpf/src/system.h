@@ -226,11 +226,45 @@ int BPF_PROG(on_move_mount, struct path *from, struct path *to, int prev)
 	return prev ? prev : mount_on(to->dentry);
 }
 
+#define SYSTEM(a, b, c, d, e, f, g) \
+	((__u64)(a) | (__u64)(b) << 8 | (__u64)(c) << 16 | (__u64)(d) << 24 | (__u64)(e) << 32 | (__u64)(f) << 40 | (__u64)(g) << 48)
+
+/* Whether a workload that may mount may mount this. A disk is opened by who
+   mounts it, without the hook for files; some file systems are one for the
+   whole kernel (devtmpfs holds the agent's own devices), or the agent's (the
+   pod's share). What is not known to be neither is refused. */
+static __always_inline bool may_be_mounted(struct super_block *sb)
+{
+	__u64 name = 0;
+
+	if (sb->s_bdev)
+		return device_given(S_IFBLK, sb->s_dev);
+	bpf_probe_read_kernel_str(&name, sizeof(name), sb->s_type->name);
+	switch (name) {
+	case SYSTEM('p', 'r', 'o', 'c', 0, 0, 0):
+	case SYSTEM('s', 'y', 's', 'f', 's', 0, 0):
+	case SYSTEM('t', 'm', 'p', 'f', 's', 0, 0):
+	case SYSTEM('r', 'a', 'm', 'f', 's', 0, 0):
+	case SYSTEM('m', 'q', 'u', 'e', 'u', 'e', 0):
+	case SYSTEM('d', 'e', 'v', 'p', 't', 's', 0):
+	case SYSTEM('c', 'g', 'r', 'o', 'u', 'p', '2'):
+	case SYSTEM('o', 'v', 'e', 'r', 'l', 'a', 'y'):
+	case SYSTEM('f', 'u', 's', 'e', 0, 0, 0): /* of a server that has /dev/fuse */
+		return true;
+	}
+	return false;
+}
+
 /* A mount made by fsmount can be used without ever being put anywhere. */
 SEC("lsm/sb_kern_mount")
 int BPF_PROG(on_new_mount, struct super_block *sb, int prev)
 {
-	return prev ? prev : operation(ON_MOUNT, OP_MOUNT, sb->s_root);
+	struct about a = {.op = OP_DEVICE, .detail = sb->s_dev};
+	int err = prev ? prev : operation(ON_MOUNT, OP_MOUNT, sb->s_root);
+
+	if (err || !is_workload() || may_be_mounted(sb))
+		return err;
+	return decide(policy_now(), DENY | RULE_DEVICE, &a);
 }
 
 SEC("lsm/sb_umount")

@@ -24,7 +24,9 @@ var systemAttacks = map[string]func([]string) error{
 	"bind":       func(a []string) error { return bind(a[0]) },
 	"umount":     func([]string) error { return syscall.Unmount("/shm", syscall.MNT_DETACH) },
 	"remount":    func([]string) error { return syscall.Mount("", "/shm", "", syscall.MS_REMOUNT, "size=50m") },
-	"fsmount":    fsmount,
+	"mountnew":   func(a []string) error { return syscall.Mount(a[0], "/mnt", a[1], syscall.MS_RDONLY, "") },
+	"mountover":  mountOver,
+	"fsmount":    func(a []string) error { return fsmount(append(a, "tmpfs")[0]) },
 	"pivot":      pivot,
 	"mknod":      func([]string) error { return syscall.Mknod("/tmp/node", syscall.S_IFCHR|0o600, 1<<8|1) },
 	"mknodreg":   func([]string) error { return syscall.Mknod("/tmp/regular", syscall.S_IFREG|0o600, 0) },
@@ -201,8 +203,24 @@ func bind(path string) error {
 }
 
 // fsmount makes a mount that is never put anywhere.
-func fsmount([]string) error {
-	kind, _ := syscall.BytePtrFromString("tmpfs")
+// mountOver mounts an overlay of its own on the image and runs what it adds.
+func mountOver([]string) error {
+	if err := syscall.Mount("tmpfs", "/opt", "tmpfs", 0, ""); err != nil {
+		return void(err)
+	}
+	for _, d := range []string{"/opt/upper", "/opt/work"} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			return void(err)
+		}
+	}
+	if err := syscall.Mount("overlay", "/mnt", "overlay", 0, "lowerdir=/bin,upperdir=/opt/upper,workdir=/opt/work"); err != nil {
+		return void(err)
+	}
+	return drop([]string{"/mnt/x"})
+}
+
+func fsmount(system string) error {
+	kind, _ := syscall.BytePtrFromString(system)
 	fd, _, errno := syscall.Syscall(430, uintptr(unsafe.Pointer(kind)), 0, 0)
 	if errno != 0 {
 		return errno
