@@ -44,7 +44,8 @@ func (c *Compiled) Rule(id uint32) (Rule, bool) {
 }
 
 const (
-	policyMagic = "HBPOLCY\x01"
+	policyMagic = "HBPOLCY\x02"
+	fixedSize   = 32 + 4*ruleIndexes + 4*maxEgressLists // struct policy of bpf/src/policy.h
 	// maxBlob leaves room for the frame around it.
 	maxBlob        = 240 << 10
 	maxEgressLists = 32
@@ -95,6 +96,14 @@ type compiler struct {
 	programs     []pathRule
 	lists        []reference // one per policy with a list of destinations
 	destinations map[destination]uint32
+	sections     []section
+}
+
+// section is a part of the blob that only policies which need it have. The
+// guest refuses one that it does not know.
+type section struct {
+	tag  uint16
+	data []byte
 }
 
 // pathRule is a rule about a path.
@@ -275,7 +284,12 @@ func (c *compiler) blob() []byte {
 	for _, p := range c.programs {
 		b = appendText(le.AppendUint32(b, uint32(p.write)), p.path)
 	}
-	return c.appendDestinations(b)
+	b = c.appendDestinations(b)
+	slices.SortFunc(c.sections, func(a, b section) int { return cmp.Compare(a.tag, b.tag) })
+	for _, s := range c.sections {
+		b = append(le.AppendUint32(le.AppendUint16(b, s.tag), uint32(len(s.data))), s.data...)
+	}
+	return b
 }
 
 // fixedPart is struct policy of bpf/src/policy.h.

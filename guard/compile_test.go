@@ -25,7 +25,7 @@ func parse(t *testing.T, blob []byte) (p parsed) {
 	t.Helper()
 	le := binary.LittleEndian
 	b := blob[len(policyMagic)+8+32:]
-	p.fixed, b = b[:224], b[224:]
+	p.fixed, b = b[:fixedSize], b[fixedSize:]
 	text := func(head int) string {
 		n := int(le.Uint16(b[head:]))
 		s := fmt.Sprintf("%x %s", b[:head], b[head+2:head+2+n])

@@ -22,8 +22,8 @@ func TestLayoutsAgreeWithPrograms(t *testing.T) {
 	}
 	c := compileForTest(t, 1, strict())
 	const head = len(policyMagic) + 8 + 32
-	if got := spec.Maps["current"].InnerMap.ValueSize; got != 224 || len(c.Blob) < head+int(got) {
-		t.Errorf("struct policy has %d bytes, the compiler writes 224", got)
+	if got := spec.Maps["current"].InnerMap.ValueSize; got != fixedSize || len(c.Blob) < head+int(got) {
+		t.Errorf("struct policy has %d bytes, the compiler writes %d", got, fixedSize)
 	}
 	if got := spec.Maps["egress"].InnerMap.KeySize; int(got) != len(appendKey(nil, destination{prefix: netip.MustParsePrefix("10.0.0.0/8")})) {
 		t.Errorf("struct destination has %d bytes, the compiler writes another number", got)

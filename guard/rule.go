@@ -56,7 +56,7 @@ const (
 	onMknod
 	onIOUring
 	onUserNS
-	ruleIndexes = 16
+	ruleIndexes = 64
 )
 
 // operations says what each name of a policy's sys.deny stands for.

@@ -68,6 +68,9 @@ func TestParsePolicy(t *testing.T) {
 			t.Errorf("a policy cut after %d of %d bytes was read", n, len(b))
 		}
 	}
+	if _, err := parsePolicy(append(append32([]byte(append(seedPolicy(), 0xff, 0xff)), 1), 0)); err == nil {
+		t.Error("a policy with an unknown section was read")
+	}
 	b[len(policyMagic)+8+32]++ // the generation inside
 	if _, err := parsePolicy(b); err == nil {
 		t.Error("a policy of two generations was read")

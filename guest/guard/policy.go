@@ -7,8 +7,8 @@ import (
 
 // A policy blob, as package guard compiles it, and its limits.
 const (
-	policyMagic    = "HBPOLCY\x01"
-	policySize     = 224 // struct policy of guard/bpf/src/policy.h
+	policyMagic    = "HBPOLCY\x02"
+	policySize     = 416 // struct policy of guard/bpf/src/policy.h
 	policySlot     = 8   // where its slot stands
 	destSize       = 24
 	nameSize       = 60
@@ -63,13 +63,30 @@ func parsePolicy(b []byte) (*policy, error) {
 		p.programs = append(p.programs, programRule{c.u32(), c.text()})
 	}
 	p.egress = c.take(uint32(c.count(c.u32(), maxEgress)) * (destSize + 4))
-	if c.bad || len(c.b) != 0 {
+	for !c.bad && len(c.b) > 0 {
+		tag := uint16(c.u16())
+		if data := c.take(c.u32()); !c.bad {
+			if err := p.section(tag, data); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if c.bad {
 		return nil, fail("read", "guard policy", syscall.EBADMSG)
 	}
 	if inside := (&cursor{b: p.fixed}).u64(); inside != p.generation {
 		return nil, fail("read", "guard policy", syscall.EBADMSG)
 	}
 	return p, nil
+}
+
+// section reads a part that only some policies have. One that is not known holds
+// what this agent cannot.
+func (p *policy) section(tag uint16, data []byte) error {
+	switch tag {
+	default:
+		return fail("read", "section "+strconv.Itoa(int(tag))+" of guard policy", syscall.EPROTONOSUPPORT)
+	}
 }
 
 // mark is what the kernel keeps beside an inode. The agent holds a descriptor

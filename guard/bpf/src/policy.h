@@ -37,7 +37,7 @@ enum rule_index {
 	ON_MKNOD,
 	ON_IOURING,
 	ON_USERNS,
-	RULE_INDEXES = 16,
+	RULE_INDEXES = 64,
 };
 
 #define EGRESS_LISTS 32
@@ -133,7 +133,7 @@ AT(policy, listed, 20);
 AT(policy, egress_deny, 24);
 AT(policy, egress_audit, 28);
 AT(policy, rule, 32);
-AT(policy, egress, 96);
+AT(policy, egress, 288);
 AT(meaning, write, 8);
 AT(meaning, names, 24);
 AT(mark, id, 4);
