@@ -39,7 +39,7 @@ var fields = []field{
 	{"hooks", refused, "they want processes and namespaces of the host, and what is inside a sandbox has none there"},
 	{"root.path", honoured, "only if containerd mounts nothing; else the mounts are the root"},
 	{"root.readonly", honoured, ""},
-	{"mounts", judged, "proc, sysfs, tmpfs, devpts, mqueue and cgroup are the guest's; paths of the host come as docs/volumes.md says; idmap, tmpcopyup, mand and other file systems are refused"},
+	{"mounts", judged, "proc, sysfs, tmpfs, devpts, mqueue and cgroup are the guest's; paths of the host come as docs/volumes.md says; of those rshared, and of all idmap, tmpcopyup, mand and other file systems are refused"},
 
 	{"process.args", honoured, ""},
 	{"process.env", honoured, ""},

@@ -37,6 +37,9 @@ func (m mountPlan) readOnly() bool { return (m.Flags|m.Recursive)&unix.MS_RDONLY
 
 func (m mountPlan) readOnlyBelow() bool { return m.Recursive&unix.MS_RDONLY != 0 }
 
+// later says whether what is mounted below the source later is to be seen.
+func (m mountPlan) later() bool { return m.Propagation&unix.MS_SLAVE != 0 }
+
 const flagRec = unix.MS_REC
 
 const maxMounts = 1024
@@ -75,9 +78,8 @@ var recursive = map[string]option{
 	"rnodiratime": {set: unix.MS_NODIRATIME}, "rdiratime": {clear: unix.MS_NODIRATIME},
 }
 
-// propagations by name. Shared and slave are among the containers of a pod:
-// nothing that is mounted on the host later comes into a guest, and nothing
-// of a guest gets out.
+// propagations by name. Of a path of the host, what is mounted below it later
+// comes into the guest with slave; nothing of a guest gets out, so shared is refused.
 var propagations = map[string]uint32{
 	"": 0, "private": unix.MS_PRIVATE, "rprivate": unix.MS_PRIVATE | unix.MS_REC,
 	"slave": unix.MS_SLAVE, "rslave": unix.MS_SLAVE | unix.MS_REC,
@@ -149,6 +151,12 @@ func (p mountPlan) bind(m *mount, data []string) (mountPlan, error) {
 		return p, fmt.Errorf("options: a bind mount does not understand %.128q", data[0])
 	case !path.IsAbs(m.Source) || !plain(m.Source):
 		return p, fmt.Errorf("source %.256q: want an absolute path", m.Source)
+	}
+	switch {
+	case p.Propagation&unix.MS_SHARED != 0:
+		return p, errors.New("options: what a sandbox mounts does not come out of it: use rslave (HostToContainer) for what the host mounts")
+	case p.later() && p.readOnlyBelow():
+		return p, errors.New("options: what the host mounts later is not made read-only: leave out either the propagation or rro")
 	}
 	p.host, p.Source = true, path.Clean(m.Source)
 	p.Flags |= unix.MS_BIND

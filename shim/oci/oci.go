@@ -213,7 +213,7 @@ func (c *Config) Create(f Facts) (guestproto.Create, []Volume, error) {
 		if m.host {
 			volumes = append(volumes, Volume{
 				Field: fmt.Sprintf("mounts[%d].source", i), Mount: i, Device: -1, Source: m.Source, Target: m.Target,
-				ReadOnly: m.readOnly(), Recursive: m.Flags&flagRec != 0, Below: m.readOnlyBelow(),
+				ReadOnly: m.readOnly(), Recursive: m.Flags&flagRec != 0, Below: m.readOnlyBelow(), Later: m.later(),
 			})
 			out.Mounts[i].Source = ""
 		}
@@ -235,4 +235,5 @@ type Volume struct {
 	ReadOnly  bool
 	Recursive bool // mounts below Source belong to it
 	Below     bool // they are as read-only as it is
+	Later     bool // and so do those that the host mounts there later
 }

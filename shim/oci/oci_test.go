@@ -244,6 +244,8 @@ func TestRefuses(t *testing.T) {
 		{"process.capabilities.bounding", list{"CAP_FLY"}, `process.capabilities.bounding[0] "CAP_FLY"`},
 		{"process.capabilities", object{"effective": list{"CAP_KILL"}}, "process.capabilities.effective: CAP_KILL"},
 		{"process.capabilities", object{"ambient": list{"CAP_KILL"}, "permitted": list{"CAP_KILL"}}, "process.capabilities.ambient: CAP_KILL"},
+		{"mounts", list{object{"destination": "/v", "type": "bind", "source": "/v", "options": list{"rbind", "rshared"}}}, "mounts[0].options: what a sandbox mounts does not come out of it"},
+		{"mounts", list{object{"destination": "/v", "type": "bind", "source": "/v", "options": list{"rbind", "rslave", "rro"}}}, "mounts[0].options: what the host mounts later"},
 		{"windows", object{"layerFolders": list{"x"}}, "windows"},
 		{"vm", object{"kernel": object{"path": "/x"}}, "vm"},
 		{"process", nil, "it needs process and linux"},

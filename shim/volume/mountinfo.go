@@ -13,6 +13,7 @@ import (
 // mountLine is what a line of /proc/self/mountinfo says of a mount.
 type mountLine struct {
 	device, root, point string
+	propagates          bool // it is shared, or a slave
 }
 
 // originOf says where else a path is that a bind mount shows: the path itself
@@ -80,9 +81,39 @@ func parseMounts(r io.Reader) (lines []mountLine, err error) {
 		if len(lines) == maxMountLines {
 			return nil, fmt.Errorf("read mountinfo: more than %d mounts", maxMountLines)
 		}
-		lines = append(lines, mountLine{f[2], unescape(f[3]), unescape(f[4])})
+		lines = append(lines, mountLine{f[2], unescape(f[3]), unescape(f[4]), propagates(f[6:])})
 	}
 	return lines, sc.Err()
+}
+
+// propagates reads the optional fields of a mount, which a dash ends.
+func propagates(fields []string) bool {
+	for _, f := range fields {
+		if f == "-" {
+			break
+		}
+		if strings.HasPrefix(f, "shared:") || strings.HasPrefix(f, "master:") {
+			return true
+		}
+	}
+	return false
+}
+
+// isShared says whether mounts of the host below a path reach a slave of the
+// mount that the path lies on.
+func isShared(path string) (bool, error) {
+	lines, err := readMounts()
+	if err != nil {
+		return false, err
+	}
+	best := mountLine{}
+	for _, l := range lines {
+		below := path == l.point || strings.HasPrefix(path, strings.TrimSuffix(l.point, "/")+"/")
+		if below && len(l.point) >= len(best.point) {
+			best = l // the last is on top
+		}
+	}
+	return best.propagates, nil
 }
 
 // unescape undoes \040 and the like.

@@ -30,7 +30,8 @@ import (
 // The volumes are bound by a thread of this process that lives in the
 // namespace the server's is a copy of: what it binds later reaches the server.
 // Read-only volumes are read-only there, whatever the guest does. Mounts of the
-// host that come later do not reach it, and none goes back.
+// host that come later reach it below volumes that ask for them, and only below
+// those; none goes back.
 
 const (
 	serverPath = "/usr/lib/qemu/virtiofsd"
@@ -285,9 +286,14 @@ func attach(b bind) error {
 func (sh *share) add(s *source, v oci.Volume) (string, error) {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	key := fmt.Sprintf("%v %v %v %s", v.ReadOnly, v.Recursive, v.Below, s.path)
+	key := fmt.Sprintf("%v %v %v %v %s", v.ReadOnly, v.Recursive, v.Below, v.Later, s.path)
 	if name, ok := sh.names[key]; ok {
 		return name, nil
+	}
+	if v.Later {
+		if shared, err := isShared(s.path); err != nil || !shared {
+			return "", errors.Join(errors.New("the host's mount that it lies on is private: nothing that is mounted below it later would be seen"), err)
+		}
 	}
 	tree, err := cloneTree(s.file, v)
 	if err != nil {
@@ -325,6 +331,9 @@ func cloneTree(f *os.File, v oci.Volume) (int, error) {
 		return -1, os.NewSyscallError("open_tree", err)
 	}
 	all := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV, Propagation: unix.MS_PRIVATE}
+	if v.Later {
+		all.Propagation = unix.MS_SLAVE
+	}
 	if v.ReadOnly && v.Below {
 		all.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}

@@ -267,6 +267,52 @@ func TestLaterMountsStayOut(t *testing.T) {
 	}
 }
 
+// TestLaterMountsComeIn: below a volume that asks for it what the host mounts
+// later is there, and gone when the host unmounts it, and only there.
+func TestLaterMountsComeIn(t *testing.T) {
+	p, _, server, _, _ := openTestShare(t)
+	dir, private := t.TempDir(), t.TempDir()
+	for path, kind := range map[string]uintptr{dir: unix.MS_SHARED, private: unix.MS_PRIVATE} {
+		if err := errors.Join(unix.Mount(path, path, "", unix.MS_BIND, ""), unix.Mount("", path, "", kind, "")); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = unix.Unmount(path, unix.MNT_DETACH) })
+	}
+	below := filepath.Join(dir, "below")
+	if err := os.Mkdir(below, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	create := guestproto.Create{Mounts: make([]guestproto.Mount, 2)}
+	if err := p.Add(t.Context(), "later", &create, []oci.Volume{
+		{Mount: 0, Device: -1, Source: dir, Target: "/later", Recursive: true, Later: true},
+		{Mount: 1, Device: -1, Source: dir, Target: "/never", Recursive: true},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	at := func(mount int) string {
+		return fmt.Sprintf("/proc/%d/root/%s/below/x", server, strings.TrimPrefix(create.Mounts[mount].Source, "share/"))
+	}
+	if err := errors.Join(unix.Mount("x", below, "tmpfs", 0, "size=64k"), os.WriteFile(below+"/x", nil, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(at(0)); err != nil {
+		t.Errorf("below a volume that asks for it: %v", err)
+	}
+	if _, err := os.Stat(at(1)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("below one that does not: %v", err)
+	}
+	if err := unix.Unmount(below, 0); err != nil {
+		t.Errorf("unmount it on the host: %v", err)
+	}
+	if _, err := os.Stat(at(0)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("after the host unmounted it: %v", err)
+	}
+	err := p.Add(t.Context(), "private", &guestproto.Create{Mounts: make([]guestproto.Mount, 1)}, []oci.Volume{{Mount: 0, Device: -1, Source: private, Target: "/p", Later: true}})
+	if err == nil || !strings.Contains(err.Error(), "private") {
+		t.Errorf("on a private mount: %v", err)
+	}
+}
+
 // TestServerKilled: the pod is told, once, and nothing is left.
 func TestServerKilled(t *testing.T) {
 	p, m, server, _, _ := openTestShare(t)

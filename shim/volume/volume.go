@@ -125,6 +125,9 @@ func (p *Pod) add(ctx context.Context, container string, create *guestproto.Crea
 		return err
 	}
 	defer s.close()
+	if v.Later && s.kind == kindScratch {
+		return errors.New("it lives in the guest: what another mounts there is not seen: leave out the propagation")
+	}
 	m := &create.Mounts[v.Mount]
 	m.Kind = guestproto.MountPod
 	switch s.kind {

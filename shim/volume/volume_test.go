@@ -462,6 +462,9 @@ func TestScratch(t *testing.T) {
 	if m, err := bring(t, p, "e", oci.Volume{Source: k.dir + "/../v", Target: "/x"}); err != nil || m.Source != "v0" {
 		t.Errorf("%+v, %v", m, err)
 	}
+	if _, err := bring(t, p, "f", oci.Volume{Source: k.dir, Target: "/x", Later: true}); err == nil || !strings.Contains(err.Error(), "leave out the propagation") {
+		t.Errorf("with propagation: %v", err)
+	}
 }
 
 // TestScratchInMemory: of one that is memory the size is kubelet's, and parts
