@@ -56,6 +56,7 @@ type Journal struct {
 	// Key is a digest of everything that a saved state of the machine depends
 	// on, and Memory how many bytes the guest has.
 	Key    string `json:"key,omitempty"`
+	Origin Origin `json:"origin,omitzero"`
 	Memory int64  `json:"memory,omitempty"`
 	// Template is the key of the template cloned, empty after a cold boot.
 	Template string    `json:"template,omitempty"`

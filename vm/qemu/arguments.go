@@ -201,6 +201,14 @@ func key(version string, c configuration, spec vm.TemplateSpec) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
+// origin says what key is a digest of.
+func origin(version string, c configuration, spec vm.TemplateSpec) vm.Origin {
+	return vm.Origin{
+		Monitor: version, Arguments: key("", c, vm.TemplateSpec{}), Kernel: spec.Kernel.Digest, Initrd: spec.Initrd.Digest,
+		MemoryMiB: spec.MemoryMiB, CPUs: spec.CPUs, TrustDomain: spec.TrustDomain,
+	}
+}
+
 // commandLine is the guest kernel's. A microvm has no clock to measure the
 // processor's by, so the guest must be told, or it waits for ever.
 func commandLine(tscKHz uint64) string {

@@ -243,7 +243,8 @@ func (d *Driver) launch(ctx context.Context, l launch) (_ *vm.Machine, _ *monito
 	if err != nil {
 		return nil, nil, err
 	}
-	journal.Template, journal.Key, journal.Memory = l.template, d.key(l.spec.Template), int64(c.memoryMiB)<<20
+	journal.Template, journal.Memory = l.template, int64(c.memoryMiB)<<20
+	journal.Key, journal.Origin = d.key(l.spec.Template), d.origin(l.spec.Template)
 	if d.bounded {
 		journal.Cgroups = d.cgroups.Paths(c.mark)
 	}

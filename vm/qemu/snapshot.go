@@ -97,8 +97,8 @@ func (d *Driver) restore(ctx context.Context, s vm.Snapshot, state *os.File, spe
 	if err := errors.Join(spec.Check(), s.Fits(spec)); err != nil {
 		return nil, err
 	}
-	if want := d.key(spec.Template); s.Key != want {
-		return nil, fmt.Errorf("%w: the state's key is %.12s, the machine needs %.12s", vm.ErrWrongTemplate, s.Key, want)
+	if err := s.CheckOrigin(d.key(spec.Template), d.origin(spec.Template)); err != nil {
+		return nil, err
 	}
 	memory, err := memfd("guest", int64(spec.Template.MemoryMiB)<<20)
 	if err != nil {

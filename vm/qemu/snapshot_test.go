@@ -43,13 +43,13 @@ func TestSnapshot(t *testing.T) {
 	a.conn.Close() // a saved guest shall see that its host left
 	dir := filepath.Join(t.TempDir(), "saved")
 	began := time.Now()
-	if err := m.Snapshot(ctx, dir); err != nil {
+	if _, err := m.Snapshot(ctx, dir, []byte(`{"a":"<b>"}`)); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("saved in %v", time.Since(began).Round(time.Millisecond))
 	a = converse(t, ctx, m)
 	say(t, a, "write "+hostname+" late")
-	if err := m.Snapshot(ctx, dir); !errors.Is(err, os.ErrExist) {
+	if _, err := m.Snapshot(ctx, dir, nil); !errors.Is(err, os.ErrExist) {
 		t.Errorf("a snapshot over another: %v", err)
 	}
 
@@ -153,7 +153,7 @@ func refusesSnapshots(t *testing.T, ctx context.Context, d *Driver, dir string, 
 			t.Errorf("%s state: %v, want %v", name, err, vm.ErrDamaged)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(dir, "snapshot.json"), []byte(`{"version":1}`), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, "snapshot.json"), []byte(`{"version":2}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, err := vm.OpenSnapshot(dir); !errors.Is(err, vm.ErrDamaged) {

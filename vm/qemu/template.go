@@ -53,6 +53,10 @@ func (d *Driver) Template(ctx context.Context, spec vm.TemplateSpec, progress fu
 
 func (d *Driver) key(spec vm.TemplateSpec) string { return key(d.version, d.shape(spec), spec) }
 
+func (d *Driver) origin(spec vm.TemplateSpec) vm.Origin {
+	return origin(d.version, d.shape(spec), spec)
+}
+
 // known returns a template made before and notes its use.
 func (d *Driver) known(k string) *vm.Template {
 	d.mu.Lock()
