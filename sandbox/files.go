@@ -94,8 +94,14 @@ func (b *Sandbox) ReadFile(ctx context.Context, name string) (content []byte, er
 		case h.Size > maxFile:
 			return fmt.Errorf("read %s of %s: more than %d bytes", name, b.id, maxFile)
 		}
-		content, err = io.ReadAll(t)
-		return err
+		if content, err = io.ReadAll(t); err != nil {
+			return err
+		}
+		// The stream is read to its end: who writes it must not find it broken.
+		if _, err := t.Next(); err != io.EOF {
+			return errors.Join(fmt.Errorf("read %s of %s: more than one file came", name, b.id), err)
+		}
+		return nil
 	})
 	return content, err
 }

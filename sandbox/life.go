@@ -40,25 +40,40 @@ func (h *Host) Create(ctx context.Context, o Options) (*Sandbox, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
-	if len(h.conf.Run) > maxRun {
-		return nil, fmt.Errorf("create sandbox: directory %s: its name has more than %d bytes, sockets in it would have none left", h.conf.Run, maxRun)
-	}
-	b, held, err := h.claim(ctx, &o, img, p)
+	b, err := h.create(ctx, o, img, p, origin{})
 	if err != nil {
 		return nil, fmt.Errorf("create sandbox: %w", err)
 	}
+	return b, nil
+}
+
+// origin is the snapshot that a sandbox goes on from, if any.
+type origin struct {
+	dir string
+	id  string // of the sandbox that was saved
+}
+
+// create makes a sandbox, or leaves nothing.
+func (h *Host) create(ctx context.Context, o Options, img Image, p process, from origin) (*Sandbox, error) {
+	if len(h.conf.Run) > maxRun {
+		return nil, fmt.Errorf("directory %s: its name has more than %d bytes, sockets in it would have none left", h.conf.Run, maxRun)
+	}
+	b, held, err := h.claim(ctx, &o, img, p, from)
+	if err != nil {
+		return nil, err
+	}
 	defer held.Close()
-	if err := b.make(ctx, o, img, p, held); err != nil {
+	if err := b.make(ctx, o, img, p, from, held); err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 		defer cancel()
-		return nil, fmt.Errorf("create sandbox: %w", errors.Join(err, b.removeLocked(ctx)))
+		return nil, errors.Join(err, b.removeLocked(ctx))
 	}
 	return b, nil
 }
 
 // claim gives a sandbox its ID, its name and its record. Its lock is held by the
 // file.
-func (h *Host) claim(ctx context.Context, o *Options, img Image, p process) (_ *Sandbox, held *os.File, err error) {
+func (h *Host) claim(ctx context.Context, o *Options, img Image, p process, from origin) (_ *Sandbox, held *os.File, err error) {
 	release, err := h.lock(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -78,8 +93,8 @@ func (h *Host) claim(ctx context.Context, o *Options, img Image, p process) (_ *
 	}
 	if held, err = flock.Hold(ctx, filepath.Join(b.dir, lockName)); err == nil {
 		i := o.info(img, p)
-		i.ID, i.Created = b.id, time.Now()
-		err = b.write(record{Options: *o, Info: i, Process: p})
+		i.ID, i.Created, i.From = b.id, time.Now(), from.id
+		err = b.write(record{Options: *o, Info: i, Process: p, Image: img})
 	}
 	if err == nil {
 		err = os.Symlink(b.id, filepath.Join(h.names(), o.Name))
@@ -111,7 +126,7 @@ func (h *Host) free(name string) error {
 // make has the shim make the container. Who removes what a killed program left
 // waits for the lock, and so until the shim that was being started says where
 // it is.
-func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process, held *os.File) error {
+func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process, from origin, held *os.File) error {
 	for _, dir := range []string{b.bundle(), b.run} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return err
@@ -142,7 +157,7 @@ func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process, hel
 	}
 	defer s.Close()
 	if _, err := s.Create(ctx, client.Create{
-		ID: b.id, Bundle: b.bundle(), Streams: b.streams(o),
+		ID: b.id, Bundle: b.bundle(), Streams: b.streams(o), Snapshot: from.dir,
 		Root: []client.Mount{{Type: "erofs", Source: img.Path, Options: []string{"ro", "hauberk.sha256=" + img.ErofsSHA256}}},
 	}); err != nil {
 		return err
@@ -152,6 +167,9 @@ func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process, hel
 		return err
 	}
 	r.Made, r.Info.Ports = true, ports
+	if from.dir != "" { // it runs already
+		r.Info.Started = time.Now()
+	}
 	return b.write(r)
 }
 

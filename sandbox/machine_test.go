@@ -154,6 +154,7 @@ func TestSandbox(t *testing.T) {
 	t.Run("files", w.testFiles)
 	t.Run("pause", w.testPause)
 	t.Run("network", w.testNetwork)
+	t.Run("snapshot", w.testSnapshot)
 	t.Run("stop", w.testStop)
 	t.Run("not run", w.testNotRun)
 	t.Run("shim killed", w.testShimKilled)
@@ -449,7 +450,11 @@ func (w *world) testNotRun(t *testing.T) {
 // testShimKilled kills what holds a sandbox: it is seen to be lost, its machine
 // with it, and can be removed.
 func (w *world) testShimKilled(t *testing.T) {
-	b := w.start(t, sandbox.Options{Args: []string{"sleep", "1000"}})
+	w.killShim(t, w.start(t, sandbox.Options{Args: []string{"sleep", "1000"}}))
+}
+
+func (w *world) killShim(t *testing.T, b *sandbox.Sandbox) {
+	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(w.conf.State, "boxes", b.ID(), "bundle", "shim.pid"))
 	if err != nil {
 		t.Fatal(err)
@@ -462,16 +467,21 @@ func (w *world) testShimKilled(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	machine := i.PID
 	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	for began := time.Now(); time.Since(began) < 10*time.Second; time.Sleep(10 * time.Millisecond) {
+	for began := time.Now(); time.Since(began) < callTime; time.Sleep(10 * time.Millisecond) {
 		if i, err = b.Info(t.Context()); err == nil && i.Phase == sandbox.Exited {
 			break
 		}
 	}
 	if i.Phase != sandbox.Exited || *i.ExitCode != 137 || i.Reason == "" {
 		t.Errorf("%+v, %v", i, err)
+	}
+	// One that nobody has reaped has no arguments any more.
+	if line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", machine)); err == nil && bytes.Contains(line, []byte("qemu")) {
+		t.Errorf("its machine goes on: process %d, %q", machine, line)
 	}
 }
 

@@ -31,6 +31,8 @@ type record struct {
 	Exit *Exit `json:"exit,omitempty"`
 	// Process that Exec's take after: environment, directory and user.
 	Process process `json:"process"`
+	// Image is the packed one that its root is on.
+	Image Image `json:"image,omitzero"`
 }
 
 // Exit is how a sandbox or a process in it ended.

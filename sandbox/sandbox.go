@@ -47,6 +47,8 @@ var (
 	ErrNotRunning = errors.New("it is not running")
 	// ErrRunning means that it must not run for what was asked.
 	ErrRunning = errors.New("it is running")
+	// ErrDamaged means that a snapshot is not what was written.
+	ErrDamaged = errors.New("snapshot is damaged")
 )
 
 // Config says where things are.
@@ -103,7 +105,7 @@ func Open(c Config) (*Host, error) {
 		*dir = abs
 	}
 	h := &Host{conf: c}
-	for _, dir := range []string{h.boxes(), h.names(), h.refs(), h.sockets(), h.networks()} {
+	for _, dir := range []string{h.boxes(), h.names(), h.refs(), h.forks(), h.sockets(), h.networks()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open sandboxes: %w", err)
 		}
@@ -116,6 +118,7 @@ func (h *Host) boxes() string   { return filepath.Join(h.conf.State, "boxes") }
 func (h *Host) names() string   { return filepath.Join(h.conf.State, "names") }
 func (h *Host) refs() string    { return filepath.Join(h.conf.State, "refs") }
 func (h *Host) cache() string   { return filepath.Join(h.conf.State, "images") }
+func (h *Host) forks() string   { return filepath.Join(h.conf.State, "forks") }
 func (h *Host) sockets() string { return filepath.Join(h.conf.Run, "s") }
 
 var (
@@ -286,4 +289,6 @@ type Info struct {
 	Labels    map[string]string `json:"labels,omitempty"`
 	// Ports that are published, as Options.Publish has them, with their numbers.
 	Ports []string `json:"ports,omitempty"`
+	// From is the ID of the sandbox that it was saved as, if it was.
+	From string `json:"from,omitempty"`
 }

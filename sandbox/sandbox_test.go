@@ -50,7 +50,7 @@ func imageForTest() Image {
 func claimed(t *testing.T, h *Host, name string) *Sandbox {
 	t.Helper()
 	o := Options{Name: name, Image: "oci:/x"}
-	b, held, err := h.claim(t.Context(), &o, imageForTest(), process{Args: []string{"x"}})
+	b, held, err := h.claim(t.Context(), &o, imageForTest(), process{Args: []string{"x"}}, origin{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,7 +180,7 @@ func TestNamesAreUnique(t *testing.T) {
 	for range 16 {
 		wg.Go(func() {
 			o := Options{Name: "one"}
-			_, held, err := h.claim(context.Background(), &o, imageForTest(), process{})
+			_, held, err := h.claim(context.Background(), &o, imageForTest(), process{}, origin{})
 			mu.Lock()
 			defer mu.Unlock()
 			switch {
@@ -327,9 +327,9 @@ func TestCreateFails(t *testing.T) {
 	must(t, os.WriteFile(h.conf.Shim, []byte(script), 0o700))
 	o := Options{Name: "x", Image: "oci:/x"}
 	img := imageForTest()
-	b, held, err := h.claim(t.Context(), &o, img, process{Args: []string{"x"}})
+	b, held, err := h.claim(t.Context(), &o, img, process{Args: []string{"x"}}, origin{})
 	must(t, err)
-	err = b.make(t.Context(), o, img, process{Args: []string{"x"}}, held)
+	err = b.make(t.Context(), o, img, process{Args: []string{"x"}}, origin{}, held)
 	if err == nil || !strings.Contains(err.Error(), "no machine today") {
 		t.Errorf("got %v", err)
 	}

@@ -22,6 +22,7 @@ type machine interface {
 	Channel(ctx context.Context, onRecord func([]byte)) (*vm.Channel, guestproto.Hello, error)
 	Attach(context.Context, vm.Disk) error
 	Detach(context.Context, vm.Slot) error
+	Snapshot(ctx context.Context, dir string, note []byte) (vm.Snapshot, error)
 	Kill(context.Context) error
 }
 
@@ -36,6 +37,7 @@ type box struct {
 	machine  machine
 	channel  *vm.Channel
 	volumes  *volume.Pod
+	seed     guestproto.Reseed
 	shared   bool        // a file server can reach its memory
 	stopping atomic.Bool // it is being ended
 
@@ -82,7 +84,8 @@ func (b *box) connect(ctx context.Context) error {
 	if hello.Guard != guestproto.GuardAttached {
 		return fmt.Errorf("boot %s: the Guard is not attached: %q", b.id, hello.GuardText)
 	}
-	return c.Reseed(ctx, vm.NewSeed(b.hostname))
+	b.seed = vm.NewSeed(b.hostname)
+	return c.Reseed(ctx, b.seed)
 }
 
 // judge puts the pod's policy in force.

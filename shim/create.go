@@ -72,8 +72,8 @@ func again(ctx context.Context, c *container, r *task.CreateTaskRequest, names s
 func invalid(err error) error { return status.Error(codes.InvalidArgument, err.Error()) }
 
 func (s *service) create(ctx context.Context, c *container, r *task.CreateTaskRequest) error {
-	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
-		return status.Error(codes.Unimplemented, "create container: a sandbox cannot be restored from a checkpoint")
+	if r.ParentCheckpoint != "" {
+		return status.Error(codes.Unimplemented, "create container: a sandbox has no checkpoint that is half of another")
 	}
 	b, err := readBundle(r.Bundle, r.ID)
 	if err == nil && b.pod != s.args.id {
@@ -97,6 +97,9 @@ func (s *service) create(ctx context.Context, c *container, r *task.CreateTaskRe
 		return invalid(err)
 	}
 	w.id, w.bundle, c.role = c.id, c.bundle, b.role
+	if r.Checkpoint != "" {
+		return s.createSaved(ctx, c, conf, r, w)
+	}
 	if c.role == roleSandbox {
 		err = s.createPause(ctx, c, w)
 	} else {

@@ -18,6 +18,7 @@ import (
 	"hauberk.dev/shim/keep"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/boot"
+	"hauberk.dev/vm/qemu"
 )
 
 const (
@@ -83,6 +84,9 @@ func (g *guests) withRoot(ctx context.Context, id string, w wish) (*vm.Machine, 
 }
 
 func (g *guests) withDisks(ctx context.Context, id string, w wish, disks ...vm.Disk) (*vm.Machine, error) {
+	if w.from != nil {
+		return g.restore(ctx, id, w, disks)
+	}
 	if g.conf.cold {
 		return g.boot(ctx, id, w, disks)
 	}
@@ -118,19 +122,31 @@ func (g *guests) kept(ctx context.Context, id string, w wish) (*vm.Machine, erro
 	return given.Machine, nil
 }
 
-// boot starts a machine from its kernel. The lock lasts until the machine's
-// journal names its user, so no two machines have the same.
+// boot starts a machine from its kernel.
 func (g *guests) boot(ctx context.Context, id string, w wish, disks []vm.Disk) (*vm.Machine, error) {
+	return g.own(ctx, id, w, disks, func(d *qemu.Driver, s vm.Spec) (*vm.Machine, error) { return d.Boot(ctx, s) })
+}
+
+// restore starts a machine from a state that was saved.
+func (g *guests) restore(ctx context.Context, id string, w wish, disks []vm.Disk) (*vm.Machine, error) {
+	return g.own(ctx, id, w, disks, func(d *qemu.Driver, s vm.Spec) (*vm.Machine, error) {
+		return d.Restore(ctx, w.from.machine, w.from.state, s)
+	})
+}
+
+// own starts a machine that is not the keeper's. The lock lasts until the
+// machine's journal names its user, so no two machines have the same.
+func (g *guests) own(ctx context.Context, id string, w wish, disks []vm.Disk, start func(*qemu.Driver, vm.Spec) (*vm.Machine, error)) (*vm.Machine, error) {
 	guest, err := g.prepare(ctx)
 	if err != nil {
 		return nil, err
 	}
 	user, release, err := g.conf.place().User(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("boot %s: %w", id, err)
+		return nil, fmt.Errorf("start machine %s: %w", id, err)
 	}
 	defer release()
-	return guest.Driver.Boot(ctx, vm.Spec{
+	return start(guest.Driver, vm.Spec{
 		ID: id, UID: user, GID: user, Disks: disks, Journaled: release, Shared: w.shared,
 		Template: guest.Template(w.size.MemoryMiB, w.size.Processors, trustDomain),
 	})

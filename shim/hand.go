@@ -21,14 +21,16 @@ import (
 )
 
 const (
-	maxHand = 64 << 10
+	maxHand = 2 << 20
 	// dialTime bounds how long a caller's socket may take to answer.
 	dialTime = 5 * time.Second
 )
 
 // handMethods answer those who run sandboxes by hand.
 func (s *service) handMethods() map[string]ttrpc.Method {
-	return map[string]ttrpc.Method{hand.MethodCopy: spoken(s.Copy), hand.MethodTop: spoken(s.Top)}
+	return map[string]ttrpc.Method{
+		hand.MethodCopy: spoken(s.Copy), hand.MethodTop: spoken(s.Top), hand.MethodSnapshot: spoken(s.Snapshot),
+	}
 }
 
 // spoken makes a method callable whose messages are JSON.

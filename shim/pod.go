@@ -45,6 +45,8 @@ type wish struct {
 	several bool
 	// first is a disk the machine starts with, in slot 0, if its path is given.
 	first image.Image
+	// from is what it goes on from, if it was saved once.
+	from *saved
 }
 
 // pod is a machine and the containers in it: that of containerd's client, or

@@ -70,6 +70,10 @@ func (m *fakeMachine) Done() <-chan struct{} { return m.done }
 func (m *fakeMachine) Err() error            { return vm.ErrKilled }
 func (m *fakeMachine) Console() string       { return `""` }
 
+func (m *fakeMachine) Snapshot(context.Context, string, []byte) (vm.Snapshot, error) {
+	return vm.Snapshot{}, errors.ErrUnsupported
+}
+
 func (m *fakeMachine) Kill(context.Context) error {
 	m.once.Do(func() { m.conn.Close(); close(m.done) })
 	return nil

@@ -160,6 +160,16 @@ func openOutput(ctx context.Context, name string) (*output, error) {
 
 // run copies until the process' streams end. It returns at once.
 func (s *stdio) run(p *vm.Process) {
+	s.goOn(p)
+	if s.names.Stdin == "" {
+		ctx, cancel := context.WithTimeout(context.Background(), fifoTime)
+		defer cancel()
+		_ = p.CloseStdin(ctx) // it may have ended
+	}
+}
+
+// goOn is run for a process that ran before: its input is as it was.
+func (s *stdio) goOn(p *vm.Process) {
 	for i, from := range []io.Reader{p.Stdout(), p.Stderr()} {
 		o := s.output[i]
 		s.wg.Go(func() {
@@ -170,13 +180,9 @@ func (s *stdio) run(p *vm.Process) {
 			_, _ = io.Copy(io.Discard, from)
 		})
 	}
-	if s.names.Stdin == "" {
-		ctx, cancel := context.WithTimeout(context.Background(), fifoTime)
-		defer cancel()
-		_ = p.CloseStdin(ctx) // it may have ended
-		return
+	if s.names.Stdin != "" {
+		go s.feed(p)
 	}
-	go s.feed(p)
 }
 
 // feed copies input to the process until its client or the process ends.

@@ -9,6 +9,7 @@ import (
 	"io"
 	"path"
 	"strings"
+	"syscall"
 	"time"
 
 	"hauberk.dev/api/guestproto"
@@ -27,7 +28,12 @@ func (p *Process) CopyIn(ctx context.Context, dir string, files io.Reader) error
 		if err := w.Flush(); err != nil {
 			return err
 		}
-		return q.CloseStdin(ctx)
+		// One that has read the last entry may have ended, and been forgotten: how
+		// it ended says whether all is well.
+		if err := q.CloseStdin(ctx); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return err
+		}
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("copy into container at %q: %w", dir, err)

@@ -22,6 +22,8 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+
+	"hauberk.dev/internal/snapshot"
 )
 
 // Driver starts machines with one kind of monitor.
@@ -59,7 +61,7 @@ var (
 	// ErrSlotTaken says that a slot has a disk already.
 	ErrSlotTaken = errors.New("slot is taken")
 	// ErrDamaged says that a snapshot is not what was written.
-	ErrDamaged = errors.New("snapshot is damaged")
+	ErrDamaged = snapshot.ErrDamaged
 	// ErrKilled is why a machine ended that Kill ended.
 	ErrKilled = errors.New("machine was killed")
 )

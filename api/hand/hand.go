@@ -1,10 +1,13 @@
 // Package hand is what who runs sandboxes by hand says to a shim beyond what
-// containerd would: files in and out of a container, and what runs in it.
+// containerd would: files in and out of a container, what runs in it, and that it
+// is to be saved. A saved one goes on by Create with its directory as checkpoint.
 //
 // The calls go over the shim's own socket, to Service; a request and its answer
 // are the JSON of a type below. The files of a copy do not: they are a tar
 // stream on a Unix socket that the caller listens on.
 package hand
+
+import "encoding/json"
 
 // Service has the methods.
 const Service = "hauberk.hand.v1.Hand"
@@ -13,6 +16,8 @@ const Service = "hauberk.hand.v1.Hand"
 const (
 	MethodCopy = "Copy" // CopyRequest, Empty
 	MethodTop  = "Top"  // TopRequest, TopReply
+	// SnapshotRequest, SnapshotReply
+	MethodSnapshot = "Snapshot"
 )
 
 // Empty is nothing to say.
@@ -48,4 +53,42 @@ type Task struct {
 	Resident  uint64 `json:"resident"` // bytes
 	CPUMicros uint64 `json:"cpuMicros"`
 	Name      string `json:"name"`
+}
+
+// SnapshotRequest asks for a container to be saved with its machine: all of its
+// memory, and so all of its secrets.
+type SnapshotRequest struct {
+	Container string `json:"container"`
+	// Dir is made, and must not be there yet.
+	Dir string `json:"dir"`
+	// End ends the container instead of letting it go on.
+	End bool `json:"end,omitempty"`
+	// Note is kept with it, for whoever has it restored.
+	Note json.RawMessage `json:"note,omitempty"`
+}
+
+// SnapshotReply says what was saved.
+type SnapshotReply struct {
+	Bytes int64 `json:"bytes"`
+	// StoodMicros is how long the container stood still.
+	StoodMicros int64 `json:"stoodMicros"`
+}
+
+// SavedVersion of Saved.
+const SavedVersion = 1
+
+// Saved is the note that a shim puts into a snapshot.
+type Saved struct {
+	Version int `json:"version"`
+	// Process is the container's first, by its number in the guest.
+	Process  uint32 `json:"process"`
+	Terminal bool   `json:"terminal,omitempty"`
+	// Paused says that it was paused before, and is to be so again.
+	Paused bool `json:"paused,omitempty"`
+	// Root is the digest of the image its root is on.
+	Root       string `json:"root"`
+	MemoryMiB  int    `json:"memoryMiB"`
+	Processors int    `json:"processors"`
+	// Caller is the request's Note.
+	Caller json.RawMessage `json:"caller,omitempty"`
 }

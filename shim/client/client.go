@@ -43,6 +43,8 @@ var (
 	ErrNotNow = errors.New("not possible now")
 	// ErrInvalid means that the shim refuses what it was asked for.
 	ErrInvalid = errors.New("refused")
+	// ErrDamaged means that a snapshot is not what was written.
+	ErrDamaged = errors.New("damaged")
 )
 
 // Error is what a shim answers. It is one of the errors above as well.
@@ -200,13 +202,16 @@ type Create struct {
 	Streams    Streams
 	// Options of the runtime, as JSON; see docs/containerd.md.
 	Options []byte
+	// Snapshot is the directory of one that the container goes on from. It runs
+	// when it is made.
+	Snapshot string
 }
 
 // Create makes a container and its sandbox. It returns the process that stands
 // for it on this machine.
 func (s *Shim) Create(ctx context.Context, c Create) (pid int, err error) {
 	q := &task.CreateTaskRequest{
-		ID: c.ID, Bundle: c.Bundle,
+		ID: c.ID, Bundle: c.Bundle, Checkpoint: c.Snapshot,
 		Terminal: c.Streams.Terminal, Stdin: c.Streams.Stdin, Stdout: c.Streams.Stdout, Stderr: c.Streams.Stderr,
 	}
 	for _, m := range c.Root {
@@ -355,7 +360,7 @@ func said(err error) error {
 	}
 	kind, known := map[codes.Code]error{
 		codes.NotFound: ErrNotFound, codes.FailedPrecondition: ErrNotNow, codes.InvalidArgument: ErrInvalid,
-		codes.AlreadyExists: ErrNotNow, codes.Unimplemented: ErrInvalid,
+		codes.AlreadyExists: ErrNotNow, codes.DataLoss: ErrDamaged, codes.Unimplemented: ErrInvalid,
 		codes.DeadlineExceeded: context.DeadlineExceeded, codes.Canceled: context.Canceled,
 	}[st.Code()]
 	if !known {

@@ -35,6 +35,14 @@ func (s *Shim) Top(ctx context.Context, id string) ([]hand.Task, error) {
 	return a.Tasks, err
 }
 
+// Snapshot saves a container with its machine into a directory, which is made,
+// and lets it go on or ends it. The note is kept with it.
+func (s *Shim) Snapshot(ctx context.Context, id, dir string, end bool, note []byte) (hand.SnapshotReply, error) {
+	var a hand.SnapshotReply
+	err := s.say(ctx, hand.MethodSnapshot, hand.SnapshotRequest{Container: id, Dir: dir, End: end, Note: note}, &a)
+	return a, err
+}
+
 // CopyOut gives what a path of a container names as a tar stream. The socket is
 // a name that is free, for as long as the copy takes.
 func (s *Shim) CopyOut(ctx context.Context, id, path, socket string, files io.Writer) error {

@@ -94,10 +94,10 @@ func (d *Driver) Restore(ctx context.Context, s vm.Snapshot, state *os.File, spe
 }
 
 func (d *Driver) restore(ctx context.Context, s vm.Snapshot, state *os.File, spec vm.Spec) (*vm.Machine, error) {
-	if err := errors.Join(spec.Check(), s.Fits(spec)); err != nil {
+	if err := errors.Join(spec.Check(), vm.CheckFit(s, spec)); err != nil {
 		return nil, err
 	}
-	if err := s.CheckOrigin(d.key(spec.Template), d.origin(spec.Template)); err != nil {
+	if err := vm.CheckOrigin(s, d.key(spec.Template), d.origin(spec.Template)); err != nil {
 		return nil, err
 	}
 	memory, err := memfd("guest", int64(spec.Template.MemoryMiB)<<20)

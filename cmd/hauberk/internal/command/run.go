@@ -162,17 +162,8 @@ func (o *runOptions) read(c *cobra.Command) error {
 		fault(wrap("--volume", err))
 		o.Volumes = append(o.Volumes, volume)
 	}
-	for _, l := range o.labels {
-		name, value, _ := strings.Cut(l, "=")
-		if name == "" {
-			fault(fmt.Errorf("--label %q: want NAME=VALUE", l))
-			continue
-		}
-		if o.Labels == nil {
-			o.Labels = map[string]string{}
-		}
-		o.Labels[name] = value
-	}
+	o.Labels, err = parseLabels(o.labels)
+	fault(err)
 	if c.Flags().Changed("entrypoint") {
 		o.Entrypoint = &o.entrypoint
 	}
@@ -185,6 +176,23 @@ func (o *runOptions) read(c *cobra.Command) error {
 	_, err = parseKeys(o.detachKeys)
 	fault(wrap("--detach-keys", err))
 	return errors.Join(errs...)
+}
+
+// parseLabels reads labels; none is nil.
+func parseLabels(list []string) (labels map[string]string, err error) {
+	var errs []error
+	for _, l := range list {
+		name, value, _ := strings.Cut(l, "=")
+		if name == "" {
+			errs = append(errs, fmt.Errorf("--label %q: want NAME=VALUE", l))
+			continue
+		}
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[name] = value
+	}
+	return labels, errors.Join(errs...)
 }
 
 func wrap(flag string, err error) error {
