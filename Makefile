@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-sandbox critest-debian critest-runc soak clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-sandbox critest-debian critest-runc soak guard-attacks clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,10 @@ critest-runc: ## the same with runc, on both (root)
 soak: ## 500 containers, processes killed at random, then count what is left (root)
 	scripts/setup test
 	go run ./test/soak -cycles $(or $(CYCLES),500) -faults $(or $(FAULTS),0.4)
+
+guard-attacks: ## the Guard's corpus of attacks, three ways on two kernels (root)
+	scripts/setup test
+	go run ./test/attacks
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

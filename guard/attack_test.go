@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -19,6 +18,9 @@ type attempt struct {
 	run  string // name and arguments of testdata/attack
 	rule string // part of the rule's text
 	op   Op
+	// What it is an instance of: P and B of the list in docs/guard.md, T of MITRE
+	// ATT&CK.
+	items string
 }
 
 func attempts() []attempt {
@@ -39,103 +41,103 @@ func attempts() []attempt {
 		traced  = "no process may be traced"
 	)
 	list := []attempt{
-		{"drop /tmp/x", image, OpExec},
-		{"drop=2 /shm/x", image, OpExec},
-		{"execthread", image, OpExec},
-		{"memfd", image, OpExec},
-		{"script", image, OpExec},
-		{"exec=1 /bin/curl", "/bin/curl may not run", OpListed},
-		{"exec=2 /bin/curl-too", "/bin/curl may not run", OpListed},
-		{"maplisted", "/bin/curl may not run", OpListed},
-		{"revshell", "network socket as its input", OpShell},
+		{"drop /tmp/x", image, OpExec, "P1 B7 T1105"},
+		{"drop=2 /shm/x", image, OpExec, "P1 B7 T1105"},
+		{"execthread", image, OpExec, "P1 T1105"},
+		{"memfd", image, OpExec, "P6 B10 T1620"},
+		{"script", image, OpExec, "P1 B12 T1059"},
+		{"exec=1 /bin/curl", "/bin/curl may not run", OpListed, "P2 B3 T1059"},
+		{"exec=2 /bin/curl-too", "/bin/curl may not run", OpListed, "P2 B3 T1059"},
+		{"maplisted", "/bin/curl may not run", OpListed, "P2 B8 T1574"},
+		{"revshell", "network socket as its input", OpShell, "P3 T1059.004"},
 
-		{"mapwritten", image, OpMap},
-		{"protectwritten", image, OpMap},
-		{"mapshm", image, OpMap},
-		{"mapzero", image, OpMap},
-		{"memfdmap", image, OpMap},
-		{"shmexec", image, OpMap},
-		{"rwximage", memory, OpMemory},
-		{"protectrwx", memory, OpMemory},
-		{"anonymous", memory, OpMemory},
-		{"rwx", memory, OpMemory},
-		{"patch", memory, OpMemory},
-		{"procmem", memory, OpMemory},
-		{"persona", memory, OpMemory},
+		{"mapwritten", image, OpMap, "P1 B8 T1574"},
+		{"protectwritten", image, OpMap, "P1 B9 T1055"},
+		{"mapshm", image, OpMap, "B10 T1574"},
+		{"mapzero", image, OpMap, "B9 T1620"},
+		{"memfdmap", image, OpMap, "P6 B10 T1620"},
+		{"shmexec", image, OpMap, "B10 T1620"},
+		{"rwximage", memory, OpMemory, "B9 T1055"},
+		{"protectrwx", memory, OpMemory, "B9 T1055"},
+		{"anonymous", memory, OpMemory, "B9 T1620"},
+		{"rwx", memory, OpMemory, "B9 T1620"},
+		{"patch", memory, OpMemory, "B9 T1055"},
+		{"procmem", memory, OpMemory, "B13 T1055.009"},
+		{"persona", memory, OpMemory, "B9 T1620"},
 
-		{"write /etc/app/1", kept, OpWrite},
-		{"write=2 /proc/self/root/etc/app/2", kept, OpWrite},
-		{"write=3 /etc/link/3", kept, OpWrite},
-		{"write=4 /etc/app/new", kept, OpWrite},
-		{"truncate /etc/app/4", kept, OpWrite},
-		{"chmod /etc/app/5", kept, OpWrite},
-		{"chown /etc/app/6", kept, OpWrite},
-		{"utimes /etc/app/7", kept, OpWrite},
-		{"unlink /etc/app/8", kept, OpWrite},
-		{"rename /etc/app/9 /tmp/9", kept, OpWrite},
-		{"rename=2 /etc/app/10 /etc/app/11", kept, OpWrite},
-		{"exchange /etc/app/12 /tmp/kept", kept, OpWrite},
-		{"over /etc/app/13", kept, OpWrite},
-		{"link /etc/app/14 /tmp/14", kept, OpWrite},
-		{"linkdrop /etc/app/dropped", kept, OpWrite},
-		{"symlink /etc/app/symlink", kept, OpWrite},
-		{"mkdir /etc/app/dir", kept, OpWrite},
-		{"mkfifo /etc/app/fifo", kept, OpWrite},
-		{"setxattr /etc/app/15", kept, OpWrite},
-		{"chroot /etc/app/16", kept, OpWrite},
-		{"chattr /shm/a/b/secret", shm, OpWrite},
-		{"rename=3 /shm/a /shm/moved", shm, OpWrite},
-		{"read /srv/bait/deep/er/coin", bait, OpRead},
-		{"read=2 /srv/bait", bait, OpRead},
-		{"write=5 /srv/bait/deep/er/coin", bait, OpWrite},
-		{"write=6 /etc/ld.so.preload", preload, OpWrite},
-		{"over=2 /etc/ld.so.preload", preload, OpWrite},
-		{"linkdrop=2 /opt/three", "/opt/three may not be changed", OpWrite},
-		{"mkdir=2 /opt/app", "/opt/app/conf may not be changed", OpWrite},
-		{"symlink=2 /opt/two", "/opt/two/conf may not be changed", OpWrite},
-		{"deep /tmp", "deeper than 96", OpWrite},
+		{"write /etc/app/1", kept, OpWrite, "P8 B4 T1565"},
+		{"write=2 /proc/self/root/etc/app/2", kept, OpWrite, "P8 B4 T1565"},
+		{"write=3 /etc/link/3", kept, OpWrite, "P8 B4 T1565"},
+		{"write=4 /etc/app/new", kept, OpWrite, "P8 B4 T1565"},
+		{"truncate /etc/app/4", kept, OpWrite, "P8 T1565"},
+		{"chmod /etc/app/5", kept, OpWrite, "P8 T1222"},
+		{"chown /etc/app/6", kept, OpWrite, "P8 T1222"},
+		{"utimes /etc/app/7", kept, OpWrite, "P8 T1070.006"},
+		{"unlink /etc/app/8", kept, OpWrite, "P8 T1070.004"},
+		{"rename /etc/app/9 /tmp/9", kept, OpWrite, "P8 B7 T1036.003"},
+		{"rename=2 /etc/app/10 /etc/app/11", kept, OpWrite, "P8 B7 T1036.003"},
+		{"exchange /etc/app/12 /tmp/kept", kept, OpWrite, "P8 B7 T1565"},
+		{"over /etc/app/13", kept, OpWrite, "P8 T1565"},
+		{"link /etc/app/14 /tmp/14", kept, OpWrite, "P8 B3 T1565"},
+		{"linkdrop /etc/app/dropped", kept, OpWrite, "P8 B3 T1574"},
+		{"symlink /etc/app/symlink", kept, OpWrite, "P8 B4 T1547"},
+		{"mkdir /etc/app/dir", kept, OpWrite, "P8 T1565"},
+		{"mkfifo /etc/app/fifo", kept, OpWrite, "P8 T1565"},
+		{"setxattr /etc/app/15", kept, OpWrite, "P8 T1564"},
+		{"chroot /etc/app/16", kept, OpWrite, "P8 B5 T1565"},
+		{"chattr /shm/a/b/secret", shm, OpWrite, "P8 T1222"},
+		{"rename=3 /shm/a /shm/moved", shm, OpWrite, "P8 B7 T1036.003"},
+		{"read /srv/bait/deep/er/coin", bait, OpRead, "P9 B4 T1005"},
+		{"read=2 /srv/bait", bait, OpRead, "P9 B4 T1005"},
+		{"write=5 /srv/bait/deep/er/coin", bait, OpWrite, "P8 B4 T1565"},
+		{"write=6 /etc/ld.so.preload", preload, OpWrite, "P8 B4 T1565"},
+		{"over=2 /etc/ld.so.preload", preload, OpWrite, "P8 T1565"},
+		{"linkdrop=2 /opt/three", "/opt/three may not be changed", OpWrite, "P8 B3 T1574"},
+		{"mkdir=2 /opt/app", "/opt/app/conf may not be changed", OpWrite, "P8 T1565"},
+		{"symlink=2 /opt/two", "/opt/two/conf may not be changed", OpWrite, "P8 B4 T1547"},
+		{"deep /tmp", "deeper than 96", OpWrite, "B6 T1565"},
 
-		{"connect 192.0.2.1:81", listed, OpEgress},
-		{"connect6 192.0.2.1:82", listed, OpEgress},
-		{"udp 192.0.2.1:54", listed, OpEgress},
-		{"sendto 192.0.2.1:55", listed, OpEgress},
-		{"sendtoblank 192.0.2.1:56", listed, OpEgress},
-		{"fastopen 192.0.2.1:83", listed, OpEgress},
-		{"raw", raw, OpRawSocket},
-		{"packet", raw, OpRawSocket},
-		{"generic", raw, OpRawSocket},
-		{"uevent", raw, OpRawSocket},
+		{"connect 192.0.2.1:81", listed, OpEgress, "P7 T1041"},
+		{"connect6 192.0.2.1:82", listed, OpEgress, "P7 B19 T1041"},
+		{"udp 192.0.2.1:54", listed, OpEgress, "P7 T1095"},
+		{"sendto 192.0.2.1:55", listed, OpEgress, "P7 B19 T1095"},
+		{"sendtoblank 192.0.2.1:56", listed, OpEgress, "P7 B19 T1095"},
+		{"fastopen 192.0.2.1:83", listed, OpEgress, "P7 T1041"},
+		{"raw", raw, OpRawSocket, "P7 T1095"},
+		{"packet", raw, OpRawSocket, "P7 T1040"},
+		{"generic", raw, OpRawSocket, "P7 T1095"},
+		{"uevent", raw, OpRawSocket, "T1082"},
 
-		{"bpfmap", "eBPF may not be used", OpBPF},
-		{"bpfopen", "eBPF may not be used", OpBPF},
-		{"bpflist", "eBPF may not be used", OpBPF},
-		{"delmodule", modules, OpModule},
-		{"newmodule", modules, OpModule},
-		{"ptrace", traced, OpPtrace},
-		{"traceme", traced, OpPtrace},
-		{"vmwrite", traced, OpPtrace},
-		{"mount", mount, OpMount},
-		{"bind /etc", mount, OpMount},
-		{"remount", mount, OpMount},
-		{"fsmount", mount, OpMount},
-		{"pivot", mount, OpMount},
-		{"mknod", "no device file", OpMknod},
-		{"iouring", "io_uring", OpIOUring},
-		{"userns", "user namespace", OpUserNS},
-		{"open /dev/disk", device, OpDevice},
-		{"open=2 /dev/port", device, OpDevice},
-		{"killagent", agent, OpAgent},
-		{"traceagent", agent, OpAgent},
-		{"limitagent", agent, OpAgent},
-		{"niceagent", agent, OpAgent},
-		{"setting", setting, OpSetting},
-		{"sysfs", setting, OpSetting},
-		{"reboot", setting, OpSetting},
-		{"ioperm", setting, OpSetting},
-		{"umount", mount, OpMount},
+		{"bpfmap", "eBPF may not be used", OpBPF, "B23 T1014"},
+		{"bpfopen", "eBPF may not be used", OpBPF, "B23 T1562.001"},
+		{"bpflist", "eBPF may not be used", OpBPF, "B23 T1518.001"},
+		{"delmodule", modules, OpModule, "B23 T1562.001"},
+		{"newmodule", modules, OpModule, "B23 T1547.006"},
+		{"ptrace", traced, OpPtrace, "B13 T1055.008"},
+		{"traceme", traced, OpPtrace, "B13 T1055.008"},
+		{"vmwrite", traced, OpPtrace, "B13 T1055"},
+		{"mount", mount, OpMount, "B3 T1611"},
+		{"bind /etc", mount, OpMount, "B3 T1564"},
+		{"remount", mount, OpMount, "B3 T1611"},
+		{"fsmount", mount, OpMount, "B3 T1611"},
+		{"pivot", mount, OpMount, "B3 B5 T1611"},
+		{"mknod", "no device file", OpMknod, "T1611"},
+		{"iouring", "io_uring", OpIOUring, "B1 T1562"},
+		{"userns", "user namespace", OpUserNS, "B15 T1611"},
+		{"open /dev/disk", device, OpDevice, "T1611"},
+		{"open=2 /dev/port", device, OpDevice, "T1611"},
+		{"killagent", agent, OpAgent, "B23 T1562.001"},
+		{"traceagent", agent, OpAgent, "B23 T1562.001"},
+		{"limitagent", agent, OpAgent, "B23 T1562.001"},
+		{"niceagent", agent, OpAgent, "B23 T1562.001"},
+		{"setting", setting, OpSetting, "T1562"},
+		{"sysfs", setting, OpSetting, "T1562"},
+		{"reboot", setting, OpSetting, "T1529"},
+		{"ioperm", setting, OpSetting, "B22 T1014"},
+		{"umount", mount, OpMount, "B23 T1562.001"},
 		// These change the tool that others run.
-		{"touched", image, OpExec},
-		{"unlinked", image, OpExec},
+		{"touched", image, OpExec, "P1 B25 T1554"},
+		{"unlinked", image, OpExec, "B10 T1070.004"},
 	}
 	return list
 }
@@ -144,9 +146,9 @@ func attempts() []attempt {
 func mounting() []attempt {
 	const device, image = "no device but", "only programs and libraries of the image"
 	return []attempt{
-		{"mountnew=1 none devtmpfs", device, OpDevice}, {"fsmount=1 devtmpfs", device, OpDevice},
-		{"mountnew=2 none debugfs", device, OpDevice}, {"mountnew=3 /dev/disk erofs", device, OpDevice},
-		{"mountover", image, OpExec}, {"drop=3 /mnt/y", image, OpExec},
+		{"mountnew=1 none devtmpfs", device, OpDevice, "B11 T1611"}, {"fsmount=1 devtmpfs", device, OpDevice, "B3 T1611"},
+		{"mountnew=2 none debugfs", device, OpDevice, "B11 T1611"}, {"mountnew=3 /dev/disk erofs", device, OpDevice, "B11 T1611"},
+		{"mountover", image, OpExec, "B11 T1574"}, {"drop=3 /mnt/y", image, OpExec, "P1 B7 T1105"},
 	}
 }
 
@@ -203,37 +205,6 @@ func imageFiles() map[string][]byte {
 	return files
 }
 
-var before = []string{"file /shm/a/b/secret", "file /tmp/kept"}
-
-func runs(list []attempt) (steps []string) {
-	for _, a := range list {
-		steps = append(steps, "run "+a.run)
-	}
-	for _, b := range benign {
-		steps = append(steps, "run "+b)
-	}
-	return steps
-}
-
-// ordered puts what works on a tool before what spoils it.
-func ordered(guarded bool) []string {
-	list := attempts()
-	first, last := list[:len(list)-2], list[len(list)-2:]
-	steps := runs(first)
-	if !guarded {
-		for _, a := range mounting() { // under the strict policy nothing is mounted at all
-			steps = append(steps, "run "+a.run)
-		}
-	}
-	for _, q := range quiet {
-		steps = append(steps, "run "+q)
-	}
-	for _, a := range last {
-		steps = append(steps, "run "+a.run)
-	}
-	return steps
-}
-
 func name(run string) string {
 	n, _, _ := strings.Cut(run, " ")
 	return n
@@ -242,61 +213,6 @@ func name(run string) string {
 // quiet are refused without a word: programs do such things without meaning
 // harm.
 var quiet = []string{"readagent", "securityxattr /etc/other"}
-
-// An attack that does not work on an open machine would prove nothing of one
-// that is guarded.
-func TestAttacksWorkWithoutGuard(t *testing.T) {
-	o := boot(t, false, imageFiles(), append(slices.Clone(before), ordered(false)...)...)
-	for _, a := range slices.Concat(attempts(), mounting()) {
-		if got := o.ran[name(a.run)]; !strings.HasPrefix(got, "exit 0 ") {
-			t.Errorf("%s: %s; want it to work", a.run, got)
-		}
-	}
-	for _, b := range slices.Concat(benign, quiet) {
-		want := "exit 0 "
-		if strings.HasPrefix(b, "securityxattr") && os.Getenv("HAUBERK_TEST_KERNEL") != "" {
-			want = "exit 10 refused: operation not permitted" // later kernels mended this by themselves
-		}
-		if got := o.ran[name(b)]; !strings.HasPrefix(got, want) {
-			t.Errorf("%s: %s; want %s", b, got, want)
-		}
-	}
-}
-
-func TestAttacksAreRefused(t *testing.T) {
-	compiled := compileForTest(t, 7, strict())
-	files := imageFiles()
-	files[".strict"] = compiled.Blob
-	steps := append(slices.Clone(before), "run nothing", "policy .strict")
-	steps = append(append(steps, ordered(true)...), "status")
-	o := boot(t, true, files, steps...)
-	t.Log(o.policies)
-	if got := o.ran["nothing"]; !strings.HasPrefix(got, "exit 12 notstarted operation not permitted") {
-		t.Errorf("before a policy: %s; want it refused", got)
-	}
-	if e := o.events["nothing"]; len(e) != 1 || e[0].Rule != 1 || e[0].Verdict != Denied {
-		t.Errorf("before a policy: events %v; want one of rule 1", e)
-	}
-	for _, a := range attempts() {
-		checkRefused(t, &compiled, a, o)
-	}
-	for _, b := range benign {
-		if got := o.ran[name(b)]; !strings.HasPrefix(got, "exit 0 ") {
-			t.Errorf("%s: %s; want it to work", b, got)
-		}
-		wantNoWord(t, b, o)
-	}
-	for _, q := range quiet {
-		if got := o.ran[name(q)]; !strings.HasPrefix(got, "exit 10 ") {
-			t.Errorf("%s: %s; want it refused", q, got)
-		}
-		wantNoWord(t, q, o)
-	}
-	if len(o.status) != 1 || o.status[0].Generation != 7 || o.status[0].Digest != compiled.Digest || o.status[0].Lost != 0 || o.status[0].Programs != len(o.status[0].Tags) || o.status[0].Programs < 40 {
-		t.Errorf("status %+v; want generation 7, digest %s, nothing lost, all programs attached", o.status, compiled.Digest)
-	}
-	checkSequence(t, o, o.status[0].Sequence)
-}
 
 func wantNoWord(t *testing.T, run string, o outcome) {
 	t.Helper()
@@ -348,15 +264,15 @@ func TestBuiltInRulesHoldUnderAnyPolicy(t *testing.T) {
 	files := imageFiles()
 	files[".open"] = compiled.Blob
 	list := []attempt{
-		{"bpfmap", "eBPF programs and maps", OpBPF}, {"bpfopen", "eBPF programs and maps", OpBPF},
-		{"delmodule", "the kernel's modules", OpModule}, {"newmodule", "the kernel's modules", OpModule},
-		{"killagent", "the agent", OpAgent}, {"traceagent", "the agent", OpAgent}, {"limitagent", "the agent", OpAgent}, {"niceagent", "the agent", OpAgent},
-		{"open /dev/disk", "no device but", OpDevice}, {"open=2 /dev/port", "no device but", OpDevice},
-		{"setting", "settings", OpSetting}, {"sysfs", "settings", OpSetting}, {"reboot", "settings", OpSetting}, {"ioperm", "settings", OpSetting},
+		{"bpfmap", "eBPF programs and maps", OpBPF, "B23 T1014"}, {"bpfopen", "eBPF programs and maps", OpBPF, "B23 T1562.001"},
+		{"delmodule", "the kernel's modules", OpModule, "B23 T1562.001"}, {"newmodule", "the kernel's modules", OpModule, "B23 T1547.006"},
+		{"killagent", "the agent", OpAgent, "B23 T1562.001"}, {"traceagent", "the agent", OpAgent, "B23 T1562.001"}, {"limitagent", "the agent", OpAgent, "B23 T1562.001"}, {"niceagent", "the agent", OpAgent, "B23 T1562.001"},
+		{"open /dev/disk", "no device but", OpDevice, "T1611"}, {"open=2 /dev/port", "no device but", OpDevice, "T1611"},
+		{"setting", "settings", OpSetting, "T1562"}, {"sysfs", "settings", OpSetting, "T1562"}, {"reboot", "settings", OpSetting, "T1529"}, {"ioperm", "settings", OpSetting, "B22 T1014"},
 	}
 	allowed := []string{"drop /tmp/x", "memfd", "rwx", "patch", "procmem", "persona", "revshell", "ptrace", "mount", "raw", "mknod", "iouring", "userns", "bpflist",
 		"write /etc/app/1", "connect 192.0.2.1:81", "deep /tmp"}
-	steps := append(slices.Clone(before), "policy .open")
+	steps := append([]string{"file /shm/a/b/secret", "file /tmp/kept"}, "policy .open")
 	for _, a := range list {
 		steps = append(steps, "run "+a.run)
 	}
@@ -389,10 +305,10 @@ func TestProtectedFilesHoldAgainstMounts(t *testing.T) {
 	files["etc/app/secret"] = []byte("kept")
 	files[".files"], files[".privileged"] = compiled.Blob, privileged.Blob
 	list := []attempt{
-		{"bind /etc/app", "/etc/app may not be changed", OpWrite},
-		{"bindover /etc/app", "/etc/app may not be changed", OpWrite},
-		{"bindover=2 /etc", "/etc/app may not be changed", OpWrite},
-		{"chroot /etc/app/secret", "/etc/app may not be changed", OpWrite},
+		{"bind /etc/app", "/etc/app may not be changed", OpWrite, "B3 T1564"},
+		{"bindover /etc/app", "/etc/app may not be changed", OpWrite, "B3"},
+		{"bindover=2 /etc", "/etc/app may not be changed", OpWrite, "B3"},
+		{"chroot /etc/app/secret", "/etc/app may not be changed", OpWrite, "P8 B5 T1565"},
 	}
 	steps := []string{"policy .files"}
 	for _, a := range list {
@@ -400,10 +316,10 @@ func TestProtectedFilesHoldAgainstMounts(t *testing.T) {
 	}
 	steps = append(steps, "run bindover=3 /mnt", "run mount", "policy .privileged")
 	still := append(mounting(),
-		attempt{"bpfmap", "eBPF may not be used", OpBPF}, attempt{"delmodule", "kernel modules may not", OpModule},
-		attempt{"killagent", "the agent", OpAgent}, attempt{"traceagent", "the agent", OpAgent}, attempt{"raw", "only TCP, UDP", OpRawSocket},
-		attempt{"mknod", "no device file", OpMknod}, attempt{"open /dev/port", "no device but", OpDevice}, attempt{"userns", "user namespace", OpUserNS},
-		attempt{"setting", "settings", OpSetting}, attempt{"drop=4 /tmp/x", "only programs and libraries of the image", OpExec})
+		attempt{"bpfmap", "eBPF may not be used", OpBPF, "B23 T1014"}, attempt{"delmodule", "kernel modules may not", OpModule, "B23 T1562.001"},
+		attempt{"killagent", "the agent", OpAgent, "B23 T1562.001"}, attempt{"traceagent", "the agent", OpAgent, "B23 T1562.001"}, attempt{"raw", "only TCP, UDP", OpRawSocket, "P7 T1095"},
+		attempt{"mknod", "no device file", OpMknod, "T1611"}, attempt{"open /dev/port", "no device but", OpDevice, "T1611"}, attempt{"userns", "user namespace", OpUserNS, "B15 T1611"},
+		attempt{"setting", "settings", OpSetting, "T1562"}, attempt{"drop=4 /tmp/x", "only programs and libraries of the image", OpExec, "P1 B7 T1105"})
 	for _, a := range still {
 		steps = append(steps, "run "+a.run)
 	}
@@ -444,7 +360,7 @@ func TestAuditReportsAndEnforceWins(t *testing.T) {
 			t.Errorf("%s: %v; want it reported", a, o.events[name(a)])
 		}
 	}
-	checkRefused(t, &both, attempt{"mount=2", "nothing may be mounted", OpMount}, o)
+	checkRefused(t, &both, attempt{"mount=2", "nothing may be mounted", OpMount, "B3 T1611"}, o)
 }
 
 // While policies are swapped as fast as they can be, nothing slips through.

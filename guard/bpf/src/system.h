@@ -173,7 +173,7 @@ int BPF_PROG(on_ptrace, struct task_struct *target, unsigned int mode, int prev)
 	p = policy_now();
 	ref = ref_of(p, ON_PTRACE);
 	/* Who may write another's memory can make it run anything. */
-	if (p && !(ref & DENY) && p->rule[ON_MEMORY])
+	if (p && !(ref & DENY) && (!ref || p->rule[ON_MEMORY] & DENY))
 		ref = p->rule[ON_MEMORY];
 	return decide(p, ref, &a);
 }
@@ -189,7 +189,7 @@ int BPF_PROG(on_traceme, struct task_struct *parent, int prev)
 		return prev;
 	p = policy_now();
 	ref = ref_of(p, ON_PTRACE);
-	if (p && !(ref & DENY) && p->rule[ON_MEMORY])
+	if (p && !(ref & DENY) && (!ref || p->rule[ON_MEMORY] & DENY))
 		ref = p->rule[ON_MEMORY];
 	return decide(p, ref, &a);
 }
