@@ -267,7 +267,13 @@ func (s *service) openPod(ctx context.Context, w wish) (*pod, error) {
 	s.pod = p
 	s.mu.Unlock()
 	var err error
-	if p.boots, err = s.guests(ctx); err == nil {
+	if s.claim != nil {
+		err = s.claim.join(w.netns)
+	}
+	if err == nil {
+		p.boots, err = s.guests(ctx)
+	}
+	if err == nil {
 		err = p.open(ctx)
 	}
 	if p.err = err; err != nil {

@@ -88,21 +88,13 @@ func removeJournal(bundle string) error {
 
 // remove ends what is left of a container that containerd gives up. If its shim
 // died, that is the pod: machine, run directory and socket. If it lives, which
-// containerd need not have noticed, the shim is told. It can be called again.
+// containerd need not have noticed, the shim is told; one that hangs is killed if
+// all of its pod is given up. It can be called again.
 func remove(ctx context.Context, a arguments, c config) (*task.DeleteResponse, error) {
 	r := &task.DeleteResponse{ExitStatus: 128 + 9, ExitedAt: timestamppb.Now()}
 	j, err := journalOf(a, c)
-	if err != nil {
-		return nil, fmt.Errorf("delete %s: %w", a.id, err)
-	}
-	alive := j.Socket != "" && served(j.Socket)
-	if alive {
-		if err = dismiss(ctx, a, j, r); err != nil {
-			alive = served(j.Socket) // it may just have been dying
-		}
-	}
-	if !alive {
-		err = removePod(ctx, a, j, r)
+	if err == nil {
+		err = removeBy(ctx, a, c, j, r)
 	}
 	if err == nil {
 		err = removeJournal(a.bundle)
@@ -111,6 +103,58 @@ func remove(ctx context.Context, a arguments, c config) (*task.DeleteResponse, e
 		return nil, fmt.Errorf("delete %s: %w", a.id, err)
 	}
 	return r, nil
+}
+
+func removeBy(ctx context.Context, a arguments, c config, j journal, r *task.DeleteResponse) error {
+	k, err := c.take(j.Machine, true)
+	if err != nil {
+		return err
+	}
+	if k != nil && k.said == (entry{}) && j.Socket != "" && served(j.Socket) {
+		err, k = k.drop(), nil // a shim of a version that made no claims
+		if err != nil {
+			return err
+		}
+	}
+	if k == nil {
+		if k, err = removeLiving(ctx, a, c, j, r); k == nil || err != nil {
+			return err
+		}
+	}
+	if j.Socket == "" {
+		j.Socket = k.said.Socket
+	}
+	if j.Network == "" {
+		j.Network = k.said.Network
+	}
+	pid, err := removePod(ctx, j)
+	if err != nil {
+		return errors.Join(err, k.leave())
+	}
+	r.Pid = pid
+	return k.drop()
+}
+
+// removeLiving has a living shim end a container. If it dies meanwhile, or had
+// begun to, its claim is returned.
+func removeLiving(ctx context.Context, a arguments, c config, j journal, r *task.DeleteResponse) (*claim, error) {
+	if j.Socket == "" {
+		j.Socket = c.peek(j.Machine).Socket
+	}
+	if a.id == j.Pod || j.Pod == "" {
+		if k, err := c.killHung(ctx, j.Machine); k != nil || err != nil {
+			return k, err
+		}
+	}
+	failed := dismiss(ctx, a, j, r)
+	if failed == nil {
+		return nil, nil
+	}
+	k, err := c.await(ctx, j.Machine, true)
+	if k == nil && err == nil {
+		err = failed
+	}
+	return k, err
 }
 
 // journalOf reads a container's journal. If its shim died before there was one,
@@ -133,41 +177,28 @@ func journalOf(a arguments, c config) (journal, error) {
 	return j, err
 }
 
-// removePod ends the machine of a pod whose shim is dead.
-func removePod(ctx context.Context, a arguments, j journal, r *task.DeleteResponse) error {
+// removePod ends the machine of a pod whose shim is dead, and removes the socket
+// if nobody serves it. It returns the process that the machine was.
+func removePod(ctx context.Context, j journal) (pid uint32, err error) {
 	found, err := vm.Orphans(j.Run)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	for _, o := range found {
 		if o.ID != j.Machine {
 			continue
 		}
-		r.Pid = uint32(o.Journal.PID)
+		pid = uint32(o.Journal.PID)
 		if err := o.End(ctx); err != nil {
-			return err
+			return pid, err
 		}
 	}
 	if j.Network != "" {
 		if err := netns.Leave(j.Network); err != nil {
-			return err
+			return pid, err
 		}
 	}
-	return errors.Join(removeSocket(a.bundle), removeDeadSocket(a, j.Pod))
-}
-
-// removeDeadSocket removes the socket that a pod's shim left which was killed
-// before the bundle named it.
-func removeDeadSocket(a arguments, pod string) error {
-	a.id = pod
-	socket, err := socketPath(a, nil)
-	if err != nil || served(socket) {
-		return err
-	}
-	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
+	return pid, removeSocket(j.Socket)
 }
 
 // dismissTime is how long a living shim may take to end a container.

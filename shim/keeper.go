@@ -42,13 +42,17 @@ func keepMachines(ctx context.Context, args []string, stderr io.Writer) error {
 		return fmt.Errorf("read arguments: -pool %d, -idle %v, %q", *number, *idle, f.Args())
 	}
 	place := keep.Place{State: *state, Run: *run}
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	c := config{state: *state, run: *run}
 	if *stop {
+		c.sweep(ctx, log)
 		return place.End(ctx)
 	}
 	return keep.Run(ctx, keep.Config{
 		Place: place, Link: bpf.Link, PerSize: *number, Sizes: keptSizes, Idle: *idle, DiskLimit: hotDisk,
 		Prepare: keep.Rehearse(filepath.Join(*state, "rehearsal"), baseline),
-		Log:     slog.New(slog.NewTextHandler(stderr, nil)),
+		Tidy:    func(ctx context.Context) { c.sweep(ctx, log) },
+		Log:     log,
 	})
 }
 

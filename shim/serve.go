@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,13 +51,9 @@ func (s *service) methods() map[string]ttrpc.Method {
 func serve(ctx context.Context, a arguments, c config) error {
 	log, closeLog := openLog(a)
 	defer closeLog()
-	given := os.NewFile(3, "socket")
-	ln, err := net.FileListener(given)
-	if err = errors.Join(err, given.Close()); err != nil { // no child shall have it
-		return fmt.Errorf("serve: descriptor 3: %w", err)
-	}
-	if u, ok := ln.(*net.UnixListener); ok {
-		u.SetUnlinkOnClose(false)
+	ln, k, err := inherit(a, c)
+	if err != nil {
+		return err
 	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
@@ -68,17 +65,70 @@ func serve(ctx context.Context, a arguments, c config) error {
 		// start another of the same name at once.
 		stop:    func() { release(); stop() },
 		release: release,
+		claim:   k,
 		events:  startPublisher(os.Getenv(eventsAddress), a.namespace, log),
 		guests:  ready.wait,
 	}
+	var tasks sync.WaitGroup
+	tasks.Go(func() { c.sweep(ctx, log) })
+	tasks.Go(func() { s.awaitBundle(ctx) })
 	err = s.serve(ctx, ln)
+	stop()
+	tasks.Wait()
 	err = errors.Join(err, s.close(), ready.close())
+	if err != nil {
+		err = errors.Join(err, k.leave()) // who comes next settles it
+	} else {
+		err = k.drop()
+	}
 	s.events.Close()
 	if err != nil {
 		log.Error("end", "err", err)
 	}
 	return err
 }
+
+// inherit takes over the socket and the claim from who started this process.
+func inherit(a arguments, c config) (net.Listener, *claim, error) {
+	unix.CloseOnExec(4)
+	k := &claim{path: filepath.Join(c.claims(), machineID(a)), file: os.NewFile(4, "claim")}
+	if k.file == nil || !current(k.file, k.path) {
+		return nil, nil, errors.New("serve: descriptor 4 is not this shim's claim")
+	}
+	given := os.NewFile(3, "socket")
+	ln, err := net.FileListener(given)
+	if err = errors.Join(err, given.Close()); err != nil { // no child shall have it
+		return nil, nil, fmt.Errorf("serve: descriptor 3: %w", err)
+	}
+	if u, ok := ln.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	return ln, k, k.note(entry{PID: os.Getpid()})
+}
+
+// awaitBundle ends a shim whose bundle was removed: whoever was to call it has
+// given it up, and cannot name it any more. containerd does so, without a word,
+// if it was killed while it started the shim.
+func (s *service) awaitBundle(ctx context.Context) {
+	for missed := 0; missed < 3; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(bundleTime):
+		}
+		if exists(s.args.bundle) {
+			missed = 0
+		} else {
+			missed++
+		}
+	}
+	s.log.Error("the bundle was removed: nobody will call any more", "bundle", s.args.bundle)
+	s.stopped.Do(s.stop)
+}
+
+// bundleTime is between two looks at the bundle. Of an ordinary end the bundle may
+// be gone some moments before the shim.
+const bundleTime = time.Second
 
 func (s *service) serve(ctx context.Context, ln net.Listener) error {
 	server, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(s.logged))

@@ -37,6 +37,7 @@ type service struct {
 	stop    func()                                // ends the process
 	release func()                                // removes the socket
 	socket  string                                // its path
+	claim   *claim                                // nil in tests of the calls alone
 	legacy  bool                                  // figures are for containerd on a host of cgroups version 1
 	stopped sync.Once
 

@@ -170,14 +170,12 @@ func Main(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io
 	if err != nil {
 		return err
 	}
-	if a.bundle == "" {
-		if a.bundle, err = os.Getwd(); err != nil {
-			return fmt.Errorf("find bundle: %w", err)
-		}
+	if a.bundle, err = filepath.Abs(a.bundle); err != nil { // none is the working directory
+		return fmt.Errorf("find bundle: %w", err)
 	}
 	switch a.action {
 	case "start":
-		return start(a, stdin, stdout)
+		return start(ctx, a, c, stdin, stdout)
 	case "delete":
 		ctx, cancel := context.WithTimeout(ctx, cleanup)
 		defer cancel()

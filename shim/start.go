@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -74,7 +76,7 @@ func answer(p *bootstrap.BootstrapParams, socket string) ([]byte, error) {
 
 // start starts the process that serves, and says where it listens. A container
 // of a pod has that of its pod.
-func start(a arguments, stdin io.Reader, stdout io.Writer) error {
+func start(ctx context.Context, a arguments, c config, stdin io.Reader, stdout io.Writer) error {
 	p, err := readBootstrap(stdin, a)
 	if err != nil {
 		return err
@@ -92,7 +94,7 @@ func start(a arguments, stdin io.Reader, stdout io.Writer) error {
 	if b.role == roleMember {
 		err = join(a, socket)
 	} else {
-		err = found(a, p, socket)
+		err = found(ctx, a, c, p, socket)
 	}
 	if err != nil {
 		return err
@@ -105,19 +107,55 @@ func start(a arguments, stdin io.Reader, stdout io.Writer) error {
 }
 
 // found starts the shim of a pod, unless it is there.
-func found(a arguments, p *bootstrap.BootstrapParams, socket string) error {
+func found(ctx context.Context, a arguments, c config, p *bootstrap.BootstrapParams, socket string) error {
+	k, err := c.succeed(ctx, a, socket)
+	if err != nil || k == nil {
+		return err
+	}
 	ln, err := listen(socket)
 	if err != nil || ln == nil {
-		return err
+		return errors.Join(err, k.drop())
 	}
 	events := p.GetContainerdTtrpcAddress()
 	if events == "" {
 		events = os.Getenv(eventsAddress)
 	}
-	if err := spawn(a, socket, events, ln); err != nil {
-		return errors.Join(err, os.Remove(socket))
+	if err := spawn(a, socket, events, ln, k.file); err != nil {
+		return errors.Join(err, os.Remove(socket), k.drop())
 	}
-	return nil
+	return k.leave() // the shim has it now
+}
+
+// succeed takes the claim of a new shim, and puts away what the last of its name
+// left. It returns nil if that serves.
+func (c config) succeed(ctx context.Context, a arguments, socket string) (*claim, error) {
+	machine := machineID(a)
+	for late := time.Now().Add(succession); ; time.Sleep(5 * time.Millisecond) {
+		if served(socket) {
+			return nil, nil
+		}
+		k, err := c.take(machine, true)
+		if err != nil {
+			return nil, fmt.Errorf("start shim: %w", err)
+		}
+		if k == nil {
+			if time.Now().After(late) || ctx.Err() != nil {
+				return nil, fmt.Errorf("start shim: the last one of %q does not end", a.id)
+			}
+			continue
+		}
+		if k.said != (entry{}) {
+			if err := k.settle(ctx, c); err != nil {
+				return nil, fmt.Errorf("start shim: put away what the last one left: %w", err)
+			}
+			continue
+		}
+		// The last one may have been killed in the middle of a line.
+		if err := errors.Join(k.file.Truncate(0), k.note(entry{ID: a.id, Bundle: a.bundle, Socket: socket})); err != nil {
+			return nil, errors.Join(err, k.drop())
+		}
+		return k, nil
+	}
 }
 
 // join finds the shim of a container's pod.
@@ -134,6 +172,9 @@ func join(a arguments, socket string) error {
 // served says whether a shim listens on a socket.
 func served(socket string) bool {
 	conn, err := net.Dial("unix", socket)
+	if errors.Is(err, syscall.EAGAIN) {
+		return true // so many ask that its queue is full
+	}
 	return err == nil && conn.Close() == nil
 }
 
@@ -169,7 +210,7 @@ func listen(socket string) (*os.File, error) {
 
 // spawn starts this program anew, to serve the socket, and leaves it to
 // itself.
-func spawn(a arguments, socket, events string, ln *os.File) error {
+func spawn(a arguments, socket, events string, ln, claim *os.File) error {
 	defer ln.Close()
 	self, err := os.Executable()
 	if err != nil {
@@ -182,7 +223,7 @@ func spawn(a arguments, socket, events string, ln *os.File) error {
 	cmd := exec.Command(self, args...)
 	cmd.Dir = a.bundle
 	cmd.Env = append(os.Environ(), eventsAddress+"="+events)
-	cmd.ExtraFiles = []*os.File{ln}
+	cmd.ExtraFiles = []*os.File{ln, claim}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start shim: %w", err)
@@ -229,11 +270,11 @@ func readAddress(bundle string) (socket string, err error) {
 	return socket, nil
 }
 
-// removeSocket removes the socket that a bundle names.
-func removeSocket(bundle string) error {
-	socket, err := readAddress(bundle)
-	if err != nil || socket == "" {
-		return err
+// removeSocket removes the socket of a dead shim. One that is served is
+// another's.
+func removeSocket(socket string) error {
+	if fi, err := os.Lstat(socket); err != nil || fi.Mode().Type() != fs.ModeSocket || served(socket) {
+		return nil // gone, none of ours, or alive
 	}
 	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

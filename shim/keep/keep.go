@@ -180,5 +180,6 @@ const (
 	patience  = 5 * time.Second  // for what a peer has to say
 	workTime  = 90 * time.Second // for a machine, a template before it included
 	lookTime  = 2 * time.Second  // between looks at what is still there
+	tidyTime  = 10 * time.Second // between looks at what others left
 	startTime = 10 * time.Second // for a keeper that was started
 )

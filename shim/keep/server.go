@@ -43,7 +43,10 @@ type Config struct {
 	// DiskLimit bounds writable disks attached to machines of the pool.
 	DiskLimit int64
 	Prepare   pool.Prepare // may be nil
-	Log       *slog.Logger
+	// Tidy, if not nil, is called now and then: a keeper is what lives on when
+	// all shims are dead.
+	Tidy func(ctx context.Context)
+	Log  *slog.Logger
 }
 
 // keeper is a keeper that runs.
@@ -103,6 +106,7 @@ func (k *keeper) run(ctx context.Context, cancel context.CancelFunc, ln *net.Uni
 	var pooled error
 	tasks.Go(func() { pooled = k.pool.Run(ctx) })
 	tasks.Go(func() { k.awaitIdle(ctx); cancel() })
+	tasks.Go(func() { k.tidy(ctx) })
 	tasks.Go(func() { <-ctx.Done(); ln.Close() })
 	err := k.accept(ctx, ln)
 	cancel()
@@ -166,6 +170,21 @@ func (k *keeper) awaitIdle(ctx context.Context) {
 		select {
 		case <-time.After(min(left, lookTime)):
 		case <-ctx.Done():
+		}
+	}
+}
+
+// tidy calls what puts away what others left, until ctx ends.
+func (k *keeper) tidy(ctx context.Context) {
+	if k.config.Tidy == nil {
+		return
+	}
+	for {
+		k.config.Tidy(ctx)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(tidyTime):
 		}
 	}
 }
