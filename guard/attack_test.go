@@ -198,7 +198,7 @@ func compileForTest(t testing.TB, generation uint64, policies ...spec.GuardPolic
 
 // imageFiles are what the attempts find in the image.
 func imageFiles() map[string][]byte {
-	files := map[string][]byte{"etc/other": []byte("x"), "srv/bait/deep/er/coin": []byte("x"), "opt/gone": []byte("x")}
+	files := map[string][]byte{"etc/other": []byte("x"), "bin/script": []byte("#!/bin/curl nothing\n"), "srv/bait/deep/er/coin": []byte("x"), "opt/gone": []byte("x")}
 	for i := range 20 {
 		files[fmt.Sprint("etc/app/", i)] = []byte("kept")
 	}

@@ -73,6 +73,7 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 		return Compiled{}, fmt.Errorf("compile guard policy: %w", errors.Join(c.faults...))
 	}
 	c.always(facts)
+	c.execSections()
 	blob := c.blob()
 	if len(blob) > maxBlob {
 		return Compiled{}, fmt.Errorf("compile guard policy: it takes %d bytes, at most %d are carried: name directories rather than files, ranges rather than addresses", len(blob), maxBlob)
@@ -93,7 +94,8 @@ type compiler struct {
 
 	fixed        [ruleIndexes]reference
 	files        []pathRule
-	programs     []pathRule
+	denied       []pathRule // programs
+	execs        execLists
 	lists        []reference // one per policy with a list of destinations
 	destinations map[destination]uint32
 	sections     []section
@@ -191,26 +193,10 @@ func (c *compiler) policy(p node.NamedGuardPolicy) {
 	}
 }
 
-func (c *compiler) set(index int, text string, severity spec.Severity) {
-	c.fixed[index] = c.stronger(c.fixed[index], c.rule(text, severity))
-}
-
-func (c *compiler) exec(e *spec.GuardExec) {
-	c.severity("exec.severity", e.Severity)
-	if c.oneOf("exec.origin", e.Origin, "image", "any") {
-		c.set(onOrigin, "only programs and libraries of the image, unchanged, may run", e.Severity)
-	}
-	if c.oneOf("exec.anonymousMemory", e.AnonymousMemory, "deny", "allow") {
-		c.set(onMemory, "memory that was written may not be executed", e.Severity)
-	}
-	if c.oneOf("exec.shellOnSocket", e.ShellOnSocket, "deny", "allow") {
-		c.set(onShell, "no program may start with a network socket as its input or output", e.Severity)
-	}
-	for i, p := range e.Deny {
-		if c.path(fmt.Sprintf("exec.deny[%d]", i), p) {
-			c.programs = append(c.programs, pathRule{path: p, write: c.rule(p+" may not run", e.Severity)})
-		}
-	}
+func (c *compiler) set(index int, text string, severity spec.Severity) reference {
+	r := c.rule(text, severity)
+	c.fixed[index] = c.stronger(c.fixed[index], r)
+	return r
 }
 
 // path checks that a path says what it means and can be held.
@@ -271,7 +257,7 @@ func (c *compiler) blob() []byte {
 	b = le.AppendUint64(b, c.guard.Generation)
 	b = append(b, make([]byte, sha256.Size)...)
 	b = c.fixedPart(b)
-	for _, l := range [...][]pathRule{c.files, c.programs} {
+	for _, l := range [...][]pathRule{c.files, c.denied} {
 		// Where two rules are about one object the guest keeps the first of
 		// equal strength.
 		slices.SortStableFunc(l, func(a, b pathRule) int { return c.compare(a.write, b.write) })
@@ -280,8 +266,8 @@ func (c *compiler) blob() []byte {
 	for _, f := range c.files {
 		b = appendText(le.AppendUint32(le.AppendUint32(b, uint32(f.write)), uint32(f.read)), f.path)
 	}
-	b = le.AppendUint32(b, uint32(len(c.programs)))
-	for _, p := range c.programs {
+	b = le.AppendUint32(b, uint32(len(c.denied)))
+	for _, p := range c.denied {
 		b = appendText(le.AppendUint32(b, uint32(p.write)), p.path)
 	}
 	b = c.appendDestinations(b)
@@ -307,7 +293,7 @@ func (c *compiler) fixedPart(b []byte) []byte {
 	}
 	reads := slices.ContainsFunc(c.files, func(f pathRule) bool { return f.read != 0 })
 	b = le.AppendUint64(b, c.guard.Generation)
-	for _, v := range [...]uint32{0, uint32(len(c.files)), flag(reads), uint32(len(c.programs)), deny, audit} {
+	for _, v := range [...]uint32{0, uint32(len(c.files)), flag(reads), c.listedBits(), deny, audit} {
 		b = le.AppendUint32(b, v)
 	}
 	for _, r := range c.fixed {

@@ -19,6 +19,7 @@ type parsed struct {
 	fixed           []byte
 	files, programs []string
 	destinations    map[string]uint32
+	sections        map[uint16][]byte
 }
 
 func parse(t *testing.T, blob []byte) (p parsed) {
@@ -55,6 +56,11 @@ func parse(t *testing.T, blob []byte) (p parsed) {
 		}
 		p.destinations[fmt.Sprintf("%s/%d:%d", a, bits, binary.BigEndian.Uint16(b[6:]))] = le.Uint32(b[24:])
 		b = b[28:]
+	}
+	p.sections = map[uint16][]byte{}
+	for len(b) >= 6 {
+		n := int(le.Uint32(b[2:]))
+		p.sections[le.Uint16(b)], b = b[6:6+n], b[6+n:]
 	}
 	if len(b) != 0 {
 		t.Fatalf("%d bytes behind the blob", len(b))

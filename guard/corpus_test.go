@@ -40,6 +40,7 @@ func scenarios() []scenario {
 			name: "strict", policy: strict(), before: []string{"file /shm/a/b/secret", "file /tmp/kept"},
 			attacks: all[:len(all)-2], spoils: all[len(all)-2:], benign: benign, quiet: quiet,
 		},
+		{name: "programs", policy: programsPolicy(), attacks: programsAttempts(), benign: programsBenign},
 	}
 }
 

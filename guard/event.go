@@ -36,6 +36,10 @@ const (
 	OpDevice
 	OpSetting
 	OpHelper
+	OpUnlisted  Op = 40
+	OpPreload   Op = 41
+	OpScript    Op = 42
+	OpInline    Op = 43
 	OpStarted   Op = 64
 	OpConnected Op = 65
 )
@@ -248,6 +252,8 @@ func (e Event) attempt() string {
 		return "execute memory"
 	case OpListed:
 		return fmt.Sprintf("run %q, which may not run", e.Path)
+	case OpUnlisted:
+		return fmt.Sprintf("run %q, which is not on the list", e.Path)
 	case OpShell:
 		return fmt.Sprintf("run %q with a network socket as input or output", e.Path)
 	case OpWrite:

@@ -11,10 +11,10 @@ import (
 func (c *compiler) later(p spec.GuardPolicy) {
 	said := map[string]bool{"mode learn": p.Mode == "learn", "onFailure open": p.OnFailure == "open", "limits": p.Limits != nil}
 	if e := p.Exec; e != nil {
-		said["exec.audit"] = e.Audit
 		said["exec.volumes"] = e.Volumes != nil
-		said["exec.jit"] = e.JIT != nil
-		said["exec.allow"] = e.Allow != nil
+		for i, a := range e.Allow {
+			said[fmt.Sprintf("exec.allow[%d].sha256", i)] = a.SHA256 != ""
+		}
 		said["exec.scripts"] = e.Scripts != nil
 		said["exec.preload"] = e.Preload == "deny"
 	}

@@ -197,7 +197,7 @@ func buildImage(t *testing.T, m *machine, files map[string][]byte, steps []strin
 			t.Fatal(err)
 		}
 	}
-	for alias, of := range map[string]string{"bin/curl": "bin/tool"} {
+	for alias, of := range map[string]string{"bin/curl": "bin/tool", "bin/jit": "bin/tool", "bin/parent": "bin/tool"} {
 		if err := os.WriteFile(filepath.Join(root, alias), files[of], 0o755); err != nil {
 			t.Fatal(err)
 		}

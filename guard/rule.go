@@ -56,6 +56,10 @@ const (
 	onMknod
 	onIOUring
 	onUserNS
+	onUnlisted
+	onPreload
+	onScript
+	onInline
 	ruleIndexes = 64
 )
 

@@ -99,7 +99,7 @@ func (g *Guard) createMaps(b *bundle) error {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "images", "devices", "denials", "audit", "counters"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}

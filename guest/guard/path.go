@@ -299,7 +299,7 @@ func (n *next) listImage(device uint32, fd int, rule uint32) error {
 	if err := syscall.Fstat(fd, &st); err != nil {
 		return err
 	}
-	key := string(append64(append32(append32(nil, device), 0), st.Ino))
-	n.listed[key] = stronger(n.listed[key], rule)
+	p := n.program(objectKey(device, st.Ino))
+	p.denied = stronger(p.denied, rule)
 	return nil
 }

@@ -40,6 +40,8 @@ type policy struct {
 	files      []fileRule
 	programs   []programRule
 	egress     []byte // entries of destSize+4
+	execs      []byte // struct exec_lists
+	entries    []programEntry
 }
 
 func parsePolicy(b []byte) (*policy, error) {
@@ -84,6 +86,13 @@ func parsePolicy(b []byte) (*policy, error) {
 // what this agent cannot.
 func (p *policy) section(tag uint16, data []byte) error {
 	switch tag {
+	case sectionExecLists:
+		if p.execs = data; len(data) != execListsSize {
+			return fail("read", "guard policy's lists of programs", syscall.EBADMSG)
+		}
+		return nil
+	case sectionPrograms:
+		return p.parsePrograms(data)
 	default:
 		return fail("read", "section "+strconv.Itoa(int(tag))+" of guard policy", syscall.EPROTONOSUPPORT)
 	}
@@ -101,15 +110,15 @@ type mark struct {
 const markSize = 72 // struct mark of guard/bpf/src/policy.h
 
 type meaning struct {
-	generation                       uint64
-	write, read, exec, anchor, names uint32
+	generation                               uint64
+	write, read, exec, anchor, names, volume uint32
 }
 
 func (m *mark) bytes(b []byte) []byte {
 	b = append32(append32(b, m.kind), m.id)
 	for _, s := range m.slot {
 		b = append64(b, s.generation)
-		for _, v := range [...]uint32{s.write, s.read, s.exec, s.anchor, s.names, 0} {
+		for _, v := range [...]uint32{s.write, s.read, s.exec, s.anchor, s.names, s.volume} {
 			b = append32(b, v)
 		}
 	}
@@ -174,11 +183,12 @@ type next struct {
 	p      *policy
 	slot   uint32
 	names  map[string][2]uint32 // key of the names map -> rules against writing, reading
-	listed map[string]uint32    // key of the listed map -> rule
+	listed map[string]*program  // key of the listed map
+	kin    map[string]uint32    // key of the kin map -> lists
 	absent []absent
 	sets   uint32
 	opened []int // descriptors of inner maps
-	inner  struct{ policy, egress, names, listed int }
+	inner  struct{ policy, egress, names, listed, kin, execs int }
 }
 
 func (n *next) close() {
@@ -189,7 +199,7 @@ func (n *next) close() {
 }
 
 func (n *next) prepare() error {
-	n.names, n.listed = map[string][2]uint32{}, map[string]uint32{}
+	n.names, n.listed, n.kin = map[string][2]uint32{}, map[string]*program{}, map[string]uint32{}
 	for _, m := range n.g.marks {
 		m.slot[n.slot] = meaning{} // left by a policy that did not get through
 	}
@@ -202,6 +212,11 @@ func (n *next) prepare() error {
 		for _, d := range n.p.programs {
 			if err := n.list(root, d); err != nil {
 				return fail("deny program", strconv.Quote(d.path), err)
+			}
+		}
+		for i := range n.p.entries {
+			if err := n.entry(root, &n.p.entries[i]); err != nil {
+				return fail("list program", strconv.Quote(n.p.entries[i].path), err)
 			}
 		}
 	}
@@ -242,15 +257,7 @@ func (n *next) fillMaps() (err error) {
 			return fail("protect", "name", err)
 		}
 	}
-	if n.inner.listed, err = n.create("listed", len(n.listed)); err != nil {
-		return err
-	}
-	for key, rule := range n.listed {
-		if err := updateMap(n.inner.listed, []byte(key), append32(nil, rule)); err != nil {
-			return fail("deny", "program", err)
-		}
-	}
-	return nil
+	return n.fillPrograms()
 }
 
 // create makes an inner map for the outer map of that name.
@@ -275,6 +282,8 @@ func (n *next) swap() error {
 		{"egress", n.slot, n.inner.egress},
 		{"names", n.slot, n.inner.names},
 		{"listed", n.slot, n.inner.listed},
+		{"kin", n.slot, n.inner.kin},
+		{"execs", n.slot, n.inner.execs},
 		{"current", 0, n.inner.policy},
 	} {
 		var key, value [4]byte

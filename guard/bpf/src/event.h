@@ -28,6 +28,10 @@ enum op {
 	OP_DEVICE,
 	OP_SETTING,
 	OP_HELPER,
+	OP_UNLISTED = 40,
+	OP_PRELOAD,
+	OP_SCRIPT,
+	OP_INLINE,
 	OP_STARTED = 64, /* for the record only */
 	OP_CONNECTED,
 };

@@ -72,40 +72,118 @@ static __always_inline enum origin origin_of(struct inode *inode, struct object 
 	return is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
 }
 
-static __always_inline __u32 listed_ref(const struct policy *p, struct inode *inode, const struct object *o)
+/* What the policy says of a program of the image. */
+static __always_inline const struct program *program_of(const struct policy *p, const struct object *o)
 {
-	__u32 slot = p->slot & 1, *ref;
-	struct mark *m;
+	__u32 slot = p->slot & 1;
 	void *inner;
 
-	m = bpf_inode_storage_get(&marks, inode, 0, 0);
+	if (!p->listed || !o->ino)
+		return NULL;
+	inner = bpf_map_lookup_elem(&listed, &slot);
+	return inner ? bpf_map_lookup_elem(inner, o) : NULL;
+}
+
+/* The rule of the first list that lifts nothing here; lifted are those that
+   do. */
+static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u32 lifted)
+{
+	__u32 slot = p->slot & 1, zero = 0, missing;
+	const struct exec_lists *lists;
+	const struct aspect_lists *l;
+	void *inner = bpf_map_lookup_elem(&execs, &slot);
+
+	lists = inner ? bpf_map_lookup_elem(inner, &zero) : NULL;
+	if (!lists)
+		return DENY | RULE_NO_POLICY;
+	l = &lists->aspect[aspect];
+	missing = l->deny & ~lifted;
+	if (!missing)
+		missing = l->audit & ~lifted;
+	if (!missing)
+		return 0;
+	for (__u32 i = 0; i < EXEC_LISTS; i++)
+		if (missing & (1u << i))
+			return l->rule[i];
+	return DENY | RULE_NO_POLICY;
+}
+
+static __always_inline __u32 denied_ref(const struct policy *p, struct inode *inode, const struct program *program)
+{
+	__u32 slot = p->slot & 1;
+	struct mark *m = bpf_inode_storage_get(&marks, inode, 0, 0);
+
 	if (m && m->slot[slot].generation == p->generation && m->slot[slot].exec)
 		return m->slot[slot].exec;
-	inner = bpf_map_lookup_elem(&listed, &slot);
-	ref = inner && o->ino ? bpf_map_lookup_elem(inner, o) : NULL;
-	return ref ? *ref : 0;
+	return program ? program->denied : 0;
+}
+
+/* The lists that let files of this mount run. A mount is known by the directory
+   that is its root, wherever it was put; what is mounted over it or in it, and
+   the same file by another way, is not of it. */
+static __always_inline __u32 volume_lists(const struct policy *p, struct file *file)
+{
+	struct mark *m = bpf_inode_storage_get(&marks, file->f_path.mnt->mnt_root->d_inode, 0, 0);
+	__u32 slot = p->slot & 1;
+
+	return m && m->slot[slot].generation == p->generation ? m->slot[slot].volume : 0;
+}
+
+static __always_inline __u32 origin_ref(const struct policy *p, struct file *file, enum origin from)
+{
+	if (from == FROM_IMAGE || !p->rule[ON_ORIGIN])
+		return 0;
+	return list_ref(p, ASPECT_ORIGIN, from == FROM_ELSEWHERE ? volume_lists(p, file) : 0);
 }
 
 /* Whether the code in a file may run. */
-static __always_inline int check_code(const struct policy *p, struct file *file, struct about *a)
+static __always_inline int check_code(const struct policy *p, struct file *file, struct about *a, enum origin from, const struct program *program)
 {
-	struct inode *inode = file->f_inode;
-	struct object o = {};
-	enum origin from = origin_of(inode, &o);
 	int err = 0;
 
-	if (p->listed) {
+	if (p->listed & LISTED_DENIED) {
 		__u32 op = a->op;
 
 		a->op = OP_LISTED;
-		err = decide(p, listed_ref(p, inode, &o), a);
+		err = decide(p, denied_ref(p, file->f_inode, program), a);
 		a->op = op;
 	}
 	if (!err && from != FROM_IMAGE) {
 		a->why = from;
-		err = decide(p, p->rule[ON_ORIGIN], a);
+		err = decide(p, origin_ref(p, file, from), a);
 	}
 	return err;
+}
+
+static __always_inline int check_mapped(const struct policy *p, struct file *file, struct about *a)
+{
+	struct object o = {};
+	enum origin from = origin_of(file->f_inode, &o);
+
+	return check_code(p, file, a, from, program_of(p, &o));
+}
+
+/* The rule against a program that some list of programs does not have. */
+static __always_inline __u32 unlisted_ref(const struct policy *p, const struct program *program, const struct object *o, const struct task_label *l)
+{
+	__u32 slot = p->slot & 1, lists = 0, *of_parent;
+	void *inner;
+
+	if (program)
+		lists = program->allowed;
+	if (program && program->limited & ~lists) {
+		if (l->label == LABEL_SETUP) {
+			lists |= program->limited;
+		} else {
+			struct kinship key = {.child = *o, .parent = l->exe};
+
+			inner = bpf_map_lookup_elem(&kin, &slot);
+			of_parent = inner ? bpf_map_lookup_elem(inner, &key) : NULL;
+			if (of_parent)
+				lists |= *of_parent;
+		}
+	}
+	return list_ref(p, ASPECT_PROGRAM, lists);
 }
 
 static __always_inline bool is_agent_program(struct inode *inode)
@@ -141,20 +219,39 @@ static __always_inline bool on_socket(void)
 	return false;
 }
 
+static __always_inline int check_program(const struct policy *p, struct file *file, struct about *a, const struct task_label *l)
+{
+	const struct program *program;
+	struct object o = {};
+	enum origin from = origin_of(file->f_inode, &o);
+	int err;
+
+	program = program_of(p, &o);
+	err = check_code(p, file, a, from, program);
+	if (!err && p->rule[ON_UNLISTED]) {
+		a->op = OP_UNLISTED;
+		err = decide(p, unlisted_ref(p, program, &o, l), a);
+	}
+	return err;
+}
+
 /* Asked for a script and again for its interpreter. */
 SEC("lsm/bprm_check_security")
 int BPF_PROG(on_exec, struct linux_binprm *bprm, int prev)
 {
 	struct about a = {.op = OP_EXEC, .path = &bprm->file->f_path, .dentry = bprm->file->f_path.dentry};
+	struct task_struct *task = bpf_get_current_task_btf();
 	const struct policy *p = policy_now();
-	__u32 label = label_now();
+	__u32 label = label_of(task);
+	struct task_label *l;
 	int err = 0;
 
 	if (prev || label < LABEL_SETUP)
 		return prev;
 	if (label == LABEL_SETUP && is_agent_program(bprm->file->f_inode))
 		return 0;
-	if (label == LABEL_UNKNOWN) {
+	l = bpf_task_storage_get(&labels, task, 0, 0);
+	if (label == LABEL_UNKNOWN || !l) {
 		a.op = OP_HELPER;
 		return decide(p, DENY | RULE_HELPER, &a);
 	}
@@ -165,7 +262,23 @@ int BPF_PROG(on_exec, struct linux_binprm *bprm, int prev)
 		err = decide(p, p->rule[ON_SHELL], &a);
 		a.op = OP_EXEC;
 	}
-	return err ? err : check_code(p, bprm->file, &a);
+	return err ? err : check_program(p, bprm->file, &a, l);
+}
+
+/* From here on this is what the task runs, whatever it says of itself. */
+static __always_inline void stamp(struct task_label *l, struct linux_binprm *bprm)
+{
+	struct inode *inode = bprm->file->f_inode;
+	struct object o = {};
+
+	l->origin = origin_of(inode, &o);
+	if (!o.ino) {
+		o.dev = inode->i_sb->s_dev;
+		o.ino = inode->i_ino;
+	}
+	l->exe = o;
+	l->flags = BPF_CORE_READ(bprm, interp) == BPF_CORE_READ(bprm, filename) ? 0 : LABEL_SCRIPT;
+	l->started = bpf_ktime_get_boot_ns();
 }
 
 static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm)
@@ -210,19 +323,33 @@ int BPF_PROG(on_started, struct linux_binprm *bprm)
 	if (label == LABEL_SETUP) {
 		if (is_agent_program(bprm->file->f_inode))
 			return 0;
-		l = bpf_task_storage_get(&labels, task, 0, 0);
-		if (l)
-			l->label = LABEL_WORKLOAD;
+	}
+	l = bpf_task_storage_get(&labels, task, 0, 0);
+	if (l) {
+		l->label = LABEL_WORKLOAD;
+		stamp(l, bprm);
 	}
 	tell_started(policy_now(), bprm);
 	return 0;
 }
 
+static __always_inline void step_line(struct task_label *l, const struct task_label *parent, __u32 pid)
+{
+	for (int i = LINEAGE - 1; i > 0; i--)
+		l->line[i] = parent->line[i - 1];
+	l->line[0].exe = parent->exe;
+	l->line[0].started = parent->started;
+	l->line[0].pid = pid;
+	l->line[0].origin = parent->origin;
+	l->started = bpf_ktime_get_boot_ns();
+}
+
 SEC("lsm/task_alloc")
 int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
 {
-	__u32 label = label_now();
-	struct task_label *l;
+	struct task_struct *parent = bpf_get_current_task_btf();
+	__u32 label = label_of(parent);
+	struct task_label *l, *own;
 
 	if (prev)
 		return prev;
@@ -239,14 +366,41 @@ int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
 	if (!l)
 		return -ENOMEM;
 	l->label = label;
+	own = bpf_task_storage_get(&labels, parent, 0, 0);
+	if (label != LABEL_WORKLOAD || !own)
+		return 0;
+	l->flags = own->flags;
+	l->origin = own->origin;
+	l->exe = own->exe;
+	if (!(flags & CLONE_THREAD)) {
+		step_line(l, own, parent->tgid);
+		return 0;
+	}
+	__builtin_memcpy(l->line, own->line, sizeof(l->line));
+	l->started = own->started;
 	return 0;
 }
 
+/* Memory that is no program's own code. A program that was told to load more
+   than itself has no exception: it would be another's. */
 static __always_inline int memory(const struct policy *p, __u32 why)
 {
 	struct about a = {.op = OP_MEMORY, .why = why};
+	const struct program *program;
+	struct task_label *l;
+	__u32 lifted = 0;
 
-	return decide(p, ref_of(p, ON_MEMORY), &a);
+	if (!p)
+		return decide(p, DENY | RULE_NO_POLICY, &a);
+	if (!p->rule[ON_MEMORY])
+		return 0;
+	if (p->listed & LISTED_KNOWN) {
+		l = bpf_task_storage_get(&labels, bpf_get_current_task_btf(), 0, 0);
+		program = l && l->origin == FROM_IMAGE && !(l->flags & LABEL_PRELOADED) ? program_of(p, &l->exe) : NULL;
+		if (program)
+			lifted = program->jit;
+	}
+	return decide(p, list_ref(p, ASPECT_MEMORY, lifted), &a);
 }
 
 /* Later verifiers take a hook's argument to be there and drop the branch for
@@ -278,7 +432,7 @@ int BPF_PROG(on_mmap, struct file *file, unsigned long reqprot, unsigned long pr
 	}
 	struct about a = {.op = OP_MAP, .path = &file->f_path, .dentry = file->f_path.dentry};
 
-	return check_code(p, file, &a);
+	return check_mapped(p, file, &a);
 }
 
 /* On 6.1 a mapping of an overlay file holds the file below it: the image's
@@ -303,7 +457,7 @@ int BPF_PROG(on_mprotect, struct vm_area_struct *vma, unsigned long reqprot, uns
 	}
 	struct about a = {.op = OP_MAP, .dentry = file->f_path.dentry};
 
-	return check_code(p, file, &a);
+	return check_mapped(p, file, &a);
 }
 
 /* READ_IMPLIES_EXEC makes heap pages executable through brk, which no hook

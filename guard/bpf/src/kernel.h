@@ -47,7 +47,12 @@ struct dentry {
 	struct inode *d_inode;
 };
 
+struct vfsmount {
+	struct dentry *mnt_root;
+};
+
 struct path {
+	struct vfsmount *mnt;
 	struct dentry *dentry;
 };
 
@@ -80,6 +85,8 @@ struct linux_binprm {
 	unsigned long p;
 	unsigned long exec;
 	int argc;
+	const char *filename;
+	const char *interp;
 };
 
 struct vm_area_struct {
@@ -147,7 +154,6 @@ struct sockaddr;
 struct cred;
 struct user_namespace;
 struct mnt_idmap;
-struct vfsmount;
 struct super_block;
 struct iattr;
 struct kernel_siginfo;

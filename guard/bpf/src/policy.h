@@ -37,6 +37,10 @@ enum rule_index {
 	ON_MKNOD,
 	ON_IOURING,
 	ON_USERNS,
+	ON_UNLISTED, /* some list of programs has not all of them */
+	ON_PRELOAD,
+	ON_SCRIPT,
+	ON_INLINE,
 	RULE_INDEXES = 64,
 };
 
@@ -47,11 +51,51 @@ struct policy {
 	__u32 slot;         /* which of the two slots of the other maps is its own */
 	__u32 files;        /* nonzero: there are file rules */
 	__u32 reads;        /* nonzero: some deny reading */
-	__u32 listed;       /* nonzero: some programs are denied by name */
+	__u32 listed;       /* LISTED_ bits: what is said of programs */
 	__u32 egress_deny;  /* lists that must all allow a destination */
 	__u32 egress_audit; /* lists whose refusal is only reported */
 	__u32 rule[RULE_INDEXES];
 	__u32 egress[EGRESS_LISTS]; /* the rule of each list */
+};
+
+/* Bits of policy.listed. */
+#define LISTED_DENIED 1 /* some programs may not run */
+#define LISTED_KNOWN 2  /* something else is said of some */
+
+/* What may be lifted for some programs or places, by policies of which each has
+   a list of its own: what one refuses another's list does not allow. */
+enum aspect {
+	ASPECT_ORIGIN,
+	ASPECT_MEMORY,
+	ASPECT_PROGRAM,
+	ASPECT_SCRIPT,
+	ASPECT_INLINE,
+	ASPECT_SHELL,
+	ASPECTS = 8,
+};
+
+#define EXEC_LISTS 32
+
+struct aspect_lists {
+	__u32 deny;  /* lists that must all have it */
+	__u32 audit; /* lists whose refusal is only reported */
+	__u32 rule[EXEC_LISTS];
+};
+
+struct exec_lists {
+	struct aspect_lists aspect[ASPECTS];
+};
+
+/* What the lists say of one program of the image. */
+struct program {
+	__u32 denied;  /* rule */
+	__u32 allowed; /* lists that have it */
+	__u32 limited; /* lists that have it for some parents */
+	__u32 jit;     /* lists that let it make code */
+	__u32 script;  /* lists that know it as an interpreter */
+	__u32 inlined; /* of them, those that let it have no code in its arguments */
+	__u64 code;    /* letters of its options that bring code: bit 0 is 'A' */
+	__u64 value;   /* letters of its options that take a value */
 };
 
 /* What a file means to one generation. Only valid if the generation matches. */
@@ -62,7 +106,7 @@ struct meaning {
 	__u32 exec;
 	__u32 anchor; /* rule against moving it: a protected path leads through it */
 	__u32 names;  /* set of names in it that have rules of their own */
-	__u32 pad;
+	__u32 volume; /* lists that let the mount with this root hold programs */
 };
 
 enum kind {
@@ -85,8 +129,37 @@ enum label {
 	LABEL_UNKNOWN,  /* treated as a workload that may not even exec */
 };
 
+struct object {
+	__u32 dev;
+	__u32 pad;
+	__u64 ino;
+};
+
+/* A process as it was when it started another. */
+struct ancestor {
+	struct object exe;
+	__u64 started;
+	__u32 pid;
+	__u32 origin;
+};
+
+#define LINEAGE 6
+
+enum label_flag {
+	LABEL_PRELOADED = 1, /* the loader was told to load more than the program */
+	LABEL_SCRIPT = 2,    /* runs a script by its first line */
+};
+
+/* What is known of a task from the moment it runs its program. Nothing that the
+   task does later, such as naming another file as its program, changes it. */
 struct task_label {
 	__u32 label;
+	__u32 flags;
+	__u32 origin;      /* enum origin of the program */
+	__u32 pad;
+	struct object exe; /* the program; as it lies in the image, if it is of it */
+	__u64 started;     /* nanoseconds since boot: made, or ran the program */
+	struct ancestor line[LINEAGE]; /* who made it, and so on; ends with pid 0 */
 };
 
 struct destination {
@@ -96,10 +169,10 @@ struct destination {
 	__u8 addr[16];
 };
 
-struct object {
-	__u32 dev;
-	__u32 pad;
-	__u64 ino;
+/* Who may start a program that a list limits to some parents. */
+struct kinship {
+	struct object child;
+	struct object parent;
 };
 
 /* A device that the containers of one cgroup were given: S_IFCHR or S_IFBLK,
@@ -142,6 +215,14 @@ AT(destination, family, 4);
 AT(destination, port, 6);
 AT(destination, addr, 8);
 AT(object, ino, 8);
+AT(meaning, volume, 28);
+AT(exec_lists, aspect[1], 136);
+AT(program, script, 16);
+AT(program, code, 24);
+AT(kinship, parent, 16);
+AT(task_label, exe, 16);
+AT(task_label, started, 32);
+AT(task_label, line, 40);
 AT(device, type, 8);
 AT(device, number, 12);
 
@@ -208,17 +289,45 @@ struct object_map {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1);
 	__uint(key_size, sizeof(struct object));
-	__uint(value_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct program));
 };
 
-/* Programs of the image that may not run, by the inode below the overlay, so
-   that a hard link in the image is no way around. */
+/* Programs of the image that something is said of, by the inode below the
+   overlay, so that a hard link in the image is no way around. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 2);
 	__type(key, __u32);
 	__array(values, struct object_map);
 } listed SEC(".maps");
+
+struct kinship_map {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct kinship));
+	__uint(value_size, sizeof(__u32));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct kinship_map);
+} kin SEC(".maps");
+
+struct execs_map {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct exec_lists));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct execs_map);
+} execs SEC(".maps");
 
 /* Devices of the erofs file systems that hold released images. */
 struct {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"syscall"
 	"time"
 	"unsafe"
@@ -15,6 +16,8 @@ var execAttacks = map[string]func([]string) error{
 	"nothing":    func([]string) error { return nil },
 	"serve":      func([]string) error { time.Sleep(time.Hour); return nil },
 	"exec":       func(a []string) error { return spawn(a[0]) },
+	"as":         func(a []string) error { return as(nil, a) },
+	"env":        func(a []string) error { return as(a[:1], a[1:]) },
 	"drop":       drop,
 	"memfd":      memfd,
 	"unlinked":   unlinked,
@@ -26,12 +29,48 @@ var execAttacks = map[string]func([]string) error{
 	"execthread": execthread,
 }
 
+// named does what it is told under another name than its own.
+func named(a []string) error {
+	if err := void(os.WriteFile("/proc/self/comm", []byte(a[0]), 0)); err != nil {
+		return err
+	}
+	return do(a[1:])
+}
+
+// inThread does what it is told in a thread that is not the first.
+func inThread(a []string) error {
+	result := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		go func() {
+			runtime.LockOSThread()
+			result <- do(a)
+		}()
+	}()
+	return <-result
+}
+
 // spawn runs a program that does nothing and checks that it did.
 func spawn(path string, args ...string) error {
 	if len(args) == 0 {
 		args = []string{"nothing"}
 	}
 	out, err := exec.Command(path, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%w %s", err, out)
+	}
+	return nil
+}
+
+// as has another copy of this program make the attempt, with env besides what it
+// would have anyway.
+func as(env, args []string) error {
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil && cmd.ProcessState != nil && cmd.ProcessState.ExitCode() == 11 {
+		return void(fmt.Errorf("%w %s", err, out))
+	}
 	if err != nil {
 		return fmt.Errorf("%w %s", err, out)
 	}

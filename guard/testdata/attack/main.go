@@ -21,14 +21,21 @@ func void(err error) error {
 	return fmt.Errorf("%w: %w", errVoid, err)
 }
 
-func main() {
-	attacks := map[string]func([]string) error{}
+// all gives every attack by its name.
+func all() map[string]func([]string) error {
+	attacks := map[string]func([]string) error{"named": named, "thread": inThread}
 	for _, more := range []map[string]func([]string) error{execAttacks, memoryAttacks, fileAttacks, netAttacks, systemAttacks} {
 		for name, f := range more {
 			attacks[name] = f
 		}
 	}
-	name, _, _ := strings.Cut(os.Args[1], "=") // "write=5" is write, run once more
+	return attacks
+}
+
+// do makes the attempt that words say.
+func do(words []string) error {
+	name, _, _ := strings.Cut(words[0], "=") // "write=5" is write, run once more
+	attacks := all()
 	f, ok := attacks[name]
 	if !ok {
 		names := []string{}
@@ -36,10 +43,13 @@ func main() {
 			names = append(names, n)
 		}
 		sort.Strings(names)
-		fmt.Println("void: no such attack; there are", names)
-		os.Exit(11)
+		return void(fmt.Errorf("no such attack; there are %v", names))
 	}
-	switch err := f(os.Args[2:]); {
+	return f(words[1:])
+}
+
+func main() {
+	switch err := do(os.Args[1:]); {
 	case errors.Is(err, errVoid):
 		fmt.Println(err)
 		os.Exit(11)
