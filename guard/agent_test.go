@@ -22,6 +22,7 @@ import (
 // sandbox is a machine with the real agent.
 type sandbox struct {
 	c      *vm.Channel
+	disks  [2]string // of the machine, with the serials w0 and w1
 	mu     sync.Mutex
 	events []Event
 }
@@ -51,6 +52,14 @@ func startSandbox(t *testing.T) *sandbox {
 		t.Fatal(err)
 	}
 	image := buildImage(t, m, imageFiles(), nil)
+	for _, d := range []string{image + "0", image + "1"} {
+		if err := os.WriteFile(d, make([]byte, 8<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command("mkfs.ext4", "-q", "-F", image+"0").CombinedOutput(); err != nil {
+		t.Fatalf("make file system: %v\n%s", err, out)
+	}
 	socket := filepath.Join(t.TempDir(), "agent")
 	qemu := exec.CommandContext(t.Context(), "qemu-system-x86_64",
 		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=64", "-cpu", "max", "-smp", "1", "-m", "256",
@@ -60,7 +69,9 @@ func startSandbox(t *testing.T) *sandbox {
 			" cryptomgr.notests random.trust_cpu=on audit=0 no_timer_check rcupdate.rcu_expedited=1 8250.nr_uarts=1",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=ag,path="+socket+",server=on,wait=off",
 		"-device", "virtserialport,chardev=ag,name=agent.0",
-		"-drive", "if=none,id=root,format=raw,read-only=on,file="+image, "-device", "virtio-blk-pci,drive=root,serial=root0")
+		"-drive", "if=none,id=root,format=raw,read-only=on,file="+image, "-device", "virtio-blk-pci,drive=root,serial=root0",
+		"-drive", "if=none,id=d0,format=raw,file="+image+"0", "-device", "virtio-blk-pci,drive=d0,serial=w0",
+		"-drive", "if=none,id=d1,format=raw,file="+image+"1", "-device", "virtio-blk-pci,drive=d1,serial=w1")
 	var console bytes.Buffer
 	qemu.Stdout, qemu.Stderr = &console, &console
 	if err := qemu.Start(); err != nil {
@@ -73,7 +84,7 @@ func startSandbox(t *testing.T) *sandbox {
 			t.Logf("console:\n%s", &console)
 		}
 	})
-	s := &sandbox{}
+	s := &sandbox{disks: [2]string{image + "0", image + "1"}}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	c, hello, err := vm.Dial(ctx, socket, s.hear(t))
@@ -197,6 +208,7 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 	if err != nil || st.Generation != 2 || st.Digest != open.Digest || st.Programs < 40 {
 		t.Errorf("status %+v %v; want generation 2, digest %s", st, err, open.Digest)
 	}
+	s.devices(t, ctx)
 	s.remount(t, ctx, create, first, box)
 	used, err := s.c.Stats(ctx)
 	if err != nil {
@@ -250,7 +262,13 @@ func (s *sandbox) remount(t *testing.T, ctx context.Context, create guestproto.C
 // run runs an attack in the container and gives its exit code.
 func (s *sandbox) run(t *testing.T, ctx context.Context, box *vm.Process, attack string) int {
 	t.Helper()
-	p, err := s.c.Exec(ctx, box, guestproto.Program{Args: append([]string{"/attack"}, strings.Fields(attack)...)})
+	return s.runAs(t, ctx, box, guestproto.Program{}, attack)
+}
+
+func (s *sandbox) runAs(t *testing.T, ctx context.Context, box *vm.Process, as guestproto.Program, attack string) int {
+	t.Helper()
+	as.Args = append([]string{"/attack"}, strings.Fields(attack)...)
+	p, err := s.c.Exec(ctx, box, as)
 	if err != nil {
 		t.Fatal(err)
 	}

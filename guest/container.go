@@ -172,44 +172,105 @@ func (c *container) makeDevices() error {
 	return nil
 }
 
+const (
+	magicFUSE = 0x65735546 // of a share, too
+	mayNoDev  = 0x4        // in the flags of a file system
+)
+
 func (c *container) makeDevice(d *guestproto.Device) error {
-	kind, number := uint32(syscall.S_IFIFO), 0
-	switch {
-	case d.Serial != "":
-		kind = syscall.S_IFBLK
-	case d.Kind == 'c':
-		kind = syscall.S_IFCHR
-		allowed := false
-		for _, n := range usable {
-			allowed = allowed || n == [2]uint32{d.Major, d.Minor}
-		}
-		if !allowed {
-			return syscall.EPERM
-		}
-	case d.Kind == 'b':
-		return syscall.EPERM // a disk is named by its serial
-	}
-	if kind != syscall.S_IFIFO {
-		number = int(d.Major<<8 | d.Minor&0xff | d.Minor&^0xff<<12)
+	kind, err := kindOf(d)
+	if err != nil {
+		return err
 	}
 	dir, err := c.in.dir(parent(d.Path), 0o755)
 	if err != nil {
 		return err
 	}
 	defer syscall.Close(dir)
+	var fs syscall.Statfs_t
+	if err := syscall.Fstatfs(dir, &fs); err != nil {
+		return err
+	}
+	switch {
+	case kind == syscall.S_IFIFO && fs.Type == magicFUSE:
+		return syscall.EXDEV // what has the name there is the host's
+	case kind != syscall.S_IFIFO && fs.Flags&mayNoDev != 0:
+		return c.showDevice(d, kind)
+	}
 	name := lastName(d.Path)
 	if err := unlinkat(dir, name, 0); err != nil && err != syscall.ENOENT {
 		return err
 	}
-	if err := syscall.Mknodat(dir, name, kind|d.Mode&0o777, number); err != nil {
-		return err
+	return c.makeNode(dir, name, kind, d)
+}
+
+// kindOf is the kind of node that a device is, if a container may have it.
+func kindOf(d *guestproto.Device) (uint32, error) {
+	switch {
+	case d.Serial != "":
+		return syscall.S_IFBLK, nil
+	case d.Kind == 'p':
+		return syscall.S_IFIFO, nil
+	case d.Kind == 'c':
+		for _, n := range usable {
+			if n == [2]uint32{d.Major, d.Minor} {
+				return syscall.S_IFCHR, nil
+			}
+		}
 	}
+	return 0, syscall.EPERM // a disk is named by its serial
+}
+
+// makeNode makes a node, and tells PID 1 which device the container is to open.
+func (c *container) makeNode(dir int, name string, kind uint32, d *guestproto.Device) error {
+	number := 0
 	if kind != syscall.S_IFIFO {
+		number = int(d.Major<<8 | d.Minor&0xff | d.Minor&^0xff<<12)
 		if _, err := syscall.Write(setupSocket, giveWord(kind, d.Major, d.Minor)); err != nil {
 			return err
 		}
 	}
+	if err := syscall.Mknodat(dir, name, kind|d.Mode&0o777, number); err != nil {
+		return err
+	}
 	return syscall.Fchownat(dir, name, int(d.UID), int(d.GID), atNoFollow)
+}
+
+// showDevice puts a device where no node could be opened, such as in a root: the
+// node lies in a file system of its own, and its path shows it.
+func (c *container) showDevice(d *guestproto.Device, kind uint32) error {
+	const side = "tmp" // of the agent's root, which this process is about to leave
+	if err := syscall.Fchdir(c.old); err != nil {
+		return err
+	}
+	if err := syscall.Mount("tmpfs", side, "tmpfs", syscall.MS_NOSUID|syscall.MS_NOEXEC, "mode=700,nr_inodes=8"); err != nil {
+		return err
+	}
+	defer syscall.Unmount(side, syscall.MNT_DETACH)
+	dir, err := syscall.Openat(c.old, side, asPath|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(dir)
+	if err := c.makeNode(dir, "node", kind, d); err != nil {
+		return err
+	}
+	node, err := syscall.Openat(dir, "node", asPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(node)
+	tree, err := openTree(node, false)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(tree)
+	to, err := c.in.target(d.Path, false)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(to)
+	return moveMount(tree, to)
 }
 
 // name names the guest as this container wants it: the UTS namespace is that

@@ -69,3 +69,42 @@ func (a *agent) learn(found []disk) {
 		}
 	}
 }
+
+// renewDisk gives the device number of the disk with a serial, after it made the
+// kernel read its size anew: a disk's place is there before the disk is, with
+// the size of nothing in particular. Nobody may use the disk.
+func renewDisk(serial string) (major, minor uint32, err error) {
+	device, err := findDisk(serial)
+	if err != nil {
+		return 0, 0, err
+	}
+	// Not two at a time, for each is to get its name back.
+	lock, err := syscall.Open(rootsDir, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, 0, fail("open", rootsDir, err)
+	}
+	defer syscall.Close(lock)
+	if err := syscall.Flock(lock, syscall.LOCK_EX); err != nil {
+		return 0, 0, fail("lock", rootsDir, err)
+	}
+	block := "/sys/block/" + lastName(device)
+	var buf [256]byte
+	n, err := syscall.Readlink(block+"/device", buf[:])
+	if err != nil {
+		return 0, 0, fail("find driver of", device, err)
+	}
+	for _, act := range [...]string{"unbind", "bind"} {
+		if err := writeFile("/sys/bus/virtio/drivers/virtio_blk/"+act, lastName(string(buf[:n]))); err != nil {
+			return 0, 0, err
+		}
+	}
+	if now, err := findDisk(serial); err != nil || now != device {
+		return 0, 0, fail("find again", device, syscall.ENODEV)
+	}
+	b, err := readFile(block+"/dev", buf[:])
+	if err != nil {
+		return 0, 0, err
+	}
+	first, second := cut(trim(b), ':')
+	return uint32(number([]byte(first))), uint32(number([]byte(second))), nil
+}

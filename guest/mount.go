@@ -54,7 +54,7 @@ func propagationOf(flags uint32) (kind uint64, recursive bool) {
 func (c *container) takeSources() (err error) {
 	for i := range c.Devices {
 		if d := &c.Devices[i]; d.Serial != "" {
-			if d.Major, d.Minor, err = diskNumber(d.Serial); err != nil {
+			if d.Major, d.Minor, err = renewDisk(d.Serial); err != nil {
 				return err
 			}
 		}
@@ -361,19 +361,4 @@ func (c *container) bindBootID() error {
 		return fail("bind", "boot_id", err)
 	}
 	return nil
-}
-
-// diskNumber gives the device number of the disk with a serial.
-func diskNumber(serial string) (major, minor uint32, err error) {
-	device, err := findDisk(serial)
-	if err != nil {
-		return 0, 0, err
-	}
-	var buf [32]byte
-	b, err := readFile("/sys/block/"+device[len("/dev/"):]+"/dev", buf[:])
-	if err != nil {
-		return 0, 0, err
-	}
-	first, second := cut(trim(b), ':')
-	return uint32(number([]byte(first))), uint32(number([]byte(second))), nil
 }

@@ -11,8 +11,9 @@ import (
 
 // sandboxModules are the drivers a sandbox needs: PCI transport, disk, agent
 // port, network, the two file systems of its root, and that of shares. Containers
-// with CAP_NET_ADMIN expect bridges, and nobody in a sandbox can load a module.
-var sandboxModules = []string{"virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "overlay", "erofs", "virtiofs", "bridge"}
+// with CAP_NET_ADMIN expect bridges and, if they were given it, /dev/net/tun;
+// nobody in a sandbox can load a module.
+var sandboxModules = []string{"virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "overlay", "erofs", "virtiofs", "bridge", "tun"}
 
 // SandboxModules returns the names of the modules that every sandbox loads.
 func SandboxModules() []string { return slices.Clone(sandboxModules) }

@@ -40,6 +40,17 @@ func isUsual(kind string, major, minor int64) bool {
 	return (kind == "c" || kind == "u") && (usual[[2]int64{major, minor}] || usual[[2]int64{major, -1}])
 }
 
+// inGuest are devices that a guest's kernel has of its own, which a container
+// may ask for: /dev/fuse and /dev/net/tun.
+var inGuest = map[[2]int64]bool{{10, 229}: true, {10, 200}: true}
+
+// InGuest says whether a character device of the host, by its number, is one
+// that a guest has of its own, too.
+func InGuest(major, minor uint32) bool {
+	n := [2]int64{int64(major), int64(minor)}
+	return isUsual("c", n[0], n[1]) || inGuest[n]
+}
+
 const maxDevices = 256
 
 func (l *linux) deviceFaults() (errs []error) {
@@ -50,7 +61,7 @@ func (l *linux) deviceFaults() (errs []error) {
 	}
 	var foreign []string
 	for i, d := range l.Devices {
-		known := isUsual(d.Type, d.Major, d.Minor) || d.Type == "p" || d.Type == "b"
+		known := isUsual(d.Type, d.Major, d.Minor) || d.Type == "p" || d.Type == "b" || d.Type == "c" && inGuest[[2]int64{d.Major, d.Minor}]
 		switch {
 		case !path.IsAbs(d.Path) || path.Clean(d.Path) == "/" || !plain(d.Path):
 			fault("devices[%d].path %.256q: want an absolute path below /", i, d.Path)

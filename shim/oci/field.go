@@ -66,7 +66,7 @@ var fields = []field{
 	{"linux.uidMappings", refused, "root of a guest is nobody on the host"},
 	{"linux.gidMappings", refused, "root of a guest is nobody on the host"},
 	{"linux.timeOffsets", refused, "a guest has one clock"},
-	{"linux.devices", judged, "the usual ones, FIFOs, and disks of the host; other devices of the host are not in a guest"},
+	{"linux.devices", judged, "the usual ones, FIFOs, /dev/fuse and /dev/net/tun, which a guest has of its own, and disks of the host; the Guard lets the container open these and no others; other devices of the host are not in a guest"},
 	{"linux.netDevices", refused, "interfaces come with the network namespace"},
 	{"linux.sysctl", judged, "those of a network or IPC namespace, and kernel.domainname; they are the pod's"},
 	{"linux.cgroupsPath", harmless, "a container's cgroup is the guest's; the shim puts the machine into the pod's"},

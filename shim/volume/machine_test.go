@@ -181,7 +181,7 @@ func rootArchive(t *testing.T, path string) io.Reader {
 	put(tar.Header{Name: "bin/busybox", Mode: 0o755}, program)
 	put(tar.Header{Name: "bin/" + filepath.Base(path), Mode: 0o755}, other)
 	put(tar.Header{Name: "etc/passwd", Mode: 0o644}, []byte("root:x:0:0::/root:/bin/sh\n"))
-	for name := range strings.FieldsSeq("sh cat ls ln mv mkdir mknod rm chmod chown sleep touch id mount grep head stat test unshare hostname wc tr sync sysctl chroot") {
+	for name := range strings.FieldsSeq("sh dd readlink cat ls ln mv mkdir mknod rm chmod chown sleep touch id mount grep head stat test unshare hostname wc tr sync sysctl chroot") {
 		put(tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}, nil)
 	}
 	if err := w.Close(); err != nil {
@@ -311,6 +311,7 @@ func TestGuest(t *testing.T) {
 	t.Run("scratch", l.testScratch)
 	t.Run("termination", l.testTermination)
 	t.Run("confined", l.testConfined)
+	t.Run("devices", l.testDevices)
 }
 
 // testEscapes is what root of a container does to leave its share, with every
@@ -461,4 +462,65 @@ cat /proc/sys/kernel/hostname > /dev/null && echo read; cat /proc/kcore | wc -c;
 	want(t, out, "CapEff: 0000000000000400", "CapBnd: 0000000000000400", "NoNewPrivs: 1", "Seccomp: 2", "0",
 		"mount: permission denied (are you root?)", "unshare: unshare(0x10000000): Operation not permitted",
 		"touch: /new: Read-only file system", "read", "0", "sh: can't create /proc/sysrq-trigger: Read-only file system")
+}
+
+// loop makes a disk of the host out of a file.
+func loop(t *testing.T, content string, size int64) (path string, major, minor uint32, file string) {
+	t.Helper()
+	file = filepath.Join(t.TempDir(), "disk")
+	if err := errors.Join(os.WriteFile(file, []byte(content), 0o600), os.Truncate(file, size)); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", file).Output()
+	if err != nil {
+		t.Skip("it makes disks of the host, for which this machine has no loop devices: ", err)
+	}
+	path = strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if err := exec.Command("losetup", "--detach", path).Run(); err != nil {
+			t.Errorf("detach %s: %v", path, err)
+		}
+	})
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return path, unix.Major(st.Rdev), unix.Minor(st.Rdev), file
+}
+
+// testDevices: disks of the host are where they were asked for, as they were
+// asked for, and so are the devices that a guest has of its own.
+func (l *lab) testDevices(t *testing.T) {
+	_, major, minor, data := loop(t, "old", 1<<20)
+	_, major2, minor2, seed := loop(t, "seed", 1<<20)
+	script := `
+stat -c '%a %u %g %F' /dev/data /srv/deep/seed
+head -c 3 /dev/data; echo; head -c 4 /srv/deep/seed; echo
+printf new | dd of=/dev/data conv=notrunc,fsync 2>/dev/null && echo written
+printf bad | dd of=/srv/deep/seed conv=notrunc,fsync 2>&1 | grep -c -i 'not permitted\|read-only'
+for d in /dev/data /srv/deep/seed; do set -- $(stat -c '0x%t 0x%T' $d); s=/sys/dev/block/$(($1)):$(($2)); cat $s/size $s/ro | tr '\n' ' '; done; echo
+stat -c %t:%T /dev/fuse /dev/net/tun /etc/off; wc -c < /etc/off`
+	disk := func(path string, major, minor uint32, mode, uid, gid int) map[string]any {
+		return map[string]any{"path": path, "type": "b", "major": major, "minor": minor, "fileMode": mode, "uid": uid, "gid": gid}
+	}
+	rule := func(major, minor uint32, access string) map[string]any {
+		return map[string]any{"allow": true, "type": "b", "major": major, "minor": minor, "access": access}
+	}
+	out := l.run(t, script, func(config map[string]any) {
+		withRights()(config)
+		linux := config["linux"].(map[string]any)
+		linux["devices"] = []any{
+			disk("/dev/data", major, minor, 0o640, 7, 8), disk("/srv/deep/seed", major2, minor2, 0o444, 0, 0),
+			map[string]any{"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200},
+		}
+		linux["resources"] = map[string]any{"devices": []any{
+			map[string]any{"allow": false, "access": "rwm"}, rule(major, minor, "rwm"), rule(major2, minor2, "rm"),
+		}}
+	}, bound("/dev/fuse", "/dev/fuse", "rw"), bound("/dev/null", "/etc/off", "rw"))
+	want(t, out, "640 7 8 block special file", "444 0 0 block special file", "old", "seed", "written", "1", "2048 0 2048 1 ", "a:e5", "a:c8", "1:3", "0")
+	for file, is := range map[string]string{data: "new", seed: "seed"} {
+		if raw, err := os.ReadFile(file); err != nil || !strings.HasPrefix(string(raw), is) {
+			t.Errorf("the host's disk begins with %.8q, %v, want %q", raw, err, is)
+		}
+	}
 }

@@ -24,6 +24,7 @@ const (
 	kindSingle               // a small file: pushed and followed
 	kindReturned             // a small file that the container writes for the host
 	kindDisk
+	kindNode // a device that the guest's kernel has, too
 )
 
 // source is a path of the host, opened.
@@ -102,6 +103,11 @@ func (s *source) judge(v oci.Volume, pod string) error {
 	case unix.S_IFBLK:
 		s.kind = kindDisk
 		return nil
+	case unix.S_IFCHR:
+		if oci.InGuest(unix.Major(s.stat.Rdev), unix.Minor(s.stat.Rdev)) {
+			s.kind = kindNode
+			return nil
+		}
 	case unix.S_IFSOCK:
 		return errors.New("it is a socket: a guest cannot reach a socket of the host")
 	case unix.S_IFIFO:

@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -112,6 +113,7 @@ func (p *Pod) Add(ctx context.Context, container string, create *guestproto.Crea
 			return errors.Join(fmt.Errorf("add volume %s %.256q: %w", v.Field, v.Source, err), p.remove(ctx, container))
 		}
 	}
+	create.Mounts = slices.DeleteFunc(create.Mounts, func(m guestproto.Mount) bool { return m.Target == noMount })
 	return nil
 }
 
@@ -139,6 +141,8 @@ func (p *Pod) add(ctx context.Context, container string, create *guestproto.Crea
 		m.Source, err = p.addSingle(ctx, container, s)
 	case kindDisk:
 		return p.addDiskFile(ctx, container, create, v, s)
+	case kindNode:
+		node(create, v, s, guestproto.Device{Kind: 'c', Major: unix.Major(s.stat.Rdev), Minor: unix.Minor(s.stat.Rdev)})
 	default:
 		m.Kind = guestproto.MountShare
 		m.Source, err = p.addShared(ctx, m, s, v)
@@ -193,14 +197,20 @@ func (p *Pod) addDiskFile(ctx context.Context, container string, create *guestpr
 	if err != nil {
 		return err
 	}
-	create.Devices = append(create.Devices, guestproto.Device{
-		Path: v.Target, Kind: 'b', Serial: serial, Mode: s.stat.Mode & 0o777, UID: s.stat.Uid, GID: s.stat.Gid,
-	})
-	// The mount stays in its place, as one that does nothing: others are
-	// numbered by theirs.
-	create.Mounts[v.Mount] = guestproto.Mount{Kind: guestproto.MountBind, Target: "/dev/null", Source: "/dev/null", Flags: unix.MS_BIND}
+	node(create, v, s, guestproto.Device{Kind: 'b', Serial: serial})
 	return nil
 }
+
+// node puts a device in the place of a mount of one of the host's nodes.
+func node(create *guestproto.Create, v oci.Volume, s *source, d guestproto.Device) {
+	d.Path, d.Mode, d.UID, d.GID = v.Target, s.stat.Mode&0o777, s.stat.Uid, s.stat.Gid
+	create.Devices = append(create.Devices, d)
+	create.Mounts[v.Mount] = guestproto.Mount{Target: noMount}
+}
+
+// noMount is the target of a mount that is none any more. It keeps its place
+// until all volumes are there, for others are numbered by theirs.
+const noMount = "-"
 
 func (p *Pod) attach(ctx context.Context, container string, f *os.File, readOnly bool) (string, error) {
 	serial, err := p.conf.Machine.Attach(ctx, f, !readOnly)

@@ -153,7 +153,7 @@ func bring(t *testing.T, p *Pod, container string, v oci.Volume) (guestproto.Mou
 	create := guestproto.Create{Mounts: make([]guestproto.Mount, 1)}
 	v.Field, v.Device = "mounts[0].source", -1
 	err := p.Add(t.Context(), container, &create, []oci.Volume{v})
-	return create.Mounts[0], err
+	return append(create.Mounts, guestproto.Mount{})[0], err
 }
 
 // kubelet writes a volume as kubelet does: a view in a directory of its own,
@@ -526,7 +526,7 @@ func TestSourcesRefused(t *testing.T) {
 		dir + "/loop":     "too many links",
 		dir + "/pipe":     "pipe of the host",
 		dir + "/socket":   "socket of the host",
-		"/dev/null":       "device 1:3 of the host",
+		"/dev/console":    "device 5:1 of the host",
 	} {
 		_, err := bring(t, p, "c", oci.Volume{Source: source, Target: "/v"})
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "mounts[0].source") {

@@ -37,6 +37,7 @@ func TestContainerd(t *testing.T) {
 	t.Run("refused", w.testRefused)
 	t.Run("not run", w.testNotRun)
 	t.Run("limits", w.testLimits)
+	t.Run("disk", w.testDisk)
 	t.Run("service", w.testService)
 	t.Run("shim killed", w.testShimKilled)
 	t.Run("machine killed", w.testMachineKilled)
@@ -242,6 +243,34 @@ func (w *world) testLimits(t *testing.T) {
 	}
 	if heard := until("/tasks/delete"); !slices.Contains(heard, "/tasks/oom") {
 		t.Errorf("heard %q, without /tasks/oom", heard)
+	}
+}
+
+// testDisk gives a container a disk of the host and what a guest has of its own;
+// another disk of the machine stays out of its reach.
+func (w *world) testDisk(t *testing.T) {
+	file := w.path("disk")
+	if err := errors.Join(os.WriteFile(file, []byte("old"), 0o600), os.Truncate(file, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	found, err := exec.Command("losetup", "--find", "--show", file).Output()
+	if err != nil {
+		t.Skip("it gives a disk of the host, for which this machine has no loop devices: ", err)
+	}
+	disk := strings.TrimSpace(string(found))
+	defer func() {
+		if err := exec.Command("losetup", "--detach", disk).Run(); err != nil {
+			t.Errorf("detach %s: %v", disk, err)
+		}
+	}()
+	script := "head -c 3 $0; printf new | dd of=$0 conv=notrunc,fsync 2>/dev/null; : < /dev/fuse; set -- $(stat -c '0x%t 0x%T' $0); cat /sys/dev/block/$(($1)):$(($2))/size; mknod /dev/root b $(($1)) 0; head -c 4 /dev/root"
+	out, err := w.run(t, "", []string{"--rm", "--device", disk, "--device", "/dev/fuse"}, "disk", "sh", "-c", script, disk)
+	var failed *ctrError
+	if out != "old2048\n" || !errors.As(err, &failed) || strings.Contains(failed.said, "fuse") || strings.Count(failed.said, "Operation not permitted") == 0 {
+		t.Errorf("printed %q, %v", out, err)
+	}
+	if raw, err := os.ReadFile(file); err != nil || !strings.HasPrefix(string(raw), "new") || len(raw) != 1<<20 {
+		t.Errorf("the disk begins with %.8q, %v", raw, err)
 	}
 }
 

@@ -30,6 +30,9 @@ var systemAttacks = map[string]func([]string) error{
 	"pivot":      pivot,
 	"mknod":      func([]string) error { return syscall.Mknod("/tmp/node", syscall.S_IFCHR|0o600, 1<<8|1) },
 	"mknodreg":   func([]string) error { return syscall.Mknod("/tmp/regular", syscall.S_IFREG|0o600, 0) },
+	"overwrite":  func(a []string) error { return overwrite(a[0]) },
+	"beside":     func(a []string) error { return beside(a[0], a[1]) },
+	"opennode":   func(a []string) error { return openNode(a[0], a[1], a[2]) },
 	"open":       func(a []string) error { return openOnly(a[0]) },
 	"iouring":    ioUring,
 	"userns":     userNS,
@@ -239,6 +242,58 @@ func pivot([]string) error {
 	err := syscall.PivotRoot("/shm", "/shm")
 	if errno, ok := err.(syscall.Errno); ok {
 		return reached(errno)
+	}
+	return err
+}
+
+// overwrite changes the first byte of a disk.
+func overwrite(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.WriteString("x"); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// beside makes a node of the device whose minor number is so much above that of
+// another's node, and opens it.
+func beside(path, step string) error {
+	var st syscall.Stat_t
+	if err := syscall.Stat(path, &st); err != nil {
+		return void(err)
+	}
+	n, err := strconv.Atoi(step)
+	if err != nil {
+		return void(err)
+	}
+	return openNew(st.Mode&syscall.S_IFMT, int(st.Rdev)+n)
+}
+
+func openNode(kind, major, minor string) error {
+	m, err := strconv.Atoi(major)
+	n, err2 := strconv.Atoi(minor)
+	if err := errors.Join(err, err2); err != nil {
+		return void(err)
+	}
+	if kind == "b" {
+		return openNew(syscall.S_IFBLK, m<<8|n)
+	}
+	return openNew(syscall.S_IFCHR, m<<8|n)
+}
+
+// openNew opens a new node. That nothing stands behind it is no refusal.
+func openNew(kind uint32, device int) error {
+	node := fmt.Sprintf("/dev/%d-%d", kind, device)
+	if err := syscall.Mknod(node, kind|0o600, device); err != nil && !errors.Is(err, syscall.EEXIST) {
+		return void(err)
+	}
+	err := openOnly(node)
+	if errors.Is(err, syscall.ENXIO) || errors.Is(err, syscall.ENODEV) {
+		return nil
 	}
 	return err
 }
