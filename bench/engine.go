@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -193,19 +194,32 @@ func (e *engine) word(ctx context.Context, id string) (time.Duration, error) {
 
 // idle starts a container that sleeps, and returns its name.
 func (e *engine) idle(ctx context.Context, flags ...string) (string, error) {
-	id := e.id()
+	return e.idleAs(ctx, e.id(), flags...)
+}
+
+func (e *engine) idleAs(ctx context.Context, id string, flags ...string) (string, error) {
 	_, err := e.ctr(ctx, slices.Concat(e.begin("-d"), flags, []string{engineImage, id, "/bin/busybox", "sleep", "3600"})...)
 	return id, err
 }
 
 // end ends containers made by idle.
 func (e *engine) end(ctx context.Context, ids ...string) error {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
 	var errs []error
+	slots := make(chan struct{}, atATime)
 	for _, id := range ids {
-		_, err := e.ctr(ctx, "tasks", "rm", "-f", id)
-		_, gone := e.ctr(ctx, "containers", "rm", id)
-		errs = append(errs, err, gone)
+		slots <- struct{}{}
+		wg.Go(func() {
+			_, err := e.ctr(ctx, "tasks", "rm", "-f", id)
+			_, gone := e.ctr(ctx, "containers", "rm", id)
+			mu.Lock()
+			defer mu.Unlock()
+			errs = append(errs, err, gone)
+			<-slots
+		})
 	}
+	wg.Wait()
 	return errors.Join(errs...)
 }
 

@@ -9,17 +9,25 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
-// manyPods is how many idle containers the slope is taken over.
-const manyPods = 50
+const (
+	// manyPods is how many idle containers the slope is taken over.
+	manyPods = 50
+	// plenty is the memory that idle containers are to take, reserve what must be
+	// left of the host's for that to be tried, and atATime how many start at once.
+	plenty  = 8 << 30
+	reserve = 4 << 30
+	atATime = 4
+)
 
 // idles measures what idle containers cost the host: one of them, and many.
 func idles(ctx context.Context, l *lab) (out []figure, err error) {
 	for _, r := range underTest {
-		if r.start == "cold" || r.start == "pool" {
-			continue // they idle as a clone does, but for the pages a cold boot does not share
+		if r.start == "cold" {
+			continue // it idles as a clone does, but for the pages that it does not share
 		}
 		f, err := idle(ctx, l, r)
 		out = append(out, f...)
@@ -40,6 +48,7 @@ func idle(ctx context.Context, l *lab, r runtimeUnderTest) (out []figure, err er
 	if _, err := e.word(ctx, e.id()); err != nil { // templates and caches
 		return nil, err
 	}
+	e.rest(ctx) // with it one machine waits, before as after
 	before, free := census(), available()
 	for _, n := range []int{1, manyPods} {
 		for len(ids) < n {
@@ -48,7 +57,9 @@ func idle(ctx context.Context, l *lab, r runtimeUnderTest) (out []figure, err er
 				return out, err
 			}
 			ids = append(ids, id)
+			e.rest(ctx)
 		}
+		l.say("idle: %s, %d of them", e.name, n)
 		if err := wait(ctx, 5*time.Second); err != nil { // until they are idle
 			return out, err
 		}
@@ -60,10 +71,59 @@ func idle(ctx context.Context, l *lab, r runtimeUnderTest) (out []figure, err er
 			single(what+"share of shared memory of each", "MiB", "", each(u.shared)),
 			single(what+"processes of each", "", "its own and all helpers", float64(u.processes)/float64(n)))
 	}
-	cost := (free - available()) / manyPods
-	out = append(out, single(e.name+": idle pods in 8 GiB", "", fmt.Sprintf("computed: %.1f MiB of MemAvailable each, over %d", mib(uint64(max(cost, 1))), manyPods),
-		float64(8<<30)/float64(max(cost, 1))))
-	return out, nil
+	f, more, err := e.dense(ctx, l, free, len(ids))
+	ids = append(ids, more...)
+	return append(out, f), err
+}
+
+// dense starts idle containers until they take what is plenty, or time is over:
+// then it is computed of those there are.
+func (e *engine) dense(ctx context.Context, l *lab, free int64, n int) (f figure, ids []string, err error) {
+	what := e.name + ": idle pods in 8 GiB"
+	compute := func(note string) figure {
+		cost := max((free-available())/int64(n+len(ids)), 1)
+		return single(what, "", fmt.Sprintf("computed%s: %.1f MiB of MemAvailable each, over %d", note, mib(uint64(cost)), n+len(ids)), float64(plenty)/float64(cost))
+	}
+	switch {
+	case e.start == "pool":
+		return compute(", as a clone's"), nil, nil
+	case l.grow <= 0:
+		return compute(""), nil, nil
+	case free < plenty+reserve:
+		return compute(", for the host has too little memory to try"), nil, nil
+	}
+	began := time.Now()
+	for free-available() < plenty {
+		if time.Since(began) > l.grow {
+			return compute(fmt.Sprintf(" after %v", l.grow)), ids, nil
+		}
+		some, err := e.several(ctx, atATime)
+		if ids = append(ids, some...); err != nil {
+			return compute(" when one did not start"), ids, err
+		}
+		if len(ids)%100 < atATime {
+			l.say("idle: %s, %d take %.1f GiB", e.name, n+len(ids), float64(free-available())/(1<<30))
+		}
+	}
+	return single(what, "", fmt.Sprintf("measured: all run, %d take %.2f GiB of MemAvailable", n+len(ids), float64(free-available())/(1<<30)),
+		float64(n+len(ids))*float64(plenty)/float64(free-available())), ids, nil
+}
+
+// several starts idle containers at once.
+func (e *engine) several(ctx context.Context, n int) (ids []string, err error) {
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for range n {
+		id := e.id()
+		wg.Go(func() {
+			_, one := e.idleAs(ctx, id)
+			mu.Lock()
+			defer mu.Unlock()
+			ids, err = append(ids, id), errors.Join(err, one)
+		})
+	}
+	wg.Wait()
+	return ids, err
 }
 
 func wait(ctx context.Context, d time.Duration) error {

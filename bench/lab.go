@@ -39,9 +39,11 @@ var workload = []string{"/bin/busybox", "sh", "-c", "echo up; exec /bin/busybox 
 // lab is what machines are made of here: the same parts as a node uses, put
 // together in the same order.
 type lab struct {
-	n          int
-	bin, dir   string
-	rivals     string // where gVisor's programs are
+	n        int
+	bin, dir string
+	rivals   string // where gVisor's programs are
+	// grow bounds how long idle containers are started until memory is used up.
+	grow       time.Duration
 	log        io.Writer
 	conditions conditions
 
@@ -95,6 +97,11 @@ func (l *lab) prepare(ctx context.Context, kernel string) (err error) {
 	}
 	_, err = l.guest.Driver.Template(ctx, l.template, func(line string) { fmt.Fprintln(l.log, "bench:", line) })
 	return err
+}
+
+// say tells how far a run is.
+func (l *lab) say(format string, a ...any) {
+	fmt.Fprintf(l.log, "bench: %s "+format+"\n", append([]any{time.Now().UTC().Format("15:04:05")}, a...)...)
 }
 
 func (l *lab) Close() error {

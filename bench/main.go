@@ -68,6 +68,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	n := flags.Int("n", 12, "launches of each kind, and violations")
 	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
 	kernel := flags.String("kernel", "", "guest kernel of the parts launch and memory: a series such as 6.12, or an image")
+	grow := flags.Duration("grow", 210*time.Second, "in the part idle, start containers of each kind until they take 8 GiB or this is over; 0 computes it")
 	rivals := flags.String("rivals", "", "directory of runsc, for the parts "+names(beside))
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -87,12 +88,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
-	l.rivals = *rivals
+	l.rivals, l.grow = *rivals, *grow
 	defer func() { err = errors.Join(err, l.Close()) }()
 	r := report{Conditions: l.conditions}
 	var errs []error
 	for _, p := range wanted {
-		fmt.Fprintf(stderr, "bench: %s\n", p.name)
+		l.say("%s", p.name)
 		figures, err := p.run(ctx, l)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("measure %s: %w", p.name, err))

@@ -213,6 +213,7 @@ func TestDeskAnswers(t *testing.T) {
 		"unknown field": map[string]any{"node": "n1", "root": true},
 		"unknown phase": wire.Status{Instances: []wire.InstanceStatus{{ID: "a", Phase: "Dancing"}}},
 		"wordy reason":  wire.Status{Instances: []wire.InstanceStatus{{ID: "a", Phase: wire.PhaseFailed, Reason: "not a word"}}},
+		"no spares":     wire.Status{Spares: wire.Spares{Machines: -1}},
 		"too large":     wire.Status{Node: strings.Repeat("n", maxRequest)},
 	} {
 		if err := n.call(wire.PathStatus, in, nil); err == nil {

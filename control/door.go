@@ -133,6 +133,9 @@ func (d *door) status(_ context.Context, node string, in wire.Status) (none, err
 		}
 		in.Instances[n].Message = clip(i.Message, maxMessage)
 	}
+	if s := in.Spares; s.Machines < 0 || s.MiB < 0 {
+		return none{}, &wire.Error{Reason: "StatusInvalid", Message: fmt.Sprintf("status of %s: %d spare machines with %d MiB", node, s.Machines, s.MiB)}
+	}
 	d.c.hub.status(node, in)
 	return none{}, nil
 }

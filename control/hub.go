@@ -35,6 +35,7 @@ type nodeRecord struct {
 	said     bool
 	seen     time.Time
 	statuses map[string]wire.InstanceStatus
+	spares   wire.Spares
 	desired  []byte
 	changed  chan struct{} // closed and replaced when desired changes
 }
@@ -72,7 +73,7 @@ func (h *hub) hello(name string, in wire.Hello) error {
 func (h *hub) status(name string, s wire.Status) {
 	h.mu.Lock()
 	r := h.recordLocked(name)
-	r.seen = h.now()
+	r.seen, r.spares = h.now(), s.Spares
 	now := make(map[string]wire.InstanceStatus, len(s.Instances))
 	for _, i := range s.Instances {
 		now[i.ID] = i
@@ -101,7 +102,7 @@ func (h *hub) snapshot() (map[string]nodeState, map[word]wire.InstanceStatus, ma
 	defer h.mu.Unlock()
 	nodes, statuses, seen := map[string]nodeState{}, map[word]wire.InstanceStatus{}, map[string]time.Time{}
 	for name, r := range h.nodes {
-		nodes[name] = nodeState{hello: r.hello, ready: r.said && h.now().Sub(r.seen) < lostAfter}
+		nodes[name] = nodeState{hello: r.hello, spares: r.spares, ready: r.said && h.now().Sub(r.seen) < lostAfter}
 		seen[name] = r.seen
 		for id, s := range r.statuses {
 			statuses[word{name, id}] = s

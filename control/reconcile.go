@@ -251,7 +251,7 @@ func (c *Control) allotTo(ctx context.Context, w *world, k key) (workload, error
 		wl.address = a
 	}
 	if wl.guardDigest != digest {
-		wl.guard, wl.guardDigest = wl.guard+1, digest
+		wl.guard, wl.guardDigest = max(wl.guard+1, wire.FirstGeneration), digest
 	}
 	w.workloads[k] = wl
 	return wl, kube.UpdateStatus(ctx, c.store, k.Namespace, k.Name, func(o *v1alpha1.Workload) {

@@ -33,7 +33,7 @@ func (c *Control) status() admin.Status {
 			}
 		}
 		s.Nodes = append(s.Nodes, admin.Node{Name: name, Ready: n.ready, Accelerator: n.hello.Accelerator,
-			GuardOff: n.hello.Measurement.GuardOff, LastSeen: seen[name], Instances: count})
+			GuardOff: n.hello.Measurement.GuardOff, LastSeen: seen[name], Instances: count, Spares: n.spares.Machines, SparesMiB: n.spares.MiB})
 	}
 	slices.SortFunc(s.Nodes, func(a, b admin.Node) int { return cmp.Compare(a.Name, b.Name) })
 	s.Links = c.links(w, nodes)

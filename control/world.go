@@ -71,8 +71,9 @@ func (i instance) final() bool {
 
 // nodeState is a node that said hello.
 type nodeState struct {
-	hello wire.Hello
-	ready bool
+	hello  wire.Hello
+	ready  bool
+	spares wire.Spares
 }
 
 // desired is everything the named node should be doing, but for generations

@@ -17,6 +17,7 @@ import (
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/boot"
+	"hauberk.dev/vm/pool"
 )
 
 // templateUser runs the machines that templates are made of.
@@ -31,8 +32,9 @@ type guests struct {
 	n           *Node
 	guest       *boot.Guest
 	measurement wire.Measurement
+	spares      *pool.Pool
 
-	machines, namespaces, consoles, images string
+	machines, namespaces, consoles, images, rehearsals string
 }
 
 // openGuests prepares kernel, agent and Guard, and finds out what really boots
@@ -41,8 +43,9 @@ func openGuests(ctx context.Context, n *Node) (*guests, error) {
 	g := &guests{
 		n: n, machines: filepath.Join(n.conf.Run, "vm"), namespaces: filepath.Join(n.conf.Run, "netns"),
 		consoles: filepath.Join(n.conf.State, "consoles"), images: filepath.Join(n.conf.State, "images"),
+		rehearsals: filepath.Join(n.conf.State, "rehearsals"),
 	}
-	for _, dir := range []string{g.namespaces, g.consoles, g.images} {
+	for _, dir := range []string{g.namespaces, g.consoles, g.images, g.rehearsals} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open guests: %w", err)
 		}
@@ -62,6 +65,7 @@ func openGuests(ctx context.Context, n *Node) (*guests, error) {
 		n.slog.Warn(g.guest.Notice)
 	}
 	g.measurement = g.guest.Measurement()
+	g.spares = pool.New(pool.Config{Make: g.makeSpare, PerSize: n.conf.Spares, Sizes: spareSizes, Failed: n.note})
 	return g, nil
 }
 
@@ -71,12 +75,17 @@ func (g *guests) templateSpec(s spec.Sandbox) vm.TemplateSpec {
 	return g.guest.Template(int(s.MemoryMiB), int(s.CPUs), g.n.keys.trustDomain())
 }
 
-// clone starts a machine for an instance.
-func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, tap *os.File, user uint32) (*vm.Machine, error) {
+// openRoot opens an image that is as it was packed.
+func openRoot(img image.Image) (*os.File, error) {
 	if err := image.Verify(img.Path, img.ErofsSHA256); err != nil {
 		return nil, err
 	}
-	root, err := os.Open(img.Path)
+	return os.Open(img.Path)
+}
+
+// clone starts a machine for an instance.
+func (g *guests) clone(ctx context.Context, i wire.Instance, img image.Image, tap *os.File, user uint32) (*vm.Machine, error) {
+	root, err := openRoot(img)
 	if err != nil {
 		return nil, fmt.Errorf("clone %s: %w", i.ID, err)
 	}

@@ -44,6 +44,9 @@ type Config struct {
 	MeshLink string
 	// GuestAgent and Kernel are files; empty means the default.
 	GuestAgent, Kernel string
+	// Spares is how many machines are kept ahead of demand, of each of the two
+	// sizes that were asked for last.
+	Spares int
 	// KeepSandboxes leaves them running when the node stops.
 	KeepSandboxes bool
 	// WithoutGuard boots sandboxes without the Guard, and says so everywhere.
@@ -78,6 +81,9 @@ type Node struct {
 // Open prepares a node: it joins the control plane, prepares the kernel, and
 // reads the journal. It runs nothing until Run.
 func Open(ctx context.Context, c Config) (*Node, error) {
+	if c.Spares < 0 || c.Spares > MaxSpares {
+		return nil, fmt.Errorf("open node: %d spare machines: want 0 to %d", c.Spares, MaxSpares)
+	}
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("open node: user %d may not make namespaces: run hauberk-node as root", os.Geteuid())
 	}
@@ -133,6 +139,7 @@ func (n *Node) Run(ctx context.Context) error {
 		run.Task{Name: "renew", Run: n.keys.renewLoop},
 		run.Task{Name: "bypass", Run: n.bypassLoop},
 		run.Task{Name: "template", Run: n.makeTemplate},
+		run.Task{Name: "spares", Run: n.guests.spares.Run},
 	)
 	n.shutdown(n.conf.KeepSandboxes || err != nil)
 	return errors.Join(err, n.guests.Close())
@@ -144,6 +151,7 @@ func (n *Node) makeTemplate(ctx context.Context) error {
 	if err := n.guests.warm(ctx); err != nil {
 		n.note(err)
 	}
+	n.guests.spares.Want(n.guests.templateSpec(standard))
 	<-ctx.Done()
 	return nil
 }
@@ -434,7 +442,7 @@ func (n *Node) statusLoop(ctx context.Context) error {
 	tick := time.NewTicker(heartbeatEvery)
 	defer tick.Stop()
 	for {
-		n.note(n.uplink.call(ctx, wire.PathStatus, wire.Status{Node: n.conf.Name, At: n.now().UTC(), Instances: n.statuses()}, nil))
+		n.note(n.uplink.call(ctx, wire.PathStatus, wire.Status{Node: n.conf.Name, At: n.now().UTC(), Instances: n.statuses(), Spares: n.guests.spare()}, nil))
 		select {
 		case <-ctx.Done():
 			return nil

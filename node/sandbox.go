@@ -84,11 +84,12 @@ func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error)
 	if err := s.openConsole(); err != nil {
 		return launched{}, err
 	}
-	if err := s.network(address); err != nil {
+	spare := s.g.takeSpare(i)
+	if err := s.network(address, spare); err != nil {
 		return launched{}, err
 	}
 	began := time.Now()
-	if err := s.boot(ctx, i, img, address); err != nil {
+	if err := s.boot(ctx, i, img, address, spare); err != nil {
 		return launched{}, err
 	}
 	if err := s.Enforce(ctx, i.Guard); err != nil {
@@ -158,17 +159,31 @@ func (s *sandbox) openConsole() error {
 	return err
 }
 
-func (s *sandbox) network(address netip.Addr) (err error) {
+// network makes the instance's namespace, with a tap for a clone, or that of a
+// spare machine, which the sandbox owns from then on.
+func (s *sandbox) network(address netip.Addr, spare *vm.Machine) (err error) {
+	if spare != nil {
+		s.own(spare)
+	}
 	if s.ns, err = netns.Create(s.g.namespaces, s.id); err != nil {
 		return err
 	}
-	s.tap, err = s.ns.Tap(netns.Guest{Address: address, MAC: guestMAC(address), Owner: machineUser(address)})
+	g := netns.Guest{Address: address, MAC: guestMAC(address), Owner: machineUser(address)}
+	if spare != nil {
+		return s.ns.Adopt(spare.Tap(), g)
+	}
+	s.tap, err = s.ns.Tap(g)
 	return err
 }
 
-// boot clones the template and makes the clone a machine of its own.
-func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, address netip.Addr) error {
-	m, err := s.g.clone(ctx, i, img, s.tap, uint32(machineUser(address)))
+// boot clones the template, or takes a spare clone of it, and makes it a machine
+// of its own. From there on both are alike.
+func (s *sandbox) boot(ctx context.Context, i wire.Instance, img image.Image, address netip.Addr, m *vm.Machine) (err error) {
+	if m != nil {
+		err = s.g.give(ctx, m, i, img)
+	} else if m, err = s.g.clone(ctx, i, img, s.tap, uint32(machineUser(address))); err == nil {
+		s.own(m)
+	}
 	if err != nil {
 		return err
 	}
@@ -199,7 +214,6 @@ func (s *sandbox) own(m *vm.Machine) {
 // connect opens the channel to the agent. A guest whose Guard is not attached
 // runs nothing.
 func (s *sandbox) connect(ctx context.Context, m *vm.Machine) error {
-	s.own(m)
 	ctx, cancel := context.WithTimeout(ctx, agentTime)
 	defer cancel()
 	c, hello, err := m.Channel(ctx, s.record)
@@ -377,8 +391,8 @@ func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
 	if err := s.openConsole(); err != nil {
 		return err
 	}
+	s.own(m)
 	if e.Contained {
-		s.own(m)
 		return m.Pause(ctx)
 	}
 	if err := s.connect(ctx, m); err != nil {

@@ -55,6 +55,9 @@ type Node struct {
 	GuardOff    bool      `json:"guardOff,omitempty"`
 	LastSeen    time.Time `json:"lastSeen"`
 	Instances   int       `json:"instances"`
+	// Spares are machines kept ahead of demand, and the memory they take.
+	Spares    int `json:"spares,omitempty"`
+	SparesMiB int `json:"sparesMiB,omitempty"`
 }
 
 // Ledger is the head of the log.

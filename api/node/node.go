@@ -94,6 +94,11 @@ type Instance struct {
 	Guard  Guard           `json:"guard"`
 }
 
+// FirstGeneration is that of a workload's first policies. The one before is what a
+// machine that is kept ahead of demand rehearses under: a Guard takes no policy in
+// place of another of the same generation.
+const FirstGeneration = 2
+
 // Guard is the policy of an instance, already intersected and resolved.
 type Guard struct {
 	Generation uint64             `json:"generation"`
@@ -128,6 +133,13 @@ type Status struct {
 	Node      string           `json:"node"`
 	At        time.Time        `json:"at"`
 	Instances []InstanceStatus `json:"instances"`
+	Spares    Spares           `json:"spares,omitzero"`
+}
+
+// Spares are machines that a node keeps ahead of demand: they are nobody's.
+type Spares struct {
+	Machines int `json:"machines"`
+	MiB      int `json:"mib"` // of the node's memory, theirs alone
 }
 
 // InstanceStatus is what a node says of one instance.

@@ -40,6 +40,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	f.StringVar(&c.MeshLink, "mesh-link", "/run/hauberk/mesh/link.sock", "socket of hauberk-mesh")
 	f.StringVar(&c.GuestAgent, "guest-agent", "", "the hauberk-guest program (default: beside this one)")
 	f.StringVar(&c.Kernel, "kernel", "", "guest kernel: a series such as 6.12, or an image (default: the newest installed cloud kernel of Debian 12's own series)")
+	f.IntVar(&c.Spares, "spares", 1, "machines kept ahead of demand, restored and paused, of each of the two sizes asked for last; 0 clones when asked")
 	f.BoolVar(&c.KeepSandboxes, "keep-sandboxes", false, "leave sandboxes running when told to stop; the next start adopts them")
 	f.BoolVar(&c.WithoutGuard, "without-guard", false, "boot sandboxes without the Guard, to prove that checks notice; every status says so")
 	end := f.Bool("end", false, "end the sandboxes that an earlier run left, and exit")

@@ -53,6 +53,8 @@ type Pool struct {
 type shelf struct {
 	spec  vm.TemplateSpec
 	ready []*vm.Machine
+	// each takes about as much of the host's memory as the one made last.
+	each uint64
 }
 
 // New makes an empty pool. Run fills it.
@@ -99,6 +101,18 @@ func (p *Pool) Ready(spec vm.TemplateSpec) int {
 		return len(p.shelves[i].ready)
 	}
 	return 0
+}
+
+// Waiting is how many machines wait, and about how much of the host's memory,
+// in bytes, is theirs alone.
+func (p *Pool) Waiting() (machines int, private uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, s := range p.shelves {
+		machines += len(s.ready)
+		private += uint64(len(s.ready)) * s.each
+	}
+	return machines, private
 }
 
 func (p *Pool) findLocked(spec vm.TemplateSpec) int {
@@ -192,6 +206,10 @@ func (p *Pool) awaitQuiet(ctx context.Context) error {
 
 // put puts a machine on its shelf, if there is room still.
 func (p *Pool) put(spec vm.TemplateSpec, m *vm.Machine) {
+	used, err := m.Memory() // it stands still: this does not change
+	if err != nil {
+		p.config.Failed(err)
+	}
 	p.mu.Lock()
 	i := p.findLocked(spec)
 	if i < 0 || p.closed || len(p.shelves[i].ready) >= p.config.PerSize {
@@ -200,6 +218,7 @@ func (p *Pool) put(spec vm.TemplateSpec, m *vm.Machine) {
 		return
 	}
 	p.shelves[i].ready = append(p.shelves[i].ready, m)
+	p.shelves[i].each = used.Private
 	p.mu.Unlock()
 }
 

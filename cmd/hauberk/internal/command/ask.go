@@ -54,10 +54,18 @@ func (s *session) statusTable(w io.Writer, st admin.Status) error {
 		if n.GuardOff {
 			guard = "OFF"
 		}
-		rows = append(rows, []string{n.Name, strconv.FormatBool(n.Ready), n.Accelerator, guard, strconv.Itoa(n.Instances), show.Age(n.LastSeen, s.now())})
+		rows = append(rows, []string{n.Name, strconv.FormatBool(n.Ready), n.Accelerator, guard, strconv.Itoa(n.Instances), spares(n), show.Age(n.LastSeen, s.now())})
 	}
 	fmt.Fprintln(w)
-	return show.Rows(w, []string{"NODE", "READY", "ACCELERATOR", "GUARD", "INSTANCES", "SEEN"}, rows)
+	return show.Rows(w, []string{"NODE", "READY", "ACCELERATOR", "GUARD", "INSTANCES", "SPARE", "SEEN"}, rows)
+}
+
+// spares are the machines that a node keeps ahead of demand, with their memory.
+func spares(n admin.Node) string {
+	if n.Spares == 0 {
+		return "0"
+	}
+	return fmt.Sprintf("%d (%s)", n.Spares, size(uint64(n.SparesMiB)<<20))
 }
 
 func reason(i admin.Instance) string {
