@@ -415,4 +415,3 @@ func FuzzClaim(f *testing.F) {
 		}
 	})
 }
-

@@ -8,12 +8,13 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/internal/protofields"
 )
 
 // flat lists the numbers of a message by their places, as "4.33.1".
 func flat(t *testing.T, raw []byte, messages map[string]bool, at string, into map[string]uint64) {
 	t.Helper()
-	err := each(raw, func(n protowire.Number, inner []byte, v uint64) error {
+	err := protofields.Each(raw, func(n protowire.Number, inner []byte, v uint64) error {
 		place := fmt.Sprintf("%s%d", at, n)
 		if messages[place] {
 			flat(t, inner, messages, place+".", into)

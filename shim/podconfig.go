@@ -2,7 +2,6 @@ package shim
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -11,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/internal/protofields"
 	"hauberk.dev/shim/oci"
 )
 
@@ -54,10 +54,10 @@ func parsePodConfig(given *anypb.Any) (podConfig, error) {
 }
 
 func (c *podConfig) parse(raw []byte) error {
-	return each(raw, func(n protowire.Number, inner []byte, _ uint64) error {
+	return protofields.Each(raw, func(n protowire.Number, inner []byte, _ uint64) error {
 		switch n {
 		case 1:
-			return each(inner, func(n protowire.Number, inner []byte, _ uint64) error {
+			return protofields.Each(inner, func(n protowire.Number, inner []byte, _ uint64) error {
 				if n == 2 {
 					c.uid = string(inner)
 				}
@@ -66,11 +66,11 @@ func (c *podConfig) parse(raw []byte) error {
 		case 2:
 			c.hostname = string(inner)
 		case 4:
-			return each(inner, c.name)
+			return protofields.Each(inner, c.name)
 		case 7:
 			return pair(inner, c.annotations)
 		case 8:
-			return each(inner, c.linux)
+			return protofields.Each(inner, c.linux)
 		}
 		return nil
 	})
@@ -91,16 +91,16 @@ func (c *podConfig) name(n protowire.Number, inner []byte, _ uint64) error {
 func (c *podConfig) linux(n protowire.Number, inner []byte, _ uint64) error {
 	switch n {
 	case 2: // security_context
-		return each(inner, func(n protowire.Number, inner []byte, _ uint64) error {
+		return protofields.Each(inner, func(n protowire.Number, inner []byte, _ uint64) error {
 			if n != 1 {
 				return nil
 			}
-			return each(inner, c.namespace)
+			return protofields.Each(inner, c.namespace)
 		})
 	case 3:
 		return pair(inner, c.sysctls)
 	case 5: // resources
-		return each(inner, func(n protowire.Number, _ []byte, v uint64) error {
+		return protofields.Each(inner, func(n protowire.Number, _ []byte, v uint64) error {
 			for at, into := range map[protowire.Number]*uint64{1: &c.period, 2: &c.quota, 3: &c.shares, 4: &c.memory} {
 				if n == at {
 					*into = v
@@ -121,40 +121,10 @@ func (c *podConfig) namespace(n protowire.Number, _ []byte, v uint64) error {
 	return nil
 }
 
-// each calls f for each field of a message: inner is that of a field of bytes,
-// v the value of a number.
-func each(raw []byte, f func(n protowire.Number, inner []byte, v uint64) error) error {
-	for len(raw) > 0 {
-		n, kind, took := protowire.ConsumeTag(raw)
-		if took < 0 {
-			return errors.New("it is no message")
-		}
-		raw = raw[took:]
-		var inner []byte
-		var v uint64
-		switch kind {
-		case protowire.VarintType:
-			v, took = protowire.ConsumeVarint(raw)
-		case protowire.BytesType:
-			inner, took = protowire.ConsumeBytes(raw)
-		default:
-			took = protowire.ConsumeFieldValue(n, kind, raw)
-		}
-		if took < 0 {
-			return fmt.Errorf("field %d is broken", n)
-		}
-		raw = raw[took:]
-		if err := f(n, inner, v); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // pair reads an entry of a map of strings.
 func pair(raw []byte, into map[string]string) error {
 	var key, value string
-	err := each(raw, func(n protowire.Number, inner []byte, _ uint64) error {
+	err := protofields.Each(raw, func(n protowire.Number, inner []byte, _ uint64) error {
 		switch n {
 		case 1:
 			key = string(inner)

@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/ttrpc"
 
+	"hauberk.dev/internal/protofields"
 	"hauberk.dev/shim/oci"
 )
 
@@ -41,7 +42,7 @@ type sandboxCall struct {
 
 func (q *sandboxCall) parse(raw []byte) error {
 	q.annotations = map[string]string{}
-	return each(raw, func(n protowire.Number, inner []byte, v uint64) error {
+	return protofields.Each(raw, func(n protowire.Number, inner []byte, v uint64) error {
 		switch n {
 		case 1:
 			q.id = string(inner)

@@ -2,12 +2,13 @@ package client
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/containerd/containerd/api/runtime/task/v2"
+
+	"hauberk.dev/internal/protofields"
 )
 
 // Stats are what a container uses, by its guest's word. A limit of 0 is none.
@@ -42,11 +43,11 @@ func parseStats(raw []byte) (out Stats, err error) {
 		{1, 1}: &out.Pids, {1, 2}: &out.PidsLimit, {2, 1}: &out.CPUMicros,
 		{4, 32}: &out.Memory, {4, 33}: &out.MemoryLimit, {8, 5}: &out.OOMKills,
 	}
-	err = fields(raw, func(group protowire.Number, inner []byte, _ uint64) error {
+	err = protofields.Each(raw, func(group protowire.Number, inner []byte, _ uint64) error {
 		if inner == nil {
 			return nil
 		}
-		return fields(inner, func(n protowire.Number, _ []byte, v uint64) error {
+		return protofields.Each(inner, func(n protowire.Number, _ []byte, v uint64) error {
 			if p, ok := into[[2]protowire.Number{group, n}]; ok {
 				*p = v
 			}
@@ -57,36 +58,4 @@ func parseStats(raw []byte) (out Stats, err error) {
 		return Stats{}, fmt.Errorf("read statistics: %w", err)
 	}
 	return out, nil
-}
-
-// fields calls f for each field of a message: inner is that of a field of
-// bytes and nil for others, v the value of a number.
-func fields(raw []byte, f func(n protowire.Number, inner []byte, v uint64) error) error {
-	for len(raw) > 0 {
-		n, kind, took := protowire.ConsumeTag(raw)
-		if took < 0 {
-			return errors.New("it is no message")
-		}
-		raw = raw[took:]
-		var inner []byte
-		var v uint64
-		switch kind {
-		case protowire.VarintType:
-			v, took = protowire.ConsumeVarint(raw)
-		case protowire.BytesType:
-			if inner, took = protowire.ConsumeBytes(raw); inner == nil {
-				inner = []byte{}
-			}
-		default:
-			took = protowire.ConsumeFieldValue(n, kind, raw)
-		}
-		if took < 0 {
-			return fmt.Errorf("field %d is broken", n)
-		}
-		raw = raw[took:]
-		if err := f(n, inner, v); err != nil {
-			return err
-		}
-	}
-	return nil
 }

@@ -4,13 +4,13 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/internal/tinyelf"
 	"hauberk.dev/vm"
 )
 
@@ -113,10 +113,9 @@ func Archive() ([]byte, error) {
 	return b.Bytes(), err
 }
 
-// program is an ELF program for x86-64.
+// program writes the letter and ends.
 func program() []byte {
-	const at, headers = 0x400000, 64 + 56
-	code := []byte{
+	return tinyelf.Program([]byte{
 		0xb8, 1, 0, 0, 0, // mov eax, 1: write
 		0xbf, 1, 0, 0, 0, // mov edi, 1
 		0x48, 0x8d, 0x35, 16, 0, 0, 0, // lea rsi, [rip+16]: the letter
@@ -125,24 +124,5 @@ func program() []byte {
 		0xb8, 60, 0, 0, 0, // mov eax, 60: exit
 		0x31, 0xff, // xor edi, edi
 		0x0f, 0x05, // syscall
-	}
-	le := binary.LittleEndian
-	p := append(make([]byte, 0, 256), "\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00"...)
-	p = le.AppendUint16(p, 2)  // executable
-	p = le.AppendUint16(p, 62) // x86-64
-	p = le.AppendUint32(p, 1)
-	p = le.AppendUint64(p, at+headers) // entry
-	p = le.AppendUint64(p, 64)         // program header
-	p = le.AppendUint64(p, 0)          // no sections
-	p = le.AppendUint32(p, 0)
-	for _, v := range []uint16{64, 56, 1, 0, 0, 0} {
-		p = le.AppendUint16(p, v)
-	}
-	size := uint64(headers + len(code) + len(letter))
-	p = le.AppendUint32(p, 1) // load
-	p = le.AppendUint32(p, 5) // readable, executable
-	for _, v := range []uint64{0, at, at, size, size, 0x1000} {
-		p = le.AppendUint64(p, v)
-	}
-	return append(append(p, code...), letter...)
+	}, letter)
 }

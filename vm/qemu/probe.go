@@ -3,7 +3,6 @@ package qemu
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -16,6 +15,7 @@ import (
 
 	"hauberk.dev/internal/atomicfile"
 	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/tinyelf"
 	"hauberk.dev/vm"
 )
 
@@ -148,12 +148,11 @@ func probeInitrd() (*os.File, error) {
 	return f, nil
 }
 
-// probeProgram is an ELF program for x86-64 that writes one line and sleeps:
-// write(1, word, length), then pause() without end.
+// probeProgram writes one line and sleeps: write(1, word, length), then pause()
+// without end.
 func probeProgram() []byte {
-	const at, headers = 0x400000, 64 + 56
 	word := probeWord + "\n"
-	code := []byte{
+	return tinyelf.Program([]byte{
 		0xb8, 1, 0, 0, 0, // mov eax, 1
 		0xbf, 1, 0, 0, 0, // mov edi, 1
 		0x48, 0x8d, 0x35, 16, 0, 0, 0, // lea rsi, [rip+16]: the word
@@ -162,24 +161,5 @@ func probeProgram() []byte {
 		0xb8, 34, 0, 0, 0, // mov eax, 34
 		0x0f, 0x05, // syscall
 		0xeb, 0xf7, // jmp back to mov eax, 34
-	}
-	le := binary.LittleEndian
-	p := append(make([]byte, 0, 256), "\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00"...)
-	p = le.AppendUint16(p, 2)  // executable
-	p = le.AppendUint16(p, 62) // x86-64
-	p = le.AppendUint32(p, 1)
-	p = le.AppendUint64(p, at+headers) // entry
-	p = le.AppendUint64(p, 64)         // program header
-	p = le.AppendUint64(p, 0)          // no sections
-	p = le.AppendUint32(p, 0)
-	for _, v := range []uint16{64, 56, 1, 0, 0, 0} {
-		p = le.AppendUint16(p, v)
-	}
-	size := uint64(headers + len(code) + len(word))
-	p = le.AppendUint32(p, 1) // load
-	p = le.AppendUint32(p, 5) // readable, executable
-	for _, v := range []uint64{0, at, at, size, size, 0x1000} {
-		p = le.AppendUint64(p, v)
-	}
-	return append(append(p, code...), word...)
+	}, word)
 }
