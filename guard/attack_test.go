@@ -178,7 +178,7 @@ func strict() spec.GuardPolicy {
 			{Path: "/opt/three", Deny: "w"},
 		},
 		Net: &spec.GuardNet{Egress: []spec.GuardEgress{{CIDR: "192.0.2.0/24", Ports: []int32{80}}, {Service: "ledger"}}},
-		Sys: &spec.GuardSys{Deny: allOperations(), Severity: spec.SeverityWarning},
+		Sys: &spec.GuardSys{Deny: Baseline().Sys.Deny, Severity: spec.SeverityWarning},
 	}
 }
 

@@ -238,18 +238,6 @@ func (c *compiler) file(i int, f spec.GuardFile) {
 	c.files = append(c.files, r)
 }
 
-func (c *compiler) sys(s *spec.GuardSys) {
-	c.severity("sys.severity", s.Severity)
-	for i, name := range s.Deny {
-		op, ok := operations[name]
-		if !ok {
-			c.fault(fmt.Sprintf("sys.deny[%d]", i), string(name), "want one of bpf, module, ptrace, mount, rawsocket, mknod, iouring, userns")
-			continue
-		}
-		c.set(op.index, op.text, s.Severity)
-	}
-}
-
 // blob lays everything out as package guest/guard reads it.
 func (c *compiler) blob() []byte {
 	le := binary.LittleEndian

@@ -36,12 +36,14 @@ const (
 	OpDevice
 	OpSetting
 	OpHelper
-	OpUnlisted  Op = 40
-	OpPreload   Op = 41
-	OpScript    Op = 42
-	OpInline    Op = 43
-	OpStarted   Op = 64
-	OpConnected Op = 65
+	OpUnlisted   Op = 40
+	OpPreload    Op = 41
+	OpScript     Op = 42
+	OpInline     Op = 43
+	OpOperation  Op = 50 // one of a policy's sys.deny
+	OpCapability Op = 51
+	OpStarted    Op = 64
+	OpConnected  Op = 65
 )
 
 // Verdict is what came of it.
@@ -275,6 +277,10 @@ func (e Event) attempt() string {
 			return text
 		}
 		return fmt.Sprintf("change the kernel's setting %q", e.Path)
+	case OpOperation:
+		return "do what is refused: " + operationText(e.Detail)
+	case OpCapability:
+		return "use the capability " + capabilityName(e.Detail)
 	case OpHelper:
 		return fmt.Sprintf("run %q on the kernel's behalf", e.Path)
 	}

@@ -33,10 +33,6 @@ func (c *compiler) later(p spec.GuardPolicy) {
 			said[fmt.Sprintf("net.egress[%d].protocol", i)] = e.Protocol != ""
 		}
 	}
-	if s := p.Sys; s != nil {
-		said["sys.audit"] = s.Audit
-		said["sys.capabilities"] = s.Capabilities != nil
-	}
 	for field, is := range said {
 		if is {
 			c.faults = append(c.faults, fmt.Errorf("policy %q: %s: this is not held yet", c.name, field))

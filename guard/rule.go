@@ -63,6 +63,29 @@ const (
 	ruleIndexes = 64
 )
 
+// Indexes of named operations and of capabilities, as in bpf/src/policy.h.
+const (
+	onSetNS = iota + 32
+	onUnshare
+	onChroot
+	onKeyctl
+	onPerf
+	onUserfaultFD
+	onTime
+	onReboot
+	onSwap
+	onQuota
+	onSyslog
+	onMemfd
+	onSetUID
+	onHostname
+	onNice
+	onCapability
+	onCapabilityAudit
+	capsDenied   // two words of bits
+	capsReported = capsDenied + 2
+)
+
 // operations says what each name of a policy's sys.deny stands for.
 var operations = map[spec.GuardOperation]struct {
 	index int
@@ -76,6 +99,22 @@ var operations = map[spec.GuardOperation]struct {
 	"mknod":     {onMknod, "no device file may be made"},
 	"iouring":   {onIOUring, "io_uring may not be used"},
 	"userns":    {onUserNS, "no user namespace may be made"},
+
+	"setns":       {onSetNS, "no namespace may be entered"},
+	"unshare":     {onUnshare, "no namespace may be made"},
+	"chroot":      {onChroot, "no process may change its root directory"},
+	"keyctl":      {onKeyctl, "the kernel's keys may not be used"},
+	"perf":        {onPerf, "performance events may not be used"},
+	"userfaultfd": {onUserfaultFD, "userfaultfd may not be used"},
+	"time":        {onTime, "the clock may not be set"},
+	"reboot":      {onReboot, "the kernel may not be rebooted or replaced"},
+	"swap":        {onSwap, "swapping may not be started or stopped"},
+	"quota":       {onQuota, "quotas may not be used"},
+	"syslog":      {onSyslog, "the kernel's log may not be used"},
+	"memfd":       {onMemfd, "no file without a name may be made in memory"},
+	"setuid":      {onSetUID, "no process may change its users and groups"},
+	"hostname":    {onHostname, "the host's name may not be changed"},
+	"nice":        {onNice, "no process may be scheduled otherwise"},
 }
 
 // strength orders severities, weakest first.

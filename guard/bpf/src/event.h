@@ -32,6 +32,8 @@ enum op {
 	OP_PRELOAD,
 	OP_SCRIPT,
 	OP_INLINE,
+	OP_OPERATION = 50, /* detail: index of its rule */
+	OP_CAPABILITY,     /* detail: which */
 	OP_STARTED = 64, /* for the record only */
 	OP_CONNECTED,
 };

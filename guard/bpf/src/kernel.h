@@ -73,7 +73,26 @@ struct files_struct {
 	struct fdtable *fdt;
 };
 
+struct thread_info {
+	unsigned int status;
+};
+
+typedef struct {
+	__u32 val;
+} kuid_t;
+
+typedef struct {
+	__u32 val;
+} kgid_t;
+
+struct cred {
+	kuid_t uid, suid, euid, fsuid;
+	kgid_t gid, sgid, egid, fsgid;
+};
+
 struct task_struct {
+	struct thread_info thread_info;
+	const struct cred *cred;
 	unsigned int flags;
 	int tgid;
 	struct task_struct *real_parent;
@@ -87,6 +106,7 @@ struct linux_binprm {
 	int argc;
 	const char *filename;
 	const char *interp;
+	struct cred *cred;
 };
 
 struct vm_area_struct {
@@ -151,7 +171,8 @@ struct ovl_inode___stack { /* from 6.5 */
 #pragma clang attribute pop
 
 struct sockaddr;
-struct cred;
+struct key;
+struct perf_event_attr;
 struct user_namespace;
 struct mnt_idmap;
 struct super_block;
@@ -205,7 +226,12 @@ union bpf_attr;
 
 #define CAP_SYS_MODULE 16
 #define CAP_SYS_RAWIO 17
+#define CAP_SYS_ADMIN 21
 #define CAP_SYS_BOOT 22
+#define CAP_SYS_TIME 25
+#define CAP_OPT_NOAUDIT 0x2 /* the kernel asks for itself */
+
+#define TS_COMPAT 0x2 /* the call came from 32-bit code */
 
 #define FS_IOC_SETFLAGS 0x40086602
 #define FS_IOC_FSSETXATTR 0x401c5820

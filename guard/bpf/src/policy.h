@@ -41,6 +41,27 @@ enum rule_index {
 	ON_PRELOAD,
 	ON_SCRIPT,
 	ON_INLINE,
+
+	ON_SETNS = 32,
+	ON_UNSHARE,
+	ON_CHROOT,
+	ON_KEYCTL,
+	ON_PERF,
+	ON_USERFAULTFD,
+	ON_TIME,
+	ON_REBOOT,
+	ON_SWAP,
+	ON_QUOTA,
+	ON_SYSLOG,
+	ON_MEMFD,
+	ON_SETUID,
+	ON_HOSTNAME,
+	ON_NICE,
+	ON_CAPABILITY,       /* using one of CAPS_DENIED */
+	ON_CAPABILITY_AUDIT, /* using one of CAPS_REPORTED */
+	CAPS_DENIED,         /* two words of bits, no rules */
+	CAPS_REPORTED = CAPS_DENIED + 2,
+
 	RULE_INDEXES = 64,
 };
 
