@@ -35,13 +35,13 @@ type scenario struct {
 // unique over all of it: "name=2" is another run of "name".
 func scenarios() []scenario {
 	all := attempts()
-	return []scenario{
+	return append([]scenario{
 		{
 			name: "strict", policy: strict(), before: []string{"file /shm/a/b/secret", "file /tmp/kept"},
 			attacks: all[:len(all)-2], spoils: all[len(all)-2:], benign: benign, quiet: quiet,
 		},
 		{name: "programs", policy: programsPolicy(), attacks: programsAttempts(), benign: programsBenign},
-	}
+	}, callScenarios()...)
 }
 
 // files of the image that the corpus needs.

@@ -2,7 +2,6 @@ package guard
 
 import (
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 
@@ -10,100 +9,45 @@ import (
 	"hauberk.dev/api/spec"
 )
 
-// calls are the named operations beyond those of strict, each by every way in.
-func calls() []attempt {
-	text := func(o spec.GuardOperation) string { return operations[o].text }
+// callScenarios are the named operations beyond those of strict, each by every
+// way in, and capabilities.
+func callScenarios() []scenario {
 	var list []attempt
-	add := func(o spec.GuardOperation, runs ...string) {
+	add := func(o spec.GuardOperation, items string, runs ...string) {
 		for _, run := range runs {
-			list = append(list, attempt{run, text(o), OpOperation})
+			list = append(list, attempt{run, operations[o].text, OpOperation, items})
 		}
 	}
-	add("setns", "setns", "setns32")                                // B15
-	add("unshare", "unshare", "unsharenet", "clonens", "unshare32") // B15
-	add("chroot", "chrootonly", "chroot32")
-	add("keyctl", "addkey", "keyring")
-	add("perf", "perfopen")
-	add("userfaultfd", "userfault")
-	add("time", "settime", "adjtime", "stime32")
-	add("swap", "swapon", "swapoff", "swapon32")
-	add("quota", "quota")
-	add("syslog", "klog", "klogread")
-	add("memfd", "memfdcreate", "memfd32") // P6
-	add("setuid", "setuid", "setresuid", "setgid", "setgroups", "setuid32", "suid")
-	add("hostname", "hostname", "domainname", "hostname32")
-	add("nice", "nice", "ioprio", "batch")
-	return append(list,
-		attempt{"reboot", text("reboot"), OpSetting},
-		attempt{"module32", text("module"), OpModule})
-}
-
-var benignCalls = []string{"affinity", "sameids", "own=20"}
-
-// Every operation that a policy can name works without the Guard, is reported by
-// a section that audits, and refused by one that enforces.
-func TestNamedOperations(t *testing.T) {
-	deny := allOperations()
-	audit := compileForTest(t, 1, spec.GuardPolicy{Sys: &spec.GuardSys{Audit: true, Deny: deny, Capabilities: &spec.GuardCapabilities{}}})
-	enforce := compileForTest(t, 2, spec.GuardPolicy{Sys: &spec.GuardSys{Deny: deny}})
-	keep := compileForTest(t, 3, spec.GuardPolicy{Sys: &spec.GuardSys{Capabilities: &spec.GuardCapabilities{Keep: []string{"NET_BIND_SERVICE", "SETUID"}}}})
-	files := imageFiles()
-	files[".audit"], files[".enforce"], files[".keep"] = audit.Blob, enforce.Blob, keep.Blob
-	list := calls()
-	again := func(steps []string, nth string) []string {
-		for _, a := range list {
-			steps = append(steps, "run "+a.run+nth)
-		}
-		for _, b := range benignCalls {
-			steps = append(steps, "run "+b+nth)
-		}
-		return steps
-	}
-	guarded := again([]string{"file /tmp/kept", "policy .audit"}, "=1")
-	guarded = append(again(append(guarded, "policy .enforce"), "=2"), "policy .keep", "run own=3", "run hostname=3", "run setuid=3", "run connect=3 127.0.0.1:80", "status")
-	open := boot(t, false, imageFiles(), again([]string{"file /tmp/kept"}, "=0")...)
-	o := boot(t, true, files, guarded...)
-	for _, a := range list {
-		for nth, ran := range map[string]outcome{"=0": open, "=1": o} {
-			// The Guard itself keeps these back, whatever is audited.
-			if nth == "=1" && (a.op == OpSetting || a.op == OpModule) {
-				continue
-			}
-			if got := ran.ran[a.run+nth]; !strings.HasPrefix(got, "exit 0 ") {
-				t.Errorf("%s: %s; want it to work", a.run+nth, got)
-			}
-			if nth == "=1" && !slices.ContainsFunc(o.events[a.run+nth], func(e Event) bool { return e.Verdict == Reported && e.Op == a.op && isAbout(&audit, e, a.rule) }) {
-				t.Errorf("%s: %v; want it reported by %q", a.run+nth, o.events[a.run+nth], a.rule)
-			}
-		}
-		checkRefused(t, &enforce, attempt{a.run + "=2", a.rule, a.op}, o)
-	}
-	for _, b := range benignCalls {
-		for _, nth := range []string{"=0", "=1", "=2"} {
-			ran := o
-			if nth == "=0" {
-				ran = open
-			}
-			if got := ran.ran[b+nth]; !strings.HasPrefix(got, "exit 0 ") {
-				t.Errorf("%s: %s; want it to work", b+nth, got)
-			}
-		}
-		wantNoWord(t, b+"=2", o)
-	}
+	add("setns", "B15 T1611", "setns", "setns32")
+	add("unshare", "B15 T1611", "unshare", "unsharenet", "clonens", "unshare32")
+	add("chroot", "B5 T1611", "chrootonly", "chroot32")
+	add("keyctl", "T1552", "addkey", "keyring")
+	add("perf", "T1068", "perfopen")
+	add("userfaultfd", "T1068", "userfault")
+	add("time", "T1070.006", "settime", "adjtime", "stime32")
+	add("swap", "T1499", "swapon", "swapoff", "swapon32")
+	add("quota", "T1499", "quota")
+	add("syslog", "T1082", "klog", "klogread")
+	add("memfd", "P6 B10 T1620", "memfdcreate", "memfd32")
+	add("setuid", "T1548.001", "setuid", "setresuid", "setgid", "setgroups", "setuid32", "suid")
+	add("hostname", "T1036", "hostname", "domainname", "hostname32")
+	add("nice", "T1496", "nice", "ioprio", "batch")
+	list = append(list,
+		attempt{"reboot=2", operations["reboot"].text, OpSetting, "T1529"},
+		attempt{"module32", operations["module"].text, OpModule, "B23 T1547.006"})
 	const kept = "no capability may be used but NET_BIND_SERVICE, SETUID"
-	checkRefused(t, &keep, attempt{"own=3", kept, OpCapability}, o)
-	checkRefused(t, &keep, attempt{"hostname=3", kept, OpCapability}, o)
-	for _, b := range []string{"setuid=3", "connect=3"} {
-		if got := o.ran[b]; !strings.HasPrefix(got, "exit 0 ") {
-			t.Errorf("%s: %s; want it to work", b, got)
-		}
+	return []scenario{
+		{
+			name: "calls", policy: spec.GuardPolicy{Sys: &spec.GuardSys{Deny: allOperations()}}, before: []string{"file /tmp/kept"},
+			attacks: list, benign: []string{"affinity", "sameids", "own=20"},
+		},
+		{
+			name:    "caps",
+			policy:  spec.GuardPolicy{Sys: &spec.GuardSys{Capabilities: &spec.GuardCapabilities{Keep: []string{"NET_BIND_SERVICE", "SETUID"}}}},
+			attacks: []attempt{{"own=3", kept, OpCapability, "T1222.002"}, {"hostname=3", kept, OpCapability, "T1036"}, {"mount=30", kept, OpCapability, "T1611"}},
+			benign:  []string{"setuid=30", "connect=30 127.0.0.1:80", "write=30 /tmp/caps"},
+		},
 	}
-	checkSequence(t, o, o.status[0].Sequence)
-}
-
-func isAbout(c *Compiled, e Event, text string) bool {
-	r, ok := c.Rule(e.Rule)
-	return ok && strings.Contains(r.Text, text)
 }
 
 func TestCompileCapabilities(t *testing.T) {

@@ -92,6 +92,7 @@ struct cred {
 
 struct task_struct {
 	struct thread_info thread_info;
+	const struct cred *real_cred;
 	const struct cred *cred;
 	unsigned int flags;
 	int tgid;
@@ -188,6 +189,7 @@ union bpf_attr;
 #define ENOMEM 12
 
 #define PF_KTHREAD 0x00200000
+#define PF_IO_WORKER 0x00000010
 #define CLONE_THREAD 0x00010000
 
 #define S_IFMT 0170000

@@ -113,6 +113,7 @@ enum call {
 	CALL_SWAP,
 	CALL_HOSTNAME,
 	CALL_MEMFD,
+	CALL_RING,
 };
 
 /* Which call the task is in. Its number is the kernel's copy, which the task
@@ -144,6 +145,8 @@ static __always_inline enum call call_now(void)
 		case 356: /* memfd_create */
 		case 447: /* memfd_secret */
 			return CALL_MEMFD;
+		case 426: /* io_uring_enter */
+			return CALL_RING;
 		default:
 			return CALL_OTHER;
 		}
@@ -167,6 +170,8 @@ static __always_inline enum call call_now(void)
 	case 319: /* memfd_create */
 	case 447: /* memfd_secret */
 		return CALL_MEMFD;
+	case 426: /* io_uring_enter */
+		return CALL_RING;
 	}
 	return CALL_OTHER;
 }
@@ -212,6 +217,16 @@ static __always_inline bool among(const struct policy *p, __u32 caps, int cap)
 	return cap >= 0 && cap < 64 && bits >> cap & 1;
 }
 
+/* The overlay works on the image with the rights of who mounted it, which is
+   nothing the workload does. io_uring borrows rights too, but a workload's
+   own. */
+static __always_inline bool borrows(void)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+
+	return task->cred != task->real_cred && !(task->flags & PF_IO_WORKER) && call_now() != CALL_RING;
+}
+
 /* Only capabilities that every policy keeps may be used. What the kernel asks
    by itself is answered without a word. */
 static __always_inline int kept(const struct policy *p, int cap, bool quiet)
@@ -246,7 +261,7 @@ int BPF_PROG(on_capable, const struct cred *cred, struct user_namespace *ns, int
 		err = administer();
 		break;
 	}
-	if (err || !p)
+	if (err || !p || !(p->rule[ON_CAPABILITY] | p->rule[ON_CAPABILITY_AUDIT]) || borrows())
 		return err;
 	return kept(p, cap, opts & CAP_OPT_NOAUDIT);
 }
