@@ -14,10 +14,13 @@ import (
 	"sync"
 	"time"
 
+	wire "hauberk.dev/api/node"
 	"hauberk.dev/ca"
 	"hauberk.dev/contain"
+	"hauberk.dev/control/rollout"
 	"hauberk.dev/evidence"
 	"hauberk.dev/id"
+	"hauberk.dev/image"
 	"hauberk.dev/kube"
 	"hauberk.dev/ledger"
 	"hauberk.dev/registry"
@@ -53,6 +56,7 @@ type Control struct {
 
 	log      *ledger.Log
 	book     *contain.Book
+	rollouts *rollout.Book
 	issuer   *ca.Issuer
 	tickets  *evidence.KeySigner
 	content  *registry.Store
@@ -63,19 +67,26 @@ type Control struct {
 	renewing *renewal
 	hub      *hub
 	denials  denials
+	meter    meter
+	untold   told // records about policies that have no event yet
 	wake     chan struct{}
 	filled   chan struct{} // closed once there is a world
 
-	mu    sync.Mutex
-	world world // of the last round
+	mu      sync.Mutex
+	world   world                   // of the last round
+	refused map[rollout.Name]string // why policies are not in force as they are written, shown to people
 
 	// The reconciler's own.
 	retries     map[key]retry
 	orders      map[string]planGeneration
 	booted      map[string]bool // instances whose boot is recorded
 	lastAddress netip.Addr
-	shown       map[string]int // receipts of an incident its resource shows, plus one
-	owned       map[key]string // applications as last recorded
+	numbers     map[key]map[string]uint64 // generation of each content of a workload's policies
+	given       map[key]wire.Guard        // to instances, with its number
+	indexes     map[string]*image.Index   // of images, as the pre-check needs them
+	refusals    map[rollout.Name]refusal  // what the pre-check last said
+	shown       map[string]int            // receipts of an incident its resource shows, plus one
+	owned       map[key]string            // applications as last recorded
 }
 
 // planGeneration numbers the plans of one node.
@@ -96,6 +107,7 @@ func Open(ctx context.Context, c Config) (_ *Control, err error) {
 		wake: make(chan struct{}, 1), filled: make(chan struct{}), retries: map[key]retry{},
 		orders: map[string]planGeneration{}, booted: map[string]bool{},
 		shown: map[string]int{}, owned: map[key]string{},
+		numbers: map[key]map[string]uint64{}, refusals: map[rollout.Name]refusal{}, indexes: map[string]*image.Index{}, given: map[key]wire.Guard{},
 	}
 	kube.SetLog(p.slog)
 	p.hub = newHub(c.Now, p.look)

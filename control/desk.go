@@ -54,6 +54,9 @@ func (d *desk) handler() http.Handler {
 	mux.HandleFunc("POST "+admin.PathRestart, d.answer(func(r *http.Request) (any, error) {
 		return struct{}{}, d.c.restart(r.Context(), key{namespaceOf(r), r.FormValue("workload")})
 	}))
+	mux.HandleFunc("GET "+admin.PathGuard, d.answer(func(*http.Request) (any, error) { return d.c.guardState(), nil }))
+	mux.HandleFunc("POST "+admin.PathRollout, d.answer(d.rollout))
+	mux.HandleFunc("POST "+admin.PathDegrade, d.answer(d.degrade))
 	mux.HandleFunc("POST "+admin.PathJoin, d.answer(d.join))
 	mux.HandleFunc("POST "+admin.PathExec, d.exec)
 	mux.HandleFunc("GET "+admin.PathLogs, d.logs)

@@ -16,6 +16,7 @@ import (
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/ca"
 	"hauberk.dev/contain"
+	"hauberk.dev/control/rollout"
 	"hauberk.dev/evidence"
 	"hauberk.dev/id"
 	"hauberk.dev/internal/atomicfile"
@@ -37,8 +38,9 @@ func (c *Control) openLedger() error {
 		return err
 	}
 	c.book = contain.New(c)
+	c.rollouts = rollout.New(guardRecorder{c}, guardContents(c.path("guard")), c.now)
 	return c.log.Scan(0, func(at uint64, e ledger.Entry) error {
-		if err := c.book.Replay(e.Kind, e.Body); err != nil {
+		if err := errors.Join(c.book.Replay(e.Kind, e.Body), c.rollouts.Replay(e.Kind, e.Body)); err != nil {
 			return fmt.Errorf("read ledger entry %d: %w", at, err)
 		}
 		return nil

@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"hauberk.dev/api/spec"
+	"hauberk.dev/api/v1alpha1"
+	"hauberk.dev/control/rollout"
 )
 
 func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
@@ -15,7 +17,7 @@ func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
 		{"bank", "broken"}:   {Applications: []string{"*"}, Rules: []spec.ReleaseRule{{Expression: "author !=", Message: "x"}}},
 	}
 	w.access[key{"bank", "dangling"}] = spec.AccessPolicy{Workload: "nobody"}
-	w.guards[key{"bank", "dangling"}] = guardPolicy{spec.GuardPolicy{Net: &spec.GuardNet{Egress: []spec.GuardEgress{{Service: "nobody"}}}}}
+	w.guards[key{"bank", "dangling"}] = guardPolicy{spec: spec.GuardPolicy{Net: &spec.GuardNet{Egress: []spec.GuardEgress{{Service: "nobody"}}}}}
 	cases := []struct {
 		name   string
 		got    verdict
@@ -27,8 +29,8 @@ func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
 		{"release", w.releaseVerdict(key{"bank", "sound"}), "Accepted", ""},
 		{"dangling release", w.releaseVerdict(key{"bank", "dangling"}), "ApplicationNotFound", `"nobody"`},
 		{"broken release", w.releaseVerdict(key{"bank", "broken"}), "RuleInvalid", ""},
-		{"guard", w.guardVerdict(key{"bank", "web"}), "Accepted", ""},
-		{"dangling guard", w.guardVerdict(key{"bank", "dangling"}), "ServiceNotFound", `"nobody"`},
+		{"guard", w.danglingService(key{"bank", "web"}), "Accepted", ""},
+		{"dangling guard", w.danglingService(key{"bank", "dangling"}), "ServiceNotFound", `"nobody"`},
 	}
 	for _, c := range cases {
 		if c.got.reason != c.reason || c.got.accepted != (c.reason == "Accepted") || !strings.Contains(c.got.message, c.words) {
@@ -37,17 +39,17 @@ func TestPoliciesThatMakeNoSenseAreNotAccepted(t *testing.T) {
 	}
 }
 
-func TestEnforcingCountsOnlyTheNewestGeneration(t *testing.T) {
-	w, web := bank(), key{"bank", "web"}
-	wl := w.workloads[web]
-	wl.guard = 3
-	w.workloads[web] = wl
+func TestAppliedCountsOnlyTheNewestGeneration(t *testing.T) {
+	w := bank()
+	n := rollout.Name{Namespace: "bank", Name: "web"}
 	for generation, want := range map[uint64]int32{2: 0, 3: 1} {
 		i := w.instances[key{"bank", "web-1"}]
-		i.status.Guard.Generation, i.status.Guard.Programs = generation, 44
+		i.guard, i.status.Guard.Generation, i.status.Guard.Programs = 3, generation, 44
 		w.instances[key{"bank", "web-1"}] = i
-		if got := w.enforcing(web); got != want {
-			t.Errorf("generation %d: %d instances enforce, want %d", generation, got, want)
+		var got v1alpha1.GuardPolicyStatus
+		w.guardStatus(n, spec.GuardSelect{}, &got)
+		if got.Applied != want || got.Eligible != 1 || got.Workloads != 1 {
+			t.Errorf("generation %d: %+v, want %d applied", generation, got, want)
 		}
 	}
 }

@@ -62,6 +62,9 @@ func (c *Control) reconcile(ctx context.Context) (again time.Duration, err error
 		return 0, errors.Join(append(errs, err)...)
 	}
 	c.publish(w)
+	if err := c.syncGuards(ctx, &w); err != nil {
+		errs = append(errs, err)
+	}
 	if err := c.recordApplications(ctx, w); err != nil {
 		errs = append(errs, err)
 	}
@@ -76,6 +79,9 @@ func (c *Control) reconcile(ctx context.Context) (again time.Duration, err error
 		if wait > 0 && (again == 0 || wait < again) {
 			again = wait
 		}
+	}
+	if err := c.numberInstances(ctx, &w); err != nil {
+		errs = append(errs, err)
 	}
 	if err := c.dropOrphans(ctx, w); err != nil {
 		errs = append(errs, err)
@@ -126,6 +132,8 @@ func (c *Control) order(w world) error {
 // forget drops what is remembered of workloads and applications that are gone.
 func (c *Control) forget(w world) {
 	maps.DeleteFunc(c.retries, func(k key, _ retry) bool { _, ok := w.workloads[k]; return !ok })
+	maps.DeleteFunc(c.numbers, func(k key, _ map[string]uint64) bool { _, ok := w.workloads[k]; return !ok })
+	maps.DeleteFunc(c.given, func(k key, _ wire.Guard) bool { _, ok := w.instances[k]; return !ok })
 	maps.DeleteFunc(c.owned, func(k key, _ string) bool { _, ok := w.applications[k]; return !ok })
 }
 
@@ -142,18 +150,20 @@ func (c *Control) read(ctx context.Context) (world, error) {
 		trustDomain: c.conf.TrustDomain, applications: map[key]spec.Application{}, workloads: map[key]workload{},
 		guards: map[key]guardPolicy{}, access: map[key]spec.AccessPolicy{}, releases: map[key]spec.ReleasePolicy{},
 		instances: map[key]instance{}, epoch: c.book.Epoch(),
+		floors: map[string]clusterPolicy{}, book: c.rollouts.State(), given: maps.Clone(c.given),
 	}
 	var statuses map[word]wire.InstanceStatus
 	w.nodes, statuses, _ = c.hub.snapshot()
 	err := errors.Join(
 		each(ctx, c.store, func(o *v1alpha1.Application) { w.applications[keyOf(o)] = o.Spec }),
-		each(ctx, c.store, func(o *v1alpha1.GuardPolicy) { w.guards[keyOf(o)] = guardPolicy{o.Spec} }),
+		each(ctx, c.store, func(o *v1alpha1.GuardPolicy) { w.guards[keyOf(o)] = guardPolicy{o.Spec, o.Generation} }),
+		each(ctx, c.store, func(o *v1alpha1.ClusterGuardPolicy) { w.floors[o.Name] = clusterPolicy{o.Spec, o.Generation} }),
 		each(ctx, c.store, func(o *v1alpha1.AccessPolicy) { w.access[keyOf(o)] = o.Spec }),
 		each(ctx, c.store, func(o *v1alpha1.ReleasePolicy) { w.releases[keyOf(o)] = o.Spec }),
 		each(ctx, c.store, func(o *v1alpha1.Workload) {
 			address, _ := netip.ParseAddr(o.Status.Address) // none yet is the zero address
 			w.workloads[keyOf(o)] = workload{spec: o.Spec, generation: o.Generation, address: address,
-				guard: uint64(o.Status.GuardGeneration), guardDigest: o.Status.GuardDigest}
+				guard: uint64(o.Status.GuardGeneration), guardDigest: o.Status.GuardDigest, labels: o.Labels}
 		}),
 		each(ctx, c.store, func(o *v1alpha1.Instance) { w.instances[keyOf(o)] = instanceOf(o, statuses) }),
 	)
@@ -181,7 +191,7 @@ func instanceOf(o *v1alpha1.Instance, statuses map[word]wire.InstanceStatus) ins
 		workload: o.Spec.Workload, application: o.Spec.Application, node: o.Spec.Node, repository: o.Spec.Repository,
 		digest: o.Spec.Digest, specHash: launchHash(o.Spec.Launch, o.Spec.Digest), address: address,
 		identity: o.Spec.Identity, ticket: []byte(o.Spec.Ticket), spec: o.Spec.Launch,
-		deleting: o.DeletionTimestamp != nil,
+		deleting: o.DeletionTimestamp != nil, guard: uint64(o.Spec.GuardGeneration), guardDigest: o.Spec.GuardDigest,
 	}
 	i.status = wire.InstanceStatus{ID: o.Name, Phase: wire.Phase(o.Status.Phase), Reason: o.Status.Reason,
 		Message: o.Status.Message, ReadyMillis: o.Status.ReadyMillis, Serial: o.Status.Serial}
@@ -235,7 +245,7 @@ func (w world) dangling(k key, wl workload) (reason, message string) {
 // allotTo gives a workload its address and numbers its Guard policies.
 func (c *Control) allotTo(ctx context.Context, w *world, k key) (workload, error) {
 	wl := w.workloads[k]
-	digest := guardDigest(w.guard(k.Namespace, wl))
+	digest := guardDigest(w.guard(w.subject(key{Namespace: k.Namespace}, instance{workload: k.Name}, wl), w.book))
 	if wl.address.IsValid() && wl.guardDigest == digest {
 		return wl, nil
 	}
@@ -250,11 +260,23 @@ func (c *Control) allotTo(ctx context.Context, w *world, k key) (workload, error
 		}
 		wl.address = a
 	}
-	if wl.guardDigest != digest {
-		wl.guard, wl.guardDigest = max(wl.guard+1, wire.FirstGeneration), digest
+	wl.guardDigest = digest
+	if c.numbers[k][digest] == 0 {
+		wl.guard = max(wl.guard+1, wire.FirstGeneration)
 	}
+	if err := c.setWorkload(ctx, w, k, wl); err != nil {
+		return wl, err
+	}
+	if c.numbers[k][digest] == 0 {
+		c.number(k, digest, wl.guard)
+	}
+	return wl, nil
+}
+
+// setWorkload stores what is allotted to a workload.
+func (c *Control) setWorkload(ctx context.Context, w *world, k key, wl workload) error {
 	w.workloads[k] = wl
-	return wl, kube.UpdateStatus(ctx, c.store, k.Namespace, k.Name, func(o *v1alpha1.Workload) {
+	return kube.UpdateStatus(ctx, c.store, k.Namespace, k.Name, func(o *v1alpha1.Workload) {
 		o.Status.Address = wl.address.String()
 		o.Status.Identity = identity(w.trustDomain, k)
 		o.Status.GuardGeneration, o.Status.GuardDigest = int64(wl.guard), wl.guardDigest
@@ -263,7 +285,7 @@ func (c *Control) allotTo(ctx context.Context, w *world, k key) (workload, error
 
 // guardDigest names the content of resolved policies, whatever their number.
 func guardDigest(g wire.Guard) string {
-	g.Generation = 0
+	g.Generation, g.Kernel = 0, ""
 	data, err := json.Marshal(g)
 	if err != nil {
 		return "" // plain values always marshal
@@ -320,14 +342,19 @@ func (c *Control) launch(ctx context.Context, w *world, k key, wl workload, rel 
 	}
 	c.lastAddress = address
 	name := k.Name + "-" + strings.ToLower(rand.Text()[:6])
-	t, err := c.ticket(ctx, k, wl, rel.Repository, rel.Digest, name, node, w.nodes[node].hello.Measurement)
+	digest := guardDigest(w.guard(w.subject(key{k.Namespace, name}, instance{workload: k.Name, node: node}, wl), w.book))
+	generation, err := c.guardNumber(ctx, w, k, digest, 0)
+	if err != nil {
+		return err
+	}
+	t, err := c.ticket(ctx, k, wl, generation, rel.Repository, rel.Digest, name, node, w.nodes[node].hello.Measurement)
 	if err != nil {
 		return err
 	}
 	o := &v1alpha1.Instance{ObjectMeta: kube.ObjectMeta{Namespace: k.Namespace, Name: name}, Spec: v1alpha1.InstanceSpec{
 		Workload: k.Name, Application: wl.spec.Application, Node: node, Repository: rel.Repository, Digest: rel.Digest,
 		Address: address.String(), Identity: identity(w.trustDomain, k), Ticket: string(t), Launch: wl.spec,
-		GuardGeneration: int64(wl.guard),
+		GuardGeneration: int64(generation), GuardDigest: digest,
 	}}
 	if err := kube.Create(ctx, c.store, o); err != nil {
 		return err
@@ -344,18 +371,18 @@ func max0(a, b netip.Addr) netip.Addr {
 }
 
 // ticket records a permission to launch, then signs it.
-func (c *Control) ticket(ctx context.Context, k key, wl workload, repository, digest, name, node string, m wire.Measurement) (json.RawMessage, error) {
+func (c *Control) ticket(ctx context.Context, k key, wl workload, generation uint64, repository, digest, name, node string, m wire.Measurement) (json.RawMessage, error) {
 	now := c.now().UTC()
 	t := evidence.Ticket{
 		ID: strings.ToLower(rand.Text()), Instance: name, Namespace: k.Namespace, Workload: k.Name,
 		Application: wl.spec.Application, Repository: repository, Digest: digest, SandboxClass: wl.spec.Sandbox.Class,
-		Node: node, Measurement: m, GuardGeneration: wl.guard, NotBefore: now, NotAfter: now.Add(ticketLife),
+		Node: node, Measurement: m, GuardGeneration: generation, NotBefore: now, NotAfter: now.Add(ticketLife),
 	}
 	body, err := json.Marshal(t)
 	if err != nil {
 		return nil, fmt.Errorf("ticket of %s: %w", name, err)
 	}
-	guardText := fmt.Sprintf("Guard policy generation %d", wl.guard)
+	guardText := fmt.Sprintf("Guard policy generation %d", generation)
 	if m.GuardOff {
 		guardText = "WITHOUT the Guard"
 	}
@@ -390,7 +417,11 @@ func (c *Control) renewTicket(ctx context.Context, w world, k key, i instance) e
 	if t.Instance != k.Name || t.Namespace != k.Namespace || t.Workload != i.workload || t.Digest != i.digest || t.Repository != i.repository || t.Node != i.node {
 		return fmt.Errorf("renew ticket of instance %s: ticket %s is for %s/%s with %s on %s: delete the instance", k, t.ID, t.Namespace, t.Instance, t.Digest, t.Node)
 	}
-	raw, err := c.ticket(ctx, key{k.Namespace, i.workload}, wl, i.repository, i.digest, k.Name, i.node, t.Measurement)
+	generation := t.GuardGeneration
+	if i.status.Guard.Generation >= i.guard {
+		generation = i.guard // what was refused by the guest is demanded of nobody
+	}
+	raw, err := c.ticket(ctx, key{k.Namespace, i.workload}, wl, generation, i.repository, i.digest, k.Name, i.node, t.Measurement)
 	if err != nil {
 		return err
 	}

@@ -37,6 +37,9 @@ func (c *Control) status() admin.Status {
 	}
 	slices.SortFunc(s.Nodes, func(a, b admin.Node) int { return cmp.Compare(a.Name, b.Name) })
 	s.Links = c.links(w, nodes)
+	for _, sw := range c.rollouts.State().Switches {
+		s.Degraded = append(s.Degraded, shownSwitch(sw))
+	}
 	return s
 }
 
@@ -88,7 +91,7 @@ func (c *Control) links(w world, nodes map[string]nodeState) []admin.Link {
 		link("launch", len(nodes) > 0, ready > 0, fmt.Sprintf("%d of %d nodes ready, %d instances running", ready, len(nodes), running)),
 		link("node attestation", false, false, "no TPM quote is asked of nodes yet"),
 		link("boot", len(nodes) > 0, guardOff == 0, fmt.Sprintf("guest measured by hauberk-node; %d nodes boot without the Guard", guardOff)),
-		link("guard", running > 0, withoutGuard == 0, fmt.Sprintf("%d running instances whose Guard is not attached or not heard", withoutGuard)),
+		link("guard", running > 0, withoutGuard == 0, fmt.Sprintf("%d running instances whose Guard is not attached or not heard; %d switches lower policies", withoutGuard, len(c.rollouts.State().Switches))),
 		link("identity", running > 0, true, "certificates of minutes, against a live ticket and a Guard heartbeat"),
 		link("talk", len(w.access) > 0, true, fmt.Sprintf("%d access policies; nobody may call where there is none", len(w.access))),
 		link("enclave", false, false, "no sandbox class with a TEE is adopted"),
@@ -118,11 +121,15 @@ func (c *Control) instances(namespace string) []admin.Instance {
 		if _, revoked := c.book.Revoked(k.Name, "", "", ""); revoked && phase == wire.PhaseRunning {
 			phase = wire.PhaseContained // revoked already, its node is about to say so
 		}
+		var degraded []string
+		for _, sw := range c.rollouts.State().Over(w.subject(k, i, w.workloads[key{k.Namespace, i.workload}]), false) {
+			degraded = append(degraded, sw.String())
+		}
 		out = append(out, admin.Instance{
 			Name: k.Name, Namespace: k.Namespace, Workload: i.workload, Application: i.application, Node: i.node,
 			Phase: string(phase), Reason: i.status.Reason, Message: i.status.Message,
 			Address: i.address.String(), Image: i.spec.Image, Digest: i.digest, Identity: i.identity, Serial: i.status.Serial,
-			StartedAt: i.status.StartedAt, ReadyMillis: i.status.ReadyMillis, Guard: guard, ExitCode: i.status.ExitCode,
+			StartedAt: i.status.StartedAt, ReadyMillis: i.status.ReadyMillis, Guard: guard, ExitCode: i.status.ExitCode, Degraded: degraded,
 		})
 	}
 	return out

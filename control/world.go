@@ -9,6 +9,8 @@ import (
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
+	"hauberk.dev/control/rollout"
+	"hauberk.dev/guard"
 	"hauberk.dev/plan"
 )
 
@@ -24,11 +26,17 @@ type world struct {
 	applications map[key]spec.Application
 	workloads    map[key]workload
 	guards       map[key]guardPolicy
-	access       map[key]spec.AccessPolicy
-	releases     map[key]spec.ReleasePolicy
-	instances    map[key]instance
-	nodes        map[string]nodeState
-	epoch        plan.Epoch
+	floors       map[string]clusterPolicy
+	// book is what is in force of them, and what was lowered.
+	book rollout.State
+	// given is what instances were given under the generation they have. What
+	// changed since then has no number yet and is told to nobody.
+	given     map[key]wire.Guard
+	access    map[key]spec.AccessPolicy
+	releases  map[key]spec.ReleasePolicy
+	instances map[key]instance
+	nodes     map[string]nodeState
+	epoch     plan.Epoch
 }
 
 // workload is a Workload object with what was allotted to it.
@@ -40,9 +48,20 @@ type workload struct {
 	// guard is the generation of its resolved policies.
 	guard       uint64
 	guardDigest string
+	labels      map[string]string
 }
 
-type guardPolicy struct{ spec spec.GuardPolicy }
+// guardPolicy is a GuardPolicy object: what is wanted, not what is in force.
+type guardPolicy struct {
+	spec       spec.GuardPolicy
+	generation int64
+}
+
+// clusterPolicy is a ClusterGuardPolicy object.
+type clusterPolicy struct {
+	spec       spec.ClusterGuardPolicy
+	generation int64
+}
 
 // instance is an Instance object with the last word of its node.
 type instance struct {
@@ -59,6 +78,10 @@ type instance struct {
 	status      wire.InstanceStatus
 	observed    bool // a node has spoken of it
 	deleting    bool
+	// guard is the generation of the policies it should enforce, and the digest
+	// of their content.
+	guard       uint64
+	guardDigest string
 }
 
 func (i instance) final() bool {
@@ -89,30 +112,36 @@ func (w world) desired(node string) wire.Desired {
 		if !ok {
 			continue
 		}
+		g, ok := w.given[k]
+		if !ok { // as it was before a restart
+			g = w.guard(w.subject(k, i, wl), w.book)
+			g.Generation = i.guard
+		}
+		g.Kernel = w.nodes[node].hello.Measurement.Kernel
 		d.Instances = append(d.Instances, wire.Instance{
 			ID: k.Name, Namespace: k.Namespace, Workload: i.workload, Spec: i.spec,
 			Digest: i.digest, Repository: i.repository, Address: i.address.String(),
-			Identity: i.identity, Ticket: i.ticket,
-			Guard: w.guard(k.Namespace, wl),
+			Identity: i.identity, Ticket: i.ticket, Guard: g,
 		})
 	}
 	return d
 }
 
-// guard resolves the policies of a workload and the service names in them.
-func (w world) guard(namespace string, wl workload) wire.Guard {
-	g := wire.Guard{Generation: wl.guard, Services: map[string]string{}}
-	for _, name := range wl.spec.GuardPolicies {
-		p, ok := w.guards[key{namespace, name}]
-		if !ok {
-			continue // the workload is not launched until it exists
-		}
-		g.Policies = append(g.Policies, wire.NamedGuardPolicy{Name: name, Spec: p.spec})
-		if p.spec.Net == nil {
+// subject is an instance as policies select it; the zero instance is any new
+// one of the workload.
+func (w world) subject(k key, i instance, wl workload) rollout.Subject {
+	return rollout.Subject{Instance: k.Name, Namespace: k.Namespace, Workload: i.workload, Node: i.node, Labels: wl.labels, Policies: wl.spec.GuardPolicies}
+}
+
+// guard resolves the policies of an instance and the service names in them.
+func (w world) guard(of rollout.Subject, book rollout.State) wire.Guard {
+	g := wire.Guard{Services: map[string]string{}, Policies: book.For(of, guard.Baseline())}
+	for _, p := range g.Policies {
+		if p.Spec.Net == nil {
 			continue
 		}
-		for _, e := range p.spec.Net.Egress {
-			if k, ok := serviceKey(namespace, e.Service); ok {
+		for _, e := range p.Spec.Net.Egress {
+			if k, ok := serviceKey(of.Namespace, e.Service); ok {
 				if peer, ok := w.workloads[k]; ok && peer.address.IsValid() {
 					g.Services[e.Service] = peer.address.String()
 				}
@@ -152,7 +181,7 @@ func (w world) mesh(node string) plan.Mesh {
 		m.Sandboxes = append(m.Sandboxes, plan.Sandbox{
 			Instance: k.Name, Address: i.address, Identity: i.identity,
 			Service: i.workload, Namespace: k.Namespace,
-			Egress: w.egress(k.Namespace, w.workloads[key{k.Namespace, i.workload}].spec),
+			Egress: w.egress(w.subject(k, i, w.workloads[key{k.Namespace, i.workload}])),
 		})
 	}
 	return m
@@ -218,18 +247,17 @@ func (w world) caller(namespace, from string) string {
 	return identity(w.trustDomain, k)
 }
 
-// egress is what the workload's policies let it reach outside the mesh; every
-// policy with a net section must allow a destination, so a workload with two
-// gets their common part.
-func (w world) egress(namespace string, wl spec.Workload) []plan.Egress {
+// egress is what an instance's policies let it reach outside the mesh; every
+// policy with a net section must allow a destination, so an instance with two
+// gets their common part. A switch lowers what the Guard does, and not this.
+func (w world) egress(of rollout.Subject) []plan.Egress {
 	var lists [][]plan.Egress
-	for _, name := range wl.GuardPolicies {
-		p, ok := w.guards[key{namespace, name}]
-		if !ok || p.spec.Net == nil {
+	for _, p := range (rollout.State{Policies: w.book.Policies}).For(of, guard.Baseline()) {
+		if p.Spec.Net == nil {
 			continue
 		}
 		list := []plan.Egress{}
-		for _, e := range p.spec.Net.Egress {
+		for _, e := range p.Spec.Net.Egress {
 			if prefix, err := netip.ParsePrefix(e.CIDR); err == nil {
 				out := plan.Egress{Prefix: prefix.Masked()}
 				for _, port := range e.Ports {

@@ -8,12 +8,13 @@ import (
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
+	"hauberk.dev/control/rollout"
 	"hauberk.dev/plan"
 )
 
 func bank() world {
 	web, ledger := key{"bank", "web"}, key{"bank", "ledger"}
-	return world{
+	w := world{
 		trustDomain: "hauberk.local",
 		workloads: map[key]workload{
 			web: {address: netip.MustParseAddr("10.99.0.1"), spec: spec.Workload{Application: "web", GuardPolicies: []string{"web"},
@@ -21,7 +22,7 @@ func bank() world {
 			ledger: {address: netip.MustParseAddr("10.99.0.2"), spec: spec.Workload{Application: "ledger",
 				Ports: []spec.Port{{Port: 12200, Protocol: "tcp"}}}},
 		},
-		guards: map[key]guardPolicy{{"bank", "web"}: {spec.GuardPolicy{Net: &spec.GuardNet{Egress: []spec.GuardEgress{
+		guards: map[key]guardPolicy{{"bank", "web"}: {spec: spec.GuardPolicy{Net: &spec.GuardNet{Egress: []spec.GuardEgress{
 			{Service: "ledger", Ports: []int32{12200}}, {CIDR: "192.0.2.0/24", Ports: []int32{443}}}}}}},
 		access: map[key]spec.AccessPolicy{{"bank", "ledger"}: {Workload: "ledger", Allow: []spec.AccessRule{{From: []string{"web"}}}}},
 		instances: map[key]instance{
@@ -33,6 +34,19 @@ func bank() world {
 			"n1": {hello: wire.Hello{Gateway: "127.0.0.1:15008"}, ready: true},
 			"n2": {hello: wire.Hello{Gateway: "127.0.0.2:15008"}, ready: true},
 		},
+	}
+	w.inForce()
+	return w
+}
+
+// inForce makes what the objects say what is in force.
+func (w *world) inForce() {
+	w.book = rollout.State{}
+	for k, g := range w.guards {
+		w.book = w.book.With(rollout.Name{Namespace: k.Namespace, Name: k.Name}, spec.ClusterGuardPolicy{GuardPolicy: g.spec})
+	}
+	for name, f := range w.floors {
+		w.book = w.book.With(rollout.Name{Name: name, Floor: true}, f.spec)
 	}
 }
 

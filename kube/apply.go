@@ -234,7 +234,7 @@ func (s *Store) place(d *document) error {
 	gvk := d.obj.GroupVersionKind()
 	mapping, err := s.live.RESTMapper().RESTMapping(gvk.GroupKind(), gvk.Version)
 	if meta.IsNoMatchError(err) {
-		return fmt.Errorf("kind: the API has no %s of %s: hauberk.dev/v1alpha1 has Application, Workload, GuardPolicy, AccessPolicy, ReleasePolicy", gvk.Kind, gvk.GroupVersion())
+		return fmt.Errorf("kind: the API has no %s of %s: hauberk.dev/v1alpha1 has Application, Workload, GuardPolicy, ClusterGuardPolicy, AccessPolicy, ReleasePolicy", gvk.Kind, gvk.GroupVersion())
 	}
 	if err != nil {
 		return err

@@ -95,7 +95,7 @@ func Connect(ctx context.Context, a Access) (*Store, error) {
 // listen rings for every change of what the store watches.
 func (s *Store) listen(ctx context.Context) error {
 	watched := []client.Object{
-		&v1alpha1.Application{}, &v1alpha1.Workload{}, &v1alpha1.GuardPolicy{}, &v1alpha1.AccessPolicy{},
+		&v1alpha1.Application{}, &v1alpha1.Workload{}, &v1alpha1.GuardPolicy{}, &v1alpha1.ClusterGuardPolicy{}, &v1alpha1.AccessPolicy{},
 		&v1alpha1.ReleasePolicy{}, &v1alpha1.Incident{}, &v1alpha1.Instance{}, &corev1.Namespace{},
 	}
 	for _, kind := range watched {

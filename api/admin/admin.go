@@ -15,16 +15,19 @@ const (
 	PathStatus    = "/v1/status"
 	PathInstances = "/v1/instances"
 	PathIncidents = "/v1/incidents"
-	PathWhy       = "/v1/why"        // ?subject=<incident|workload|instance|refusal|digest>&namespace=
-	PathApply     = "/v1/apply"      // POST, YAML documents
-	PathDelete    = "/v1/delete"     // POST, YAML documents
-	PathRelease   = "/v1/release"    // POST, tar of an OCI layout with its evidence; ?namespace=&application=&image=
-	PathExec      = "/v1/exec"       // POST Exec; upgraded to the stream of package admin
-	PathLogs      = "/v1/logs"       // ?namespace=&workload=&instance=&follow=
-	PathRestart   = "/v1/restart"    // POST ?namespace=&workload= : replace every instance
-	PathLedger    = "/v1/ledger"     // ?from=&limit= : LedgerEntry list
-	PathJoin      = "/v1/join"       // POST Join, by root on this machine
-	PathLedgerTar = "/v1/ledger.tar" // the whole log and its public key, for offline verification
+	PathWhy       = "/v1/why"           // ?subject=<incident|workload|instance|refusal|digest>&namespace=
+	PathApply     = "/v1/apply"         // POST, YAML documents
+	PathDelete    = "/v1/delete"        // POST, YAML documents
+	PathRelease   = "/v1/release"       // POST, tar of an OCI layout with its evidence; ?namespace=&application=&image=
+	PathExec      = "/v1/exec"          // POST Exec; upgraded to the stream of package admin
+	PathLogs      = "/v1/logs"          // ?namespace=&workload=&instance=&follow=
+	PathRestart   = "/v1/restart"       // POST ?namespace=&workload= : replace every instance
+	PathLedger    = "/v1/ledger"        // ?from=&limit= : LedgerEntry list
+	PathJoin      = "/v1/join"          // POST Join, by root on this machine
+	PathGuard     = "/v1/guard"         // GuardState: policies, rollouts and switches
+	PathRollout   = "/v1/guard/rollout" // POST Rollout
+	PathDegrade   = "/v1/guard/degrade" // POST Degrade
+	PathLedgerTar = "/v1/ledger.tar"    // the whole log and its public key, for offline verification
 )
 
 // Status is the health of the chain, link by link.
@@ -37,6 +40,8 @@ type Status struct {
 	Links       []Link    `json:"links"`
 	Nodes       []Node    `json:"nodes"`
 	Ledger      Ledger    `json:"ledger"`
+	// Degraded are the switches that lower guard policies now.
+	Degraded []GuardSwitch `json:"degraded,omitempty"`
 }
 
 // Link is one link of the chain. State is "ok", "broken" or "absent" (not
@@ -85,6 +90,8 @@ type Instance struct {
 	ReadyMillis int64     `json:"readyMillis,omitempty"`
 	Guard       string    `json:"guard"` // "generation 3, 34 programs, 0 lost"
 	ExitCode    *int      `json:"exitCode,omitempty"`
+	// Degraded says which switches lower its guard policies.
+	Degraded []string `json:"degraded,omitempty"`
 }
 
 // Incident as people read it.
@@ -176,6 +183,69 @@ type Joined struct {
 	Roots       string    `json:"roots"` // PEM
 	TrustDomain string    `json:"trustDomain"`
 	NotAfter    time.Time `json:"notAfter"`
+}
+
+// GuardState is what of the guard policies is in force, on its way or lowered.
+type GuardState struct {
+	Policies []GuardPolicy `json:"policies"`
+	Switches []GuardSwitch `json:"switches"`
+}
+
+// GuardPolicy is a policy and how far a change of it is.
+type GuardPolicy struct {
+	// Name is "namespace/name", or "cluster/name" for a ClusterGuardPolicy.
+	Name       string `json:"name"`
+	Generation uint64 `json:"generation"` // in force; 0 is none
+	Digest     string `json:"digest,omitempty"`
+	Accepted   bool   `json:"accepted"`
+	Message    string `json:"message,omitempty"` // why not, if not
+	Eligible   int    `json:"eligible"`
+	Applied    int    `json:"applied"`
+	// Past generations that can be rolled back to, the newest first.
+	Past    []uint64      `json:"past,omitempty"`
+	Rollout *GuardRollout `json:"rollout,omitempty"`
+}
+
+// GuardRollout is a change that is on its way.
+type GuardRollout struct {
+	Generation uint64   `json:"generation"`
+	Phase      string   `json:"phase"` // Applying, Soaking, Waiting, Paused, Halted
+	Stage      int      `json:"stage"` // from 1
+	Stages     int      `json:"stages"`
+	Percent    int      `json:"percent"`
+	Instances  []string `json:"instances"`
+	Waiting    int      `json:"waiting"` // instances that later stages are for
+	Message    string   `json:"message"`
+}
+
+// GuardSwitch lowers policies until it expires.
+type GuardSwitch struct {
+	Scope  string    `json:"scope"`            // instance, workload, node, cluster
+	Target string    `json:"target,omitempty"` // none for the cluster
+	To     string    `json:"to"`               // quiet, audit, off
+	By     string    `json:"by"`
+	Reason string    `json:"reason"`
+	Since  time.Time `json:"since"`
+	Until  time.Time `json:"until"`
+}
+
+// Rollout is what a person does about a policy. By is what the person is
+// called; who asks over the socket is recorded beside it as the kernel says.
+type Rollout struct {
+	Policy string `json:"policy"` // as GuardPolicy.Name
+	Act    string `json:"act"`    // confirm, pause, resume, abort, rollback
+	By     string `json:"by,omitempty"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// Degrade turns a switch, or with To "full" turns it back.
+type Degrade struct {
+	Scope   string `json:"scope"`
+	Target  string `json:"target,omitempty"`
+	To      string `json:"to"`
+	By      string `json:"by,omitempty"`
+	Reason  string `json:"reason"`
+	Seconds int64  `json:"seconds,omitempty"`
 }
 
 // Error is the body of every refusal: what is wrong and what to do next.

@@ -19,7 +19,8 @@ import (
 // would misread.
 //
 //	1  2026-11: first.
-const Version = 1
+//	2  2026-11: nodes say what their guests are, and why a policy was refused.
+const Version = 2
 
 // Paths on the control plane's node door. Methods are POST, except the watch
 // and the registry, which are GET.
@@ -51,6 +52,17 @@ type Hello struct {
 	Accelerator string `json:"accelerator"`
 	// Measurement of the guest this node boots.
 	Measurement Measurement `json:"measurement"`
+	// Guest says what a policy can be held by.
+	Guest GuestFacts `json:"guest"`
+}
+
+// GuestFacts is what the guests of a node are, in words of their own.
+type GuestFacts struct {
+	// Kernel is the release of the guests' kernel.
+	Kernel string `json:"kernel,omitempty"`
+	// Programs of the Guard that this kernel takes, by name; none if the guests
+	// boot without it.
+	Programs []string `json:"programs,omitempty"`
 }
 
 // Measurement names, by SHA-256 in lower-case hexadecimal, everything a
@@ -105,6 +117,9 @@ type Guard struct {
 	Policies   []NamedGuardPolicy `json:"policies"`
 	// Services resolves the service names in the policies to addresses.
 	Services map[string]string `json:"services,omitempty"`
+	// Kernel is the digest of the guest kernel that the policies were checked
+	// against; a node whose guests have another refuses them. Empty is any.
+	Kernel string `json:"kernel,omitempty"`
 }
 
 // NamedGuardPolicy is a policy with the name it has in the API.
@@ -156,6 +171,12 @@ type InstanceStatus struct {
 	// Serial of the certificate in use.
 	Serial string         `json:"serial,omitempty"`
 	Guard  GuardHeartbeat `json:"guard"`
+	// Refused is the generation of the last order of policies that was not put in
+	// force, if none was since, and why; what held before it still holds.
+	Refused       uint64 `json:"refused,omitempty"`
+	RefusedReason string `json:"refusedReason,omitempty"`
+	// Unsupported says what of the policies in force is not held as written.
+	Unsupported []string `json:"unsupported,omitempty"`
 }
 
 // GuardHeartbeat is what the guest says of its Guard.
@@ -166,6 +187,9 @@ type GuardHeartbeat struct {
 	Programs   int       `json:"programs"`         // attached
 	Sequence   uint64    `json:"sequence"`         // of the last event
 	Lost       uint64    `json:"lost"`             // events dropped
+	// AuditSequence and AuditLost count the records of what was allowed.
+	AuditSequence uint64 `json:"auditSequence,omitempty"`
+	AuditLost     uint64 `json:"auditLost,omitempty"`
 }
 
 // CSR asks for an identity. The key never leaves the mesh process.

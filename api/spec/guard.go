@@ -31,6 +31,63 @@ type GuardPolicy struct {
 	Sys *GuardSys `json:"sys,omitempty"`
 	// +optional
 	Limits *GuardLimits `json:"limits,omitempty"`
+	// Rollout says how a change of the policy reaches the instances that run.
+	// +optional
+	Rollout *GuardRollout `json:"rollout,omitempty"`
+}
+
+// ClusterGuardPolicy is a floor: it holds for every workload it selects beside
+// the workload's own policies, and none of them weakens it.
+type ClusterGuardPolicy struct {
+	// Select says which workloads; an empty selector, or none, means every
+	// workload of every namespace.
+	// +optional
+	Select GuardSelect `json:"select,omitempty"`
+
+	GuardPolicy `json:",inline"`
+}
+
+// GuardSelect chooses workloads. What is set must all match.
+type GuardSelect struct {
+	// Namespaces by name; none means all.
+	// +optional
+	// +kubebuilder:validation:MaxItems=256
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=63
+	// +listType=set
+	Namespaces []string `json:"namespaces,omitempty"`
+	// WorkloadLabels are labels that the Workload must carry; none means all.
+	// +optional
+	// +kubebuilder:validation:MaxProperties=16
+	WorkloadLabels map[string]string `json:"workloadLabels,omitempty"`
+}
+
+// GuardRollout bounds what a change of a policy can do at once.
+type GuardRollout struct {
+	// Stages are the shares of the instances, in percent, that have the change
+	// after each stage. The last is 100. A person confirms each stage before the
+	// next begins. None means 10, 50 and 100; where only one instance runs, it
+	// has the change at once.
+	// +optional
+	// +kubebuilder:validation:MaxItems=16
+	// +kubebuilder:validation:items:Minimum=1
+	// +kubebuilder:validation:items:Maximum=100
+	// +kubebuilder:validation:XValidation:rule="self.size() == 0 || self.isSorted() && self[self.size()-1] == 100",message="stages must rise and end with 100"
+	Stages []int32 `json:"stages,omitempty"`
+	// SoakSeconds is how long a stage is watched, after all its instances have
+	// the change, before it can be confirmed.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=604800
+	// +kubebuilder:default=300
+	// +optional
+	SoakSeconds *int32 `json:"soakSeconds,omitempty"`
+	// DenialsPerMinute is how many denials a minute, of all instances of the
+	// stage together and beyond what they had before the change, halt it.
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=100000
+	// +kubebuilder:default=5
+	// +optional
+	DenialsPerMinute *int32 `json:"denialsPerMinute,omitempty"`
 }
 
 // GuardExec restricts what code may run.

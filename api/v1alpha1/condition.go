@@ -48,6 +48,9 @@ func (x *Workload) Stands() *Standing { return &x.Status.Standing }
 func (x *GuardPolicy) Stands() *Standing { return &x.Status.Standing }
 
 // Stands implements Stander.
+func (x *ClusterGuardPolicy) Stands() *Standing { return &x.Status.Standing }
+
+// Stands implements Stander.
 func (x *AccessPolicy) Stands() *Standing { return &x.Status.Standing }
 
 // Stands implements Stander.

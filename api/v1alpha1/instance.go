@@ -32,10 +32,10 @@ type Instance struct {
 	Status InstanceStatus `json:"status,omitempty"`
 }
 
-// InstanceSpec is what was ordered. Only guardGeneration changes after that,
+// InstanceSpec is what was ordered. Only guardGeneration and guardDigest change after that,
 // and the ticket, which is signed again before it expires.
 //
-// +kubebuilder:validation:XValidation:rule="self.workload == oldSelf.workload && self.application == oldSelf.application && self.node == oldSelf.node && self.digest == oldSelf.digest && self.repository == oldSelf.repository && self.address == oldSelf.address && self.identity == oldSelf.identity && self.launch == oldSelf.launch",message="only guardGeneration and the ticket of an instance change; anything else is a new instance"
+// +kubebuilder:validation:XValidation:rule="self.workload == oldSelf.workload && self.application == oldSelf.application && self.node == oldSelf.node && self.digest == oldSelf.digest && self.repository == oldSelf.repository && self.address == oldSelf.address && self.identity == oldSelf.identity && self.launch == oldSelf.launch",message="only guardGeneration, guardDigest and the ticket of an instance change; anything else is a new instance"
 type InstanceSpec struct {
 	// Workload the instance belongs to, in the same namespace.
 	// +kubebuilder:validation:MinLength=1
@@ -71,6 +71,10 @@ type InstanceSpec struct {
 	// +kubebuilder:validation:Minimum=0
 	// +optional
 	GuardGeneration int64 `json:"guardGeneration,omitempty"`
+	// GuardDigest names the content that this generation is the number of.
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	GuardDigest string `json:"guardDigest,omitempty"`
 }
 
 // InstanceStatus is what the node last said of the instance.

@@ -12,8 +12,10 @@ import (
 // +kubebuilder:subresource:status
 // +kubebuilder:resource:shortName=gp,categories=hauberk
 // +kubebuilder:printcolumn:name="Mode",type=string,JSONPath=`.spec.mode`
-// +kubebuilder:printcolumn:name="Workloads",type=integer,JSONPath=`.status.workloads`
-// +kubebuilder:printcolumn:name="Enforced",type=integer,JSONPath=`.status.instances`
+// +kubebuilder:printcolumn:name="Generation",type=integer,JSONPath=`.status.generation`
+// +kubebuilder:printcolumn:name="Applied",type=integer,JSONPath=`.status.applied`
+// +kubebuilder:printcolumn:name="Eligible",type=integer,JSONPath=`.status.eligible`
+// +kubebuilder:printcolumn:name="Rollout",type=string,JSONPath=`.status.rollout.phase`
 // +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:printcolumn:name="Message",type=string,priority=1,JSONPath=`.status.conditions[?(@.type=="Accepted")].message`
@@ -29,12 +31,58 @@ type GuardPolicy struct {
 // GuardPolicyStatus is what is true of a guard policy.
 type GuardPolicyStatus struct {
 	Standing `json:",inline"`
-	// Workloads that name the policy.
+	// Selects says in words for what the policy holds.
+	// +optional
+	Selects string `json:"selects,omitempty"`
+	// Generation of the content in force. It counts contents, never goes back,
+	// and is not the generation of the object: a content that was refused has
+	// none, and one that was rolled back to gets a new one.
+	// +optional
+	Generation int64 `json:"generation,omitempty"`
+	// Digest of that content.
+	// +optional
+	Digest string `json:"digest,omitempty"`
+	// Workloads that the policy holds for.
 	// +optional
 	Workloads int32 `json:"workloads,omitempty"`
-	// Instances whose guard has reported this generation of it in force.
+	// Eligible instances run and should have the policy in force.
 	// +optional
-	Instances int32 `json:"instances,omitempty"`
+	Eligible int32 `json:"eligible,omitempty"`
+	// Applied counts those whose Guard has reported that it has it.
+	// +optional
+	Applied int32 `json:"applied,omitempty"`
+	// Unsupported says what was asked and cannot be held by the guests as
+	// written. More is refused instead, or it would not have been accepted.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	Unsupported []string `json:"unsupported,omitempty"`
+	// Degraded lists the switches that lower the policy now.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	Degraded []string `json:"degraded,omitempty"`
+	// Rollout of a change that is on its way.
+	// +optional
+	Rollout *GuardRolloutStatus `json:"rollout,omitempty"`
+}
+
+// GuardRolloutStatus says how far a change is.
+type GuardRolloutStatus struct {
+	// Generation of the content that goes out.
+	Generation int64 `json:"generation"`
+	// Phase: Applying, Soaking, Waiting (for a person), Paused or Halted.
+	Phase string `json:"phase"`
+	// Stage counts from 1, of Stages.
+	Stage  int32 `json:"stage"`
+	Stages int32 `json:"stages"`
+	// Percent of the instances that this stage is for.
+	Percent int32 `json:"percent"`
+	// Instances that have the change, or are about to.
+	// +optional
+	// +kubebuilder:validation:MaxItems=10000
+	Instances []string `json:"instances,omitempty"`
+	// Message says what is waited for, or why it was halted.
+	// +optional
+	Message string `json:"message,omitempty"`
 }
 
 // GuardPolicyList is a list of guard policies.
@@ -45,6 +93,40 @@ type GuardPolicyList struct {
 	metav1.ListMeta `json:"metadata,omitempty"`
 
 	Items []GuardPolicy `json:"items"`
+}
+
+// ClusterGuardPolicy is a floor under the guard policies of all namespaces: it
+// holds for the workloads it selects and no other policy weakens it.
+//
+// +kubebuilder:object:root=true
+// +kubebuilder:subresource:status
+// +kubebuilder:resource:scope=Cluster,shortName=cgp,categories=hauberk
+// +kubebuilder:printcolumn:name="Mode",type=string,JSONPath=`.spec.mode`
+// +kubebuilder:printcolumn:name="Generation",type=integer,JSONPath=`.status.generation`
+// +kubebuilder:printcolumn:name="Applied",type=integer,JSONPath=`.status.applied`
+// +kubebuilder:printcolumn:name="Eligible",type=integer,JSONPath=`.status.eligible`
+// +kubebuilder:printcolumn:name="Rollout",type=string,JSONPath=`.status.rollout.phase`
+// +kubebuilder:printcolumn:name="Accepted",type=string,JSONPath=`.status.conditions[?(@.type=="Accepted")].status`
+// +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
+// +kubebuilder:printcolumn:name="Selects",type=string,priority=1,JSONPath=`.status.selects`
+// +kubebuilder:printcolumn:name="Message",type=string,priority=1,JSONPath=`.status.conditions[?(@.type=="Accepted")].message`
+type ClusterGuardPolicy struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+
+	Spec spec.ClusterGuardPolicy `json:"spec"`
+	// +optional
+	Status GuardPolicyStatus `json:"status,omitempty"`
+}
+
+// ClusterGuardPolicyList is a list of cluster guard policies.
+//
+// +kubebuilder:object:root=true
+type ClusterGuardPolicyList struct {
+	metav1.TypeMeta `json:",inline"`
+	metav1.ListMeta `json:"metadata,omitempty"`
+
+	Items []ClusterGuardPolicy `json:"items"`
 }
 
 // AccessPolicy says who may call a workload. A workload without any may be

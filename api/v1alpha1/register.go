@@ -21,6 +21,7 @@ func AddToScheme(s *runtime.Scheme) error {
 		&Application{}, &ApplicationList{},
 		&Workload{}, &WorkloadList{},
 		&GuardPolicy{}, &GuardPolicyList{},
+		&ClusterGuardPolicy{}, &ClusterGuardPolicyList{},
 		&AccessPolicy{}, &AccessPolicyList{},
 		&ReleasePolicy{}, &ReleasePolicyList{},
 		&Incident{}, &IncidentList{},

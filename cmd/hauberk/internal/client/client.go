@@ -99,6 +99,29 @@ func (c *Client) Restart(ctx context.Context, namespace, workload string) error 
 	return c.post(ctx, admin.PathRestart, query("namespace", namespace, "workload", workload), "", nil, nil)
 }
 
+// Guard returns what of the guard policies is in force, on its way or lowered.
+func (c *Client) Guard(ctx context.Context) (g admin.GuardState, err error) {
+	return g, c.get(ctx, admin.PathGuard, nil, &g)
+}
+
+// Rollout does something about a change of a guard policy.
+func (c *Client) Rollout(ctx context.Context, in admin.Rollout) (p admin.GuardPolicy, err error) {
+	return p, c.postJSON(ctx, admin.PathRollout, in, &p)
+}
+
+// Degrade turns a switch, and returns those that are turned then.
+func (c *Client) Degrade(ctx context.Context, in admin.Degrade) (list []admin.GuardSwitch, err error) {
+	return list, c.postJSON(ctx, admin.PathDegrade, in, &list)
+}
+
+func (c *Client) postJSON(ctx context.Context, path string, in, into any) error {
+	body, err := json.Marshal(in)
+	if err != nil {
+		return fmt.Errorf("ask %s: %w", path, err)
+	}
+	return c.post(ctx, path, nil, "application/json", bytes.NewReader(body), into)
+}
+
 // Ledger reads at most limit entries from an index on.
 func (c *Client) Ledger(ctx context.Context, from uint64, limit int) (list []admin.LedgerEntry, err error) {
 	q := query("from", strconv.FormatUint(from, 10), "limit", strconv.Itoa(limit))

@@ -56,6 +56,12 @@ func (s *session) statusTable(w io.Writer, st admin.Status) error {
 		}
 		rows = append(rows, []string{n.Name, strconv.FormatBool(n.Ready), n.Accelerator, guard, strconv.Itoa(n.Instances), spares(n), show.Age(n.LastSeen, s.now())})
 	}
+	if len(st.Degraded) > 0 {
+		fmt.Fprintln(w)
+		if err := s.switchTable(w, st.Degraded); err != nil {
+			return err
+		}
+	}
 	fmt.Fprintln(w)
 	return show.Rows(w, []string{"NODE", "READY", "ACCELERATOR", "GUARD", "INSTANCES", "SPARE", "SEEN"}, rows)
 }
