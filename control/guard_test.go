@@ -88,12 +88,28 @@ func (f *fleet) state(policy string) admin.GuardPolicy {
 func (f *fleet) reach(what string, is func(admin.GuardPolicy) bool) admin.GuardPolicy {
 	f.Helper()
 	var p admin.GuardPolicy
-	f.until(what, func() bool {
+	for end := time.Now().Add(60 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		f.obey()
-		p = f.state("bank/web")
-		return is(p)
-	})
-	return p
+		if p = f.state("bank/web"); is(p) {
+			return p
+		}
+		if time.Now().After(end) {
+			f.Fatalf("never came: %s; last %+v, rollout %+v", what, p, p.Rollout)
+		}
+	}
+}
+
+// begun waits for a change to be on its way, and obeys nothing meanwhile.
+func (f *fleet) begun() (p admin.GuardPolicy) {
+	f.Helper()
+	for end := time.Now().Add(60 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if p = f.state("bank/web"); p.Rollout != nil && p.Rollout.Phase == "Applying" {
+			return p
+		}
+		if time.Now().After(end) {
+			f.Fatalf("the change is not on its way: %+v, rollout %+v", p, p.Rollout)
+		}
+	}
 }
 
 func waiting(stage int) func(admin.GuardPolicy) bool {
@@ -215,7 +231,7 @@ func TestRolloutHalts(t *testing.T) {
 			for n := range 5 {
 				f.mustCall(wire.PathReport, wire.Report{Instance: id, Severity: spec.SeverityWarning, Denied: true, Cause: "guard", Rule: "r", Detail: fmt.Sprint(n), Observed: time.Now()}, nil)
 			}
-		}, "5 denials"},
+		}, "denials within a minute"},
 		{"refused", func(id string) {
 			f.beat[id] = func(s *wire.InstanceStatus) {
 				s.Refused, s.RefusedReason, s.Guard.Generation = s.Guard.Generation, "no such hook", s.Guard.Generation-1
@@ -235,8 +251,7 @@ func TestRolloutHalts(t *testing.T) {
 			late := c.name == "refused" || c.name == "silent"
 			var p admin.GuardPolicy
 			if late {
-				p = f.state("bank/web")
-				f.until("the stage", func() bool { p = f.state("bank/web"); return p.Rollout != nil && p.Rollout.Phase == "Applying" })
+				p = f.begun()
 			} else {
 				p = f.reach("stage 1 waits", waiting(1))
 			}

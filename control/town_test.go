@@ -282,7 +282,7 @@ func (tn *town) tar(files map[string][]byte) []byte {
 // until waits for a condition to hold.
 func (tn *town) until(what string, holds func() bool) {
 	tn.Helper()
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if holds() {
 			return
 		}
@@ -420,7 +420,7 @@ func (n *fakeNode) hello() {
 func (n *fakeNode) ordered(what string, as func(wire.Desired) bool) wire.Desired {
 	n.Helper()
 	var last wire.Desired
-	for late := time.After(15 * time.Second); ; {
+	for late := time.After(60 * time.Second); ; {
 		select {
 		case last = <-n.orders:
 			if as(last) {
