@@ -147,7 +147,11 @@ func (b *Sandbox) make(ctx context.Context, o Options, img Image, p process, fro
 	); err != nil {
 		return err
 	}
-	stop := b.tell()
+	slow := "making its machine; the first of a size takes longest, later ones are copies of it"
+	if from.dir != "" {
+		slow = "restoring its machine from " + from.dir
+	}
+	stop := b.tell(slow)
 	defer stop()
 	program := b.program()
 	program.Held = held
@@ -556,14 +560,14 @@ const patience = 2 * time.Second
 
 // tell hands on what the shim says of its progress, until it is stopped, and
 // says why it takes long if it does.
-func (b *Sandbox) tell() (stop func()) {
+func (b *Sandbox) tell(slow string) (stop func()) {
 	var mu sync.Mutex
 	say := func(text string) {
 		mu.Lock()
 		defer mu.Unlock()
 		b.host.conf.Progress(text)
 	}
-	late := time.AfterFunc(patience, func() { say("making its machine; the first of a size takes longest, later ones are copies of it") })
+	late := time.AfterFunc(patience, func() { say(slow) })
 	end := follow(b.shimLog(), say)
 	return func() {
 		late.Stop()

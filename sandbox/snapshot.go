@@ -78,12 +78,18 @@ func (h *Host) Restore(ctx context.Context, dir string, o Options) (*Sandbox, er
 	b, err := h.restore(ctx, dir, o)
 	if err != nil {
 		if errors.Is(err, snapshot.ErrDamaged) || errors.Is(err, client.ErrDamaged) {
-			err = fmt.Errorf("%w: %w", ErrDamaged, err)
+			err = damagedError{err}
 		}
 		return nil, fmt.Errorf("restore sandbox: %w", err)
 	}
 	return b, nil
 }
+
+// damagedError is ErrDamaged as well, and says so already.
+type damagedError struct{ error }
+
+func (e damagedError) Is(target error) bool { return target == ErrDamaged }
+func (e damagedError) Unwrap() error        { return e.error }
 
 func (h *Host) restore(ctx context.Context, dir string, o Options) (*Sandbox, error) {
 	dir, err := filepath.Abs(dir)

@@ -75,7 +75,7 @@ func (w *world) testSnapshot(t *testing.T) {
 		Args: []string{"sh", "-c", counts}, Egress: []string{outside}, Publish: []string{"0:80"}, Env: []string{"SECRET=kept"},
 	})
 	countsOn(t, first, 0)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*callTime)
+	ctx, cancel := context.WithTimeout(t.Context(), 6*callTime)
 	defer cancel()
 	if err := first.WriteFile(ctx, "/tmp/mine", []byte("before"), 0o600); err != nil {
 		t.Fatal(err)
@@ -87,6 +87,7 @@ func (w *world) testSnapshot(t *testing.T) {
 	}
 	t.Logf("saved in %v", time.Since(began).Round(time.Millisecond))
 	onlyRoots(t, dir)
+	failsWhole(t, ctx, first)
 	if err := first.Snapshot(ctx, dir); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("saved over another: %v", err)
 	}
@@ -170,6 +171,29 @@ func differ(t *testing.T, boxes []*sandbox.Sandbox, parted int64) {
 			}
 		}
 	}
+}
+
+// failsWhole saves to a full disk, and gives up saving: both leave nothing, and a
+// sandbox that goes on.
+func failsWhole(t *testing.T, ctx context.Context, b *sandbox.Sandbox) {
+	t.Helper()
+	small := t.TempDir()
+	if err := syscall.Mount("small", small, "tmpfs", 0, "size=4m"); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Unmount(small, 0)
+	if err := b.Snapshot(ctx, small+"/s"); err == nil || !strings.Contains(err.Error(), "no space left") {
+		t.Errorf("saved to a full disk: %v", err)
+	}
+	gone, leave := context.WithCancel(ctx)
+	leave()
+	if err := b.Snapshot(gone, small+"/s"); err == nil {
+		t.Error("saved for who has left")
+	}
+	if left, err := os.ReadDir(small); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	countsOn(t, b, len(drawn(t, b)))
 }
 
 // works tries files, network and processes of one, and gives its boot's name.

@@ -63,12 +63,14 @@ func (c *container) save(ctx context.Context, q *hand.SnapshotRequest) (_ *hand.
 		return nil, err
 	}
 	began := time.Now()
+	var saved vm.Snapshot
 	if !paused {
-		if err := guest.Freeze(ctx); err != nil {
-			return nil, err
-		}
+		err = guest.Freeze(ctx)
 	}
-	saved, err := c.box.machine.Snapshot(ctx, q.Dir, note)
+	if err == nil {
+		saved, err = c.box.machine.Snapshot(ctx, q.Dir, note)
+	}
+	// Whatever failed, and whoever gave up: what stands still goes on.
 	after, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanup)
 	defer cancel()
 	if err == nil && q.End {
