@@ -22,8 +22,12 @@ import (
 	"hauberk.dev/internal/argv"
 )
 
-// TestMain is the shim as well: what it starts is the program that runs.
+// TestMain is the shim as well: what it starts is the program that runs. It is
+// also a program that only is there.
 func TestMain(m *testing.M) {
+	if os.Getenv("HAUBERK_TEST_MANY") != "" {
+		beThere()
+	}
 	if os.Getenv("HAUBERK_TEST_SHIM") == "" {
 		os.Exit(m.Run())
 	}

@@ -131,6 +131,9 @@ func (c *container) make(ctx context.Context, img image.Image, f oci.Facts) (err
 			return err
 		}
 	}
+	if err := p.pins.set(c.id, c.conf.CPUs(), c.box.machine.PID()); err != nil {
+		return err
+	}
 	create.Root = uint8(c.root)
 	if err := c.box.volumes.Add(ctx, c.id, &create, volumes); err != nil {
 		return err
@@ -166,6 +169,7 @@ func (c *container) remove(ctx context.Context) error {
 	if c.root < 0 {
 		return nil
 	}
+	c.unpin()
 	select {
 	case <-c.box.machine.Done():
 		c.root = -1 // all is gone
@@ -274,8 +278,19 @@ func (c *container) finish(r *running, status int) {
 			c.log.Error("end machine", "err", err)
 		}
 	}
+	c.unpin()
 	c.leave()
 	close(c.ended)
+}
+
+// unpin lets the machine off what only this container wanted of processors.
+func (c *container) unpin() {
+	if c.pause() {
+		return
+	}
+	if err := c.pod.pins.drop(c.id, c.box.machine.PID()); err != nil {
+		c.log.Debug("let machine off processors", "container", c.id, "err", err) // it is about to end
+	}
 }
 
 // leave gives up what stands for the container on this host.

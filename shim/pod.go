@@ -73,6 +73,8 @@ type pod struct {
 	entering sync.Mutex // held while it is settled what machine a container gets
 	used     bool       // it has, or had, a container
 
+	pins pins // which processors its machine runs on
+
 	// relaxed is the policy in force once there was a privileged container.
 	relaxed atomic.Pointer[guard.Compiled]
 }

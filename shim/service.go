@@ -362,9 +362,14 @@ func (s *service) Update(ctx context.Context, r *task.UpdateTaskRequest) (*empty
 	if ph, _, _ := p.state(); ph == phaseStopped {
 		return nil, status.Errorf(codes.FailedPrecondition, "update %q: it has ended", r.ID)
 	}
-	want, err := oci.ParseResources(r.Resources.GetTypeUrl(), r.Resources.GetValue())
+	want, cpus, err := oci.ParseResources(r.Resources.GetTypeUrl(), r.Resources.GetValue())
 	if err != nil {
 		return nil, invalid(err)
+	}
+	if len(cpus) > 0 && !c.pause() {
+		if err := c.pod.pins.set(c.id, cpus, c.box.machine.PID()); err != nil {
+			return nil, err
+		}
 	}
 	if err := c.update(ctx, want); err != nil {
 		return nil, err

@@ -86,7 +86,7 @@ var fields = []field{
 	{"linux.resources.cpu.period", honoured, ""},
 	{"linux.resources.cpu.burst", honoured, ""},
 	{"linux.resources.cpu.idle", honoured, ""},
-	{"linux.resources.cpu.cpus", refused, "they are the host's processors, not the guest's"},
+	{"linux.resources.cpu.cpus", honoured, "the machine's threads run on the host's processors that the pod's containers name together; on any, while one of them names none; a machine alone has as many, if no quota says otherwise"},
 	{"linux.resources.cpu.mems", refused, "they are the host's memory nodes, not the guest's"},
 	{"linux.resources.cpu.realtimeRuntime", refused, ""},
 	{"linux.resources.cpu.realtimePeriod", refused, ""},

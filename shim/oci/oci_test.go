@@ -194,7 +194,7 @@ func TestRefuses(t *testing.T) {
 		{"linux.resources.pids.limit", -7, "linux.resources.pids.limit -7"},
 		{"linux.resources.cpu", object{"quota": 100000, "period": 1}, "linux.resources.cpu.period 1"},
 		{"linux.resources.cpu", object{"quota": 5}, "linux.resources.cpu.quota 5"},
-		{"linux.resources.cpu.cpus", "0-1", "linux.resources.cpu.cpus"},
+		{"linux.resources.cpu.cpus", "one", "linux.resources.cpu.cpus"},
 		{"linux.resources.cpu.idle", 2, "linux.resources.cpu.idle 2"},
 		{"linux.resources.hugepageLimits", list{object{"pageSize": "2MB", "limit": 1 << 21}}, "hugepageLimits[0]"},
 		{"linux.resources.blockIO", object{"weight": 10}, "linux.resources.blockIO"},
@@ -405,22 +405,26 @@ func TestExec(t *testing.T) {
 }
 
 func TestResources(t *testing.T) {
-	r, err := ParseResources(resourcesType, []byte(`{"memory":{"limit":1048576,"swap":1048576},"cpu":{"shares":2,"quota":0},"hugepageLimits":[{"pageSize":"2MB","limit":0}]}`))
-	if err != nil || r.MemoryMax != 1<<20 || r.CPUWeight != 1 || r.CPUQuota != 0 {
-		t.Errorf("%+v, %v", r, err)
+	r, cpus, err := ParseResources(resourcesType, []byte(`{"memory":{"limit":1048576,"swap":1048576},"cpu":{"shares":2,"quota":0,"cpus":"5,0-2,1"},"hugepageLimits":[{"pageSize":"2MB","limit":0}]}`))
+	if err != nil || r.MemoryMax != 1<<20 || r.CPUWeight != 1 || r.CPUQuota != 0 || r.CPUs != "" || !slices.Equal(cpus, []int{0, 1, 2, 5}) {
+		t.Errorf("%+v, %v, %v", r, cpus, err)
 	}
 	for text, want := range map[string]string{
 		`{"memory":{"limit":7}}`:      "memory.limit 7",
 		`{"invented":1}`:              "linux.resources.invented 1",
-		`{"cpu":{"cpus":"0"}}`:        "linux.resources.cpu.cpus",
+		`{"cpu":{"cpus":"3-1"}}`:      "cpu.cpus",
+		`{"cpu":{"cpus":"0-9000"}}`:   "cpu.cpus",
+		`{"cpu":{"cpus":"0,,1"}}`:     "cpu.cpus",
+		`{"cpu":{"cpus":"-1"}}`:       "cpu.cpus",
+		`{"cpu":{"mems":"0"}}`:        "linux.resources.cpu.mems",
 		`{"memory":{"limit":1e400}}`:  "",
 		`{"memory":{"limit":"lots"}}`: "",
 	} {
-		if _, err := ParseResources(resourcesType, []byte(text)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, _, err := ParseResources(resourcesType, []byte(text)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
-	if _, err := ParseResources("windows", nil); err == nil {
+	if _, _, err := ParseResources("windows", nil); err == nil {
 		t.Error("another type is taken")
 	}
 }
@@ -558,7 +562,7 @@ func FuzzResources(f *testing.F) {
 	f.Add([]byte(`{"memory":{"limit":1048576,"swap":1048576},"cpu":{"shares":2,"quota":0}}`))
 	f.Add([]byte(`{"unified":{"memory.high":"5"}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		r, err := ParseResources(resourcesType, raw)
+		r, _, err := ParseResources(resourcesType, raw)
 		if err != nil {
 			return
 		}

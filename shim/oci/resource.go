@@ -6,6 +6,7 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"hauberk.dev/api/guestproto"
@@ -26,6 +27,7 @@ type resources struct {
 		Burst  *uint64 `json:"burst"`
 		Period *uint64 `json:"period"`
 		Idle   *int64  `json:"idle"`
+		Cpus   string  `json:"cpus"`
 	} `json:"cpu"`
 	Pids struct {
 		Limit *int64 `json:"limit"`
@@ -50,6 +52,42 @@ const (
 
 var unifiedName = regexp.MustCompile(`^(memory|cpu|pids|io|cpuset)\.[a-z][a-z0-9_.]{0,60}$`)
 
+// maxCPU is the highest number of a processor that Linux has room for, and one.
+const maxCPU = 8192
+
+// cpuList reads numbers of processors as cgroups write them: 0-3,7. None are nil.
+func cpuList(text string) (list []int, err error) {
+	if text == "" {
+		return nil, nil
+	}
+	for part := range strings.SplitSeq(text, ",") {
+		from, to, isRange := strings.Cut(part, "-")
+		if !isRange {
+			to = from
+		}
+		first, err := strconv.ParseUint(from, 10, 32)
+		last, err2 := strconv.ParseUint(to, 10, 32)
+		if err != nil || err2 != nil || last < first || last >= maxCPU || len(text) > maxPath {
+			return nil, fmt.Errorf("want processors such as 0-3,7, below %d", maxCPU)
+		}
+		for n := first; n <= last; n++ {
+			list = append(list, int(n))
+		}
+		if len(list) > maxCPU {
+			return nil, errors.New("processors are named more than once")
+		}
+	}
+	slices.Sort(list)
+	return slices.Compact(list), nil
+}
+
+// CPUs are the processors of the host that the container is to run on; nil is
+// any.
+func (c *Config) CPUs() []int {
+	list, _ := cpuList(c.spec.Linux.Resources.CPU.Cpus) // Parse has seen it
+	return list
+}
+
 func (l *linux) resourceFaults() []error { return l.Resources.faults("linux.resources.") }
 
 // faults finds limits that cannot be. prefix is where they stand.
@@ -69,6 +107,9 @@ func (r *resources) faults(prefix string) (errs []error) {
 	}
 	if c.Quota != nil && *c.Quota > 0 && (*c.Quota < minQuota || *c.Quota > maxQuota) {
 		fault("cpu.quota %d: want -1 (none) or %d to %d microseconds", *c.Quota, minQuota, maxQuota)
+	}
+	if _, err := cpuList(c.Cpus); err != nil {
+		fault("cpu.cpus %.64q: %w", c.Cpus, err)
 	}
 	if c.Burst != nil && *c.Burst > maxQuota {
 		fault("cpu.burst %d: want at most %d microseconds", *c.Burst, maxQuota)
@@ -145,10 +186,11 @@ func bytes(n *int64) uint64 {
 // resourcesType is what containerd calls LinuxResources of the specification.
 const resourcesType = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 
-// ParseResources reads the limits of an update: LinuxResources in JSON.
-func ParseResources(typeURL string, raw []byte) (guestproto.Resources, error) {
-	fail := func(err error) (guestproto.Resources, error) {
-		return guestproto.Resources{}, fmt.Errorf("read resources: %w", err)
+// ParseResources reads the limits of an update: LinuxResources in JSON. cpus are
+// the processors of the host to run on from now on, nil if nothing is said.
+func ParseResources(typeURL string, raw []byte) (limits guestproto.Resources, cpus []int, err error) {
+	fail := func(err error) (guestproto.Resources, []int, error) {
+		return guestproto.Resources{}, nil, fmt.Errorf("read resources: %w", err)
 	}
 	if typeURL != resourcesType {
 		return fail(fmt.Errorf("type %.128q: want %s", typeURL, resourcesType))
@@ -163,5 +205,6 @@ func ParseResources(typeURL string, raw []byte) (guestproto.Resources, error) {
 	if err := errors.Join(r.faults("")...); err != nil {
 		return fail(err)
 	}
-	return r.resources(), nil
+	cpus, err = cpuList(r.CPU.Cpus)
+	return r.resources(), cpus, err
 }

@@ -78,6 +78,8 @@ func (c *Config) Size(o Options, processors int) (Size, error) {
 	}
 	if s.Processors == 0 && quota > 0 {
 		s.Processors = up(quota, period)
+	} else if n := len(c.CPUs()); s.Processors == 0 && n > 0 {
+		s.Processors = n
 	} else if s.Processors == 0 {
 		s.Processors = up(shares, shareOfOne)
 	}

@@ -23,6 +23,7 @@ import (
 	types "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/ttrpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
@@ -330,6 +331,15 @@ func (w *world) testService(t *testing.T) {
 		if err := c.Call(ctx, v2, "Create", r, &task.CreateTaskResponse{}); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("create %v: %v, want %s", r, err, name)
 		}
+	}
+	// The machine runs where the container is to run.
+	const resources = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+	pinned := &task.UpdateTaskRequest{ID: "spoken", Resources: &anypb.Any{TypeUrl: resources, Value: []byte(`{"cpu":{"cpus":"0"}}`)}}
+	if err := c.Call(ctx, v2, "Update", pinned, &emptypb.Empty{}); err != nil {
+		t.Errorf("update: %v", err)
+	}
+	if raw, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status"); err != nil || !strings.Contains(string(raw), "\nCpus_allowed_list:\t0\n") {
+		t.Errorf("the machine runs elsewhere: %s, %v", raw, err)
 	}
 	if err := c.Call(ctx, v2, "Delete", &task.DeleteRequest{ID: "spoken"}, &task.DeleteResponse{}); err == nil || !strings.Contains(err.Error(), "has not ended") {
 		t.Errorf("delete of what runs: %v", err)
