@@ -188,7 +188,13 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 	if e.Path != "/etc/hosts" {
 		t.Errorf("%s; want /etc/hosts named", e)
 	}
-	t.Log(s.told(t, OpStarted, Allowed))
+	ran := s.told(t, OpStarted, Allowed)
+	t.Log(ran)
+	if ran.Exe != "/attack" || ran.Container == 0 || ran.Start == 0 || len(ran.Lineage) != 0 {
+		t.Errorf("%+v; want /attack in a container, with nobody before it", ran)
+	}
+	s.hasLineage(t)
+	s.flood(t, ctx, box)
 
 	open := compileForTest(t, 2, spec.GuardPolicy{Exec: &spec.GuardExec{Origin: "any"}})
 	if _, err := s.c.GuardPolicy(ctx, 2, open.Blob); err != nil {
@@ -215,6 +221,23 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("agent: %d kB resident, %d kB private", used.AgentResident>>10, used.AgentPrivate>>10)
+}
+
+// hasLineage looks for the tool that one of the attacks ran, and for the dropped
+// program that another could not run, which its parent tried from a thread.
+func (s *sandbox) hasLineage(t *testing.T) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range s.events {
+		if e.Op == OpStarted && e.Path == "/bin/tool" {
+			if e.Exe != "/bin/tool" || e.Parent != "/attack" || len(e.Lineage) != 1 || e.Lineage[0].Name != "attack" || e.Lineage[0].PID != e.PPID {
+				t.Errorf("%+v; want /bin/tool, of /attack", e)
+			}
+			return
+		}
+	}
+	t.Error("no record of /bin/tool being run")
 }
 
 // remount gives the root up and mounts it again: the Guard must let go of it,

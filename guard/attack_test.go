@@ -379,35 +379,3 @@ func TestSwapLeavesNoGap(t *testing.T) {
 	}
 	t.Logf("%d tries, %d swaps", tries, swaps)
 }
-
-// A ring that nobody drains loses events, and says so; it never lets a
-// forbidden act pass.
-func TestFullRingStillRefuses(t *testing.T) {
-	compiled := compileForTest(t, 1, strict())
-	files := imageFiles()
-	files[".strict"] = compiled.Blob
-	o := boot(t, true, files, "policy .strict", "hold denystorm 2000", "hold drop /tmp/x", "status", "events", "run drop=2 /tmp/x", "status")
-	for _, a := range []string{"drop", "drop=2"} {
-		if got := o.ran[a]; !strings.HasPrefix(got, "exit 10 ") {
-			t.Errorf("%s: %s; want it refused", a, got)
-		}
-	}
-	if got := o.ran["denystorm"]; !strings.HasPrefix(got, "exit 10 ") {
-		t.Errorf("denystorm: %s; want it refused", got)
-	}
-	if len(o.status) != 2 || o.status[0].Lost == 0 || o.status[0].Sequence < 2000 {
-		t.Fatalf("status %+v; want losses counted among more than 2000 denials", o.status)
-	}
-	told := 0
-	for _, e := range o.events["drop"] {
-		if e.Verdict == Denied {
-			told++
-		}
-	}
-	if uint64(told)+o.status[0].Lost != o.status[0].Sequence {
-		t.Errorf("%d denials told, %d lost of %d", told, o.status[0].Lost, o.status[0].Sequence)
-	}
-	if last := o.events["drop=2"]; len(last) == 0 || last[len(last)-1].Lost == 0 && last[0].Lost == 0 {
-		t.Errorf("an event after the loss does not tell of it: %v", last)
-	}
-}

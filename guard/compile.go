@@ -99,6 +99,7 @@ type compiler struct {
 	lists        []reference // one per policy with a list of destinations
 	destinations map[destination]uint32
 	sections     []section
+	auditRate    uint32
 }
 
 // section is a part of the blob that only policies which need it have. The
@@ -107,6 +108,9 @@ type section struct {
 	tag  uint16
 	data []byte
 }
+
+// sectionLimits is how many records of allowed acts are sent in a second.
+const sectionLimits = 0x40
 
 // pathRule is a rule about a path.
 type pathRule struct {
@@ -188,6 +192,9 @@ func (c *compiler) policy(p node.NamedGuardPolicy) {
 	if p.Spec.Net != nil && p.Spec.Net.Egress != nil {
 		c.egress(p.Spec.Net)
 	}
+	if p.Spec.Limits != nil {
+		c.limits(p.Spec.Limits)
+	}
 	if p.Spec.Sys != nil {
 		c.sys(p.Spec.Sys)
 	}
@@ -238,6 +245,16 @@ func (c *compiler) file(i int, f spec.GuardFile) {
 	c.files = append(c.files, r)
 }
 
+// limits takes the policy that wants the most recorded: none may make another's
+// record shorter.
+func (c *compiler) limits(l *spec.GuardLimits) {
+	if l.AuditPerSecond < 0 || l.AuditPerSecond > 100_000 {
+		c.fault("limits.auditPerSecond", fmt.Sprint(l.AuditPerSecond), "want 0 to 100000")
+		return
+	}
+	c.auditRate = max(c.auditRate, uint32(l.AuditPerSecond))
+}
+
 // blob lays everything out as package guest/guard reads it.
 func (c *compiler) blob() []byte {
 	le := binary.LittleEndian
@@ -259,6 +276,9 @@ func (c *compiler) blob() []byte {
 		b = appendText(le.AppendUint32(b, uint32(p.write)), p.path)
 	}
 	b = c.appendDestinations(b)
+	if c.auditRate > 0 {
+		c.sections = append(c.sections, section{sectionLimits, le.AppendUint32(nil, c.auditRate)})
+	}
 	slices.SortFunc(c.sections, func(a, b section) int { return cmp.Compare(a.tag, b.tag) })
 	for _, s := range c.sections {
 		b = append(le.AppendUint32(le.AppendUint16(b, s.tag), uint32(len(s.data))), s.data...)

@@ -44,6 +44,8 @@ const (
 	OpCapability Op = 51
 	OpStarted    Op = 64
 	OpConnected  Op = 65
+	// OpRepeated is the agent's: a record of denials was repeated.
+	OpRepeated Op = 120
 )
 
 // Verdict is what came of it.
@@ -92,11 +94,38 @@ type Event struct {
 	Target    netip.AddrPort `json:"target,omitzero"`
 	Args      []string       `json:"args,omitempty"`
 	Detail    uint64         `json:"detail,omitempty"`
+	// Series is the sequence of the first of records about the same: one rule
+	// and verdict, one program, one target. Count is how many such acts there
+	// were so far; many have no record of their own. 0: of no series.
+	Series uint64 `json:"series,omitempty"`
+	Count  uint64 `json:"count,omitempty"`
+
+	// Exe is the program that the process runs, Parent what its parent ran when
+	// it made the process. A path that was too long is the file's name alone,
+	// after ".../".
+	Exe       string        `json:"exe,omitempty"`
+	Parent    string        `json:"parent,omitempty"`
+	Start     time.Duration `json:"start,omitempty"`     // since boot, of the program
+	Container uint32        `json:"container,omitempty"` // the agent's number of it
+	// Lineage is what led to the process, nearest first, up to what the agent
+	// started. Cut: some before the last are missing.
+	Lineage []Ancestor `json:"lineage,omitempty"`
+	Cut     bool       `json:"cut,omitempty"`
+}
+
+// Ancestor is a process and the name of the file that it ran.
+type Ancestor struct {
+	PID  uint32 `json:"pid"`
+	Name string `json:"name"`
 }
 
 const (
-	eventVersion = 1
-	eventSize    = 336
+	eventVersion = 2
+	eventSize    = 816
+	whoOffset    = 352
+	exeSize      = 128
+	ancestors    = 8
+	ancestorSize = 20
 	startedSize  = eventSize + argsSize
 	textSize     = 256
 	argsSize     = 256
@@ -111,6 +140,9 @@ var errRecord = errors.New("not a record of the guard")
 // DecodeEvents reads one record. Whatever the bytes are, it ends, and holds no
 // more than they do.
 func DecodeEvents(record []byte) (Event, error) {
+	if len(record) == repeatedSize && record[0] == eventVersion && Op(record[1]) == OpRepeated {
+		return repeated(record)
+	}
 	if len(record) < eventSize || record[0] != eventVersion {
 		return Event{}, fmt.Errorf("decode event of %d bytes: %w", len(record), errRecord)
 	}
@@ -132,11 +164,48 @@ func DecodeEvents(record []byte) (Event, error) {
 	if err := e.text(record[4], record[80:80+textSize]); err != nil {
 		return Event{}, err
 	}
+	e.Series, e.Count = le.Uint64(record[336:]), le.Uint64(record[344:])
+	e.who(record[whoOffset:eventSize])
 	if e.Op == OpStarted {
 		e.Args = arguments(record[eventSize:], e.Detail, le.Uint16(record[6:]))
 		e.Detail = 0
 	}
 	return e, nil
+}
+
+// repeatedSize is the length of the agent's record of repetitions.
+const repeatedSize = 48
+
+// repeated reads what the agent says of a series: not what happened, but how
+// often, for the reader to set beside the record that has the series' number.
+func repeated(record []byte) (Event, error) {
+	le := binary.LittleEndian
+	e := Event{Op: OpRepeated, Verdict: Verdict(record[2]), Why: record[5], Rule: le.Uint32(record[8:]), PID: le.Uint32(record[12:]),
+		Series: le.Uint64(record[16:]), Count: le.Uint64(record[24:]), SinceBoot: time.Duration(le.Uint64(record[32:])), Detail: le.Uint64(record[40:])}
+	if e.Verdict > Killed || e.Detail >= uint64(OpRepeated) {
+		return Event{}, fmt.Errorf("decode repetition of operation %d: %w", e.Detail, errRecord)
+	}
+	return e, nil
+}
+
+// who reads struct lineage of bpf/src/lineage.h.
+func (e *Event) who(b []byte) {
+	le := binary.LittleEndian
+	e.Start, e.Container = time.Duration(le.Uint64(b)), le.Uint32(b[20:])
+	e.Exe, e.Parent = program(b[24], b[48:48+exeSize]), program(b[25], b[176:176+exeSize])
+	e.Cut = b[27] != 0
+	for i := range min(int(b[26]), ancestors) {
+		at := b[304+i*ancestorSize:]
+		e.Lineage = append(e.Lineage, Ancestor{le.Uint32(at), cString(at[4:ancestorSize])})
+	}
+}
+
+// program is a program's path, or what there is of it.
+func program(cut byte, text []byte) string {
+	if name := cString(text); cut == 0 || name == "" {
+		return name
+	}
+	return ".../" + cString(text)
 }
 
 func (e *Event) text(kind byte, text []byte) error {
@@ -233,6 +302,10 @@ func (e Event) String() string {
 
 func (e Event) what() string {
 	switch e.Op {
+	case OpRepeated:
+		again := e
+		again.Op, again.Detail = Op(e.Detail), 0
+		return fmt.Sprintf("did the same %d times in all: %s", e.Count, again.what())
 	case OpStarted:
 		return fmt.Sprintf("started %q with arguments %q", e.Path, e.Args)
 	case OpConnected:

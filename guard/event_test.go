@@ -70,10 +70,62 @@ func TestDecodeArgumentsStopsAtEnvironment(t *testing.T) {
 	}
 }
 
+// lineage makes a record of a process that two others led to.
+func withLineage(b []byte) []byte {
+	le := binary.LittleEndian
+	who := b[whoOffset:]
+	le.PutUint64(who, 77)
+	le.PutUint32(who[20:], 3)
+	who[25], who[26], who[27] = 1, 2, 1
+	copy(who[48:], "/usr/bin/python3")
+	copy(who[176:], "a-name-whose-path-is-long")
+	le.PutUint32(who[304:], 41)
+	copy(who[308:], "sh")
+	le.PutUint32(who[304+ancestorSize:], 7)
+	copy(who[308+ancestorSize:], "java\x1b[2J")
+	return b
+}
+
+func TestDecodeLineage(t *testing.T) {
+	b := withLineage(record(OpExec, Denied, textPath, "/tmp/x"))
+	le := binary.LittleEndian
+	le.PutUint64(b[336:], 5)
+	le.PutUint64(b[344:], 9)
+	e, err := DecodeEvents(b)
+	want := []Ancestor{{41, "sh"}, {7, "java\x1b[2J"}}
+	if err != nil || e.Exe != "/usr/bin/python3" || e.Parent != ".../a-name-whose-path-is-long" || e.Container != 3 || e.Start != 77 ||
+		!slices.Equal(e.Lineage, want) || !e.Cut || e.Series != 5 || e.Count != 9 {
+		t.Errorf("%+v, %v", e, err)
+	}
+	b[whoOffset+26] = 200 // more ancestors than there is room for
+	if e, err := DecodeEvents(b); err != nil || len(e.Lineage) != ancestors {
+		t.Errorf("%d ancestors, %v; want %d", len(e.Lineage), err, ancestors)
+	}
+}
+
+func TestDecodeRepeated(t *testing.T) {
+	b := make([]byte, repeatedSize)
+	le := binary.LittleEndian
+	b[0], b[1], b[2] = eventVersion, byte(OpRepeated), byte(Denied)
+	le.PutUint32(b[8:], 17)
+	le.PutUint32(b[12:], 42)
+	le.PutUint64(b[16:], 9)
+	le.PutUint64(b[24:], 1000)
+	b[40] = byte(OpBPF)
+	e, err := DecodeEvents(b)
+	if want := `denied: "" (pid 42, uid 0) did the same 1000 times in all: tried to use eBPF [rule 17, generation 0]`; err != nil || e.String() != want || e.Series != 9 {
+		t.Errorf("%s, %v; want %s", e, err, want)
+	}
+	b[40] = byte(OpRepeated) // which would tell of itself
+	if _, err := DecodeEvents(b); !errors.Is(err, errRecord) {
+		t.Errorf("%v; want a refusal", err)
+	}
+}
+
 func TestDecodeEventsRefuses(t *testing.T) {
 	good := record(OpExec, Denied, textPath, "/x")
 	version, verdict, kind := slices.Clone(good), slices.Clone(good), slices.Clone(good)
-	version[0], verdict[2], kind[4] = 2, 9, 7
+	version[0], verdict[2], kind[4] = 1, 9, 7
 	for name, b := range map[string][]byte{
 		"nothing": nil, "short": good[:len(good)-1], "long": append(slices.Clone(good), 0), "version": version, "verdict": verdict, "kind": kind,
 		"cut start": started(0, 0, "")[:eventSize],
@@ -88,6 +140,8 @@ func FuzzDecodeEvents(f *testing.F) {
 	f.Add(record(OpExec, Denied, textPath, "/tmp/x"))
 	f.Add(record(OpWrite, Reported, textNames, "passwd\x00etc\x00"))
 	f.Add(record(OpEgress, Denied, textTarget, "\xa0\x00\x00\x00\x04\x00\x01\xbb"))
+	f.Add(withLineage(record(OpExec, Denied, textPath, "/tmp/x")))
+	f.Add(make([]byte, repeatedSize))
 	f.Add(started(10, 3, "sh\x00-c\x00true\x00"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		e, err := DecodeEvents(b)

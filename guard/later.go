@@ -9,7 +9,7 @@ import (
 // later refuses what a policy may say and the programs cannot hold yet. A field
 // leaves this list with the commit that holds it.
 func (c *compiler) later(p spec.GuardPolicy) {
-	said := map[string]bool{"mode learn": p.Mode == "learn", "onFailure open": p.OnFailure == "open", "limits": p.Limits != nil}
+	said := map[string]bool{"mode learn": p.Mode == "learn", "onFailure open": p.OnFailure == "open"}
 	if e := p.Exec; e != nil {
 		said["exec.volumes"] = e.Volumes != nil
 		for i, a := range e.Allow {

@@ -117,6 +117,7 @@ func (a *agent) serve() error {
 	for {
 		a.understand()
 		a.notify()
+		a.recount()
 		if err := a.flush(); err != nil {
 			return err
 		}
@@ -551,6 +552,13 @@ func (a *agent) guardPolicy(payload []byte) error {
 		return fail("put in force guard policy", strconv.FormatUint(m.Generation, 10), err)
 	}
 	return a.appendReply(guestproto.VerbGuardPolicy, reply)
+}
+
+// recount sends how often records were repeated, which no ring announces.
+func (a *agent) recount() {
+	if a.session && a.guardCredit > 0 && !a.guardFull && a.room() >= reserve+guestproto.MaxChunk && guardRecounts() {
+		a.sendRecords()
+	}
 }
 
 // sendRecords sends one batch of the Guard's records, within its credit.

@@ -69,13 +69,18 @@ func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
 	return reply, fromGuard(err)
 }
 
-// guardStatus appends the state of the Guard to buf; nothing without one.
+// guardStatus appends the state of the Guard to buf; nothing without one. Each
+// time it is asked, how often records were repeated is to be told too.
 func guardStatus(buf []byte) []byte {
 	if attached == nil {
 		return buf
 	}
+	attached.Recount()
 	return attached.Status(buf)
 }
+
+// guardRecounts says whether repetitions are still to be told.
+func guardRecounts() bool { return attached != nil && attached.Recounts() }
 
 // guardRing is the descriptor the agent polls for events, or -1.
 func guardRing() int {

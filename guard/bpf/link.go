@@ -358,8 +358,6 @@ func (l *linker) mapLoads(code asm.Instructions) (slots []uint32, err error) {
 			}
 			slots = append(slots, slot, uint32(index))
 			ins.Constant = 0
-		} else if ins.IsFunctionReference() {
-			return nil, errors.New("has a function that is not inlined")
 		}
 		slot += uint32(ins.Width())
 	}

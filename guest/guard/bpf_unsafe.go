@@ -14,6 +14,7 @@ const (
 	bpfMapCreate  = 0
 	bpfMapUpdate  = 2
 	bpfMapDelete  = 3
+	bpfMapNext    = 4
 	bpfProgLoad   = 5
 	bpfObjectInfo = 15
 	bpfBTFLoad    = 18
@@ -103,6 +104,25 @@ func deleteMap(fd int, key []byte) error {
 	a := elementAttr{fd: uint32(fd), key: unsafe.Pointer(unsafe.SliceData(key))}
 	_, err := bpf(bpfMapDelete, unsafe.Pointer(&a), unsafe.Sizeof(a))
 	return err
+}
+
+// nextKey gives the key after one, or the first without one. One that is not
+// there any more is as none.
+func nextKey(fd int, key, next []byte) error {
+	a := elementAttr{fd: uint32(fd), value: unsafe.Pointer(unsafe.SliceData(next))}
+	if key != nil {
+		a.key = unsafe.Pointer(unsafe.SliceData(key))
+	}
+	_, err := bpf(bpfMapNext, unsafe.Pointer(&a), unsafe.Sizeof(a))
+	return err
+}
+
+// sinceBoot is the clock of the programs, in nanoseconds.
+func sinceBoot() uint64 {
+	const boot = 7
+	var t syscall.Timespec
+	_, _, _ = syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, boot, uintptr(unsafe.Pointer(&t)), 0)
+	return uint64(t.Sec)*1e9 + uint64(t.Nsec)
 }
 
 func loadTypes(types []byte) (int, error) {

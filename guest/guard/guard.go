@@ -23,6 +23,7 @@ type Guard struct {
 	marks      map[uint32]*mark
 	lastMark   uint32
 	given      [][deviceKey]byte // devices of containers
+	repeats    repeats
 }
 
 // guardedRoot is a container's root and the image below it.
@@ -99,7 +100,7 @@ func (g *Guard) createMaps(b *bundle) error {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}
@@ -160,9 +161,9 @@ func (g *Guard) openRings(maps []bundleMap) (err error) {
 
 // Status appends the state of the Guard to buf: version, attached programs,
 // generation, digest of the policy, counters, and the tag of every program as
-// the kernel computed it.
+// the kernel computed it, and the tally of every operation that was told of.
 func (g *Guard) Status(buf []byte) []byte {
-	const version = 1
+	const version = 2
 	buf = append16(append(buf, version), uint16(g.attached()))
 	buf = append64(buf, g.generation)
 	buf = append(buf, g.digest[:]...)
@@ -176,7 +177,7 @@ func (g *Guard) Status(buf []byte) []byte {
 		_ = objectInfo(fd, info[:])
 		buf = append(buf, info[8:]...)
 	}
-	return buf
+	return g.appendTallies(buf)
 }
 
 // attached counts the links that the kernel still knows.
@@ -195,9 +196,9 @@ func (g *Guard) Ring() int { return g.poll }
 
 // Drain hands records to emit until there are none left or emit says there is
 // no room; a record that emit refused stays in its ring. Denials go before the
-// record of what was allowed.
+// record of what was allowed, and what was asked for by Recount between them.
 func (g *Guard) Drain(emit func(record []byte) bool) {
-	if g.denials.drain(emit) {
+	if g.denials.drain(emit) && g.tellRepeats(emit) {
 		g.audit.drain(emit)
 	}
 }

@@ -16,6 +16,8 @@ const (
 	maxProgramDeny = 16 << 10
 	maxEgress      = 16 << 10
 
+	sectionLimits = 0x40
+
 	kindOverlay = 1
 	kindAgent   = 2
 	denies      = 1 << 31
@@ -42,6 +44,8 @@ type policy struct {
 	egress     []byte // entries of destSize+4
 	execs      []byte // struct exec_lists
 	entries    []programEntry
+
+	auditPerSecond uint32
 }
 
 func parsePolicy(b []byte) (*policy, error) {
@@ -93,6 +97,8 @@ func (p *policy) section(tag uint16, data []byte) error {
 		return nil
 	case sectionPrograms:
 		return p.parsePrograms(data)
+	case sectionLimits:
+		return p.auditRate(data)
 	default:
 		return fail("read", "section "+strconv.Itoa(int(tag))+" of guard policy", syscall.EPROTONOSUPPORT)
 	}
@@ -231,6 +237,9 @@ func (n *next) prepare() error {
 }
 
 func (n *next) fillMaps() (err error) {
+	if err := n.limit(); err != nil {
+		return err
+	}
 	fixed := append([]byte(nil), n.p.fixed...)
 	put32(fixed[policySlot:], n.slot)
 	var zero [4]byte

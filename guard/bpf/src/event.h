@@ -5,7 +5,7 @@
 #ifndef EVENT_H
 #define EVENT_H
 
-#include "policy.h"
+#include "lineage.h"
 
 enum op {
 	OP_EXEC = 1,
@@ -36,6 +36,8 @@ enum op {
 	OP_CAPABILITY,     /* detail: which */
 	OP_STARTED = 64, /* for the record only */
 	OP_CONNECTED,
+	OP_REPEATED = 120, /* the agent's: how often a record of a series was repeated */
+	OPS = 128,
 };
 
 enum verdict {
@@ -72,8 +74,11 @@ struct event {
 	__u64 generation;
 	__u64 lost;
 	__u64 detail; /* meaning depends on op */
-	char comm[16];
+	char comm[COMM_SIZE];
 	char text[TEXT_SIZE];
+	__u64 series; /* of records about the same: the sequence of its first */
+	__u64 count;  /* acts of the series so far, this one included; 0: of no series */
+	struct lineage who;
 };
 
 struct started {
@@ -98,7 +103,16 @@ AT(event, lost, 48);
 AT(event, detail, 56);
 AT(event, comm, 64);
 AT(event, text, 80);
-AT(started, args, 336);
+AT(event, series, 336);
+AT(event, count, 344);
+AT(event, who, 352);
+AT(lineage, exe_dev, 16);
+AT(lineage, exe_cut, 24);
+AT(lineage, name, 32);
+AT(lineage, exe, 48);
+AT(lineage, parent, 176);
+AT(lineage, up, 304);
+AT(started, args, 816);
 
 struct counters {
 	__u64 sequence;
@@ -109,12 +123,12 @@ struct counters {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 16);
+	__uint(max_entries, 1 << 17);
 } denials SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 17);
+	__uint(max_entries, 1 << 18);
 } audit SEC(".maps");
 
 struct {
@@ -124,10 +138,93 @@ struct {
 	__type(value, struct counters);
 } counters SEC(".maps");
 
+/* What became of the acts of one operation. Every act is in happened and in
+   just one of the others, however full a ring is. */
+struct tally {
+	__u64 happened;
+	__u64 sent;
+	__u64 merged; /* into the count of a series */
+	__u64 lost;   /* there was no room in the ring */
+	__u64 held;   /* by the policy's limit on the record of what was allowed */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, OPS);
+	__type(key, __u32);
+	__type(value, struct tally);
+} tallies SEC(".maps");
+
+/* Acts that are the same but for their time: the same rule and verdict, the
+   same program, the same target. */
+struct series_key {
+	__u64 generation;
+	__u64 exe_ino;
+	__u64 target[2];
+	__u64 detail;
+	__u32 exe_dev;
+	__u32 rule;
+	__u32 uid;
+	__u8 op;
+	__u8 verdict;
+	__u8 why;
+	__u8 pad;
+};
+
+struct series {
+	__u64 sequence; /* of its first record */
+	__u64 count;
+	__u64 last;   /* when */
+	__u64 window; /* when the present burst began */
+	__u32 burst;  /* records of it */
+	__u32 pid;    /* of the last */
+	__u32 rule;
+	__u8 op;
+	__u8 verdict;
+	__u8 why;
+	__u8 pad;
+};
+
+AT(series_key, exe_dev, 40);
+AT(series_key, op, 52);
+AT(series, last, 16);
+AT(series, pid, 36);
+AT(series, op, 44);
+
+/* As many records of a series are sent in a window; the rest are counted. */
+#define BURST 16
+#define WINDOW 10000000000ull
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, struct series_key);
+	__type(value, struct series);
+} repeats SEC(".maps");
+
+/* How many records of what was allowed may be sent in a second, by the slot of
+   the policy; 0: as many as there is room for. */
+struct limit {
+	__u32 rate;
+	__u32 pad;
+	__u64 second;
+	__u64 used;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct limit);
+} limits SEC(".maps");
+
 /* What a verdict is about. Unused members are dropped by the compiler. */
 struct about {
-	__u32 op;
-	__u32 why;
+	/* Each member has eight bytes: later verifiers do not take two halves of
+	   zero for no pointer. */
+	__u64 op;
+	__u64 why;
 	__u64 detail;
 	struct path *path;
 	struct dentry *dentry;
@@ -144,8 +241,9 @@ static __always_inline struct counters *counters_now(void)
 static __always_inline void fill(struct event *e, const struct policy *p, __u32 op, __u64 sequence, __u64 lost)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
+	struct lineage *l;
 
-	e->version = 1;
+	e->version = 2;
 	e->op = op;
 	e->verdict = VERDICT_ALLOWED;
 	e->label = label_of(task);
@@ -163,6 +261,11 @@ static __always_inline void fill(struct event *e, const struct policy *p, __u32 
 	e->detail = 0;
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	e->text[0] = 0;
+	e->series = 0;
+	e->count = 0;
+	l = bpf_task_storage_get(&lineages, task, 0, 0);
+	if (!l || bpf_probe_read_kernel(&e->who, sizeof(e->who), l))
+		__builtin_memset(&e->who, 0, sizeof(e->who));
 }
 
 /* Writes the names from the dentry up. There is no way to print a path from
@@ -192,25 +295,101 @@ static __always_inline void write_names(struct event *e, struct dentry *d)
 	e->text_kind = TEXT_NAMES;
 }
 
-static __always_inline void tell(const struct policy *p, __u32 ref, __u32 verdict, const struct about *a)
+static __always_inline struct tally *tally_of(__u32 op)
+{
+	op &= OPS - 1;
+	return bpf_map_lookup_elem(&tallies, &op);
+}
+
+/* The series that an act belongs to; NULL if there is no room to count one. */
+static __always_inline struct series *series_of(const struct policy *p, __u32 ref, __u32 verdict, const struct about *a)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct lineage *l = bpf_task_storage_get(&lineages, task, 0, 0);
+	struct series_key key = {
+		.generation = p ? p->generation : 0, .detail = a->detail, .rule = ref & ~DENY, .op = a->op, .verdict = verdict, .why = a->why,
+	};
+	struct dentry *d = a->dentry;
+	struct series *s;
+
+	key.uid = (__u32)bpf_get_current_uid_gid();
+	if (l) {
+		key.exe_ino = l->exe_ino;
+		key.exe_dev = l->exe_dev;
+	}
+	if (a->target) {
+		__builtin_memcpy(key.target, a->target->addr, sizeof(key.target));
+		key.detail = a->target->port;
+	} else if (d) {
+		/* A name is hashed with the directory it is in. */
+		key.target[0] = BPF_CORE_READ(d, d_name.hash_len);
+		key.target[1] = BPF_CORE_READ(d, d_parent, d_inode, i_ino);
+	}
+	s = bpf_map_lookup_elem(&repeats, &key);
+	if (!s) {
+		struct series none = {.rule = key.rule, .op = key.op, .verdict = key.verdict, .why = key.why};
+
+		bpf_map_update_elem(&repeats, &key, &none, BPF_NOEXIST);
+		s = bpf_map_lookup_elem(&repeats, &key);
+	}
+	return s;
+}
+
+/* Whether the act is only counted: there were enough records of its series. */
+static __always_inline bool merge(struct series *s, __u64 now)
+{
+	bool merged;
+
+	if (now - s->window > WINDOW) {
+		s->window = now;
+		s->burst = 0;
+	}
+	merged = s->burst >= BURST && s->sequence;
+	if (merged)
+		__sync_fetch_and_add(&s->count, 1);
+	else
+		__sync_fetch_and_add(&s->burst, 1);
+	s->pid = bpf_get_current_pid_tgid() >> 32;
+	s->last = now;
+	return merged;
+}
+
+/* One copy in each program, called from wherever it decides. */
+static __attribute__((noinline)) void tell(const struct policy *p, __u32 ref, __u32 verdict, const struct about *a)
 {
 	struct counters *c = counters_now();
+	struct tally *t = tally_of(a->op);
+	struct series *s;
 	struct event *e;
 	__u64 sequence;
 
-	if (!c)
+	if (!c || !t)
 		return;
+	__sync_fetch_and_add(&t->happened, 1);
+	s = series_of(p, ref, verdict, a);
+	if (s && merge(s, bpf_ktime_get_boot_ns())) {
+		__sync_fetch_and_add(&t->merged, 1);
+		return;
+	}
 	sequence = __sync_fetch_and_add(&c->sequence, 1) + 1;
 	e = bpf_ringbuf_reserve(&denials, sizeof(*e), 0);
 	if (!e) {
+		__sync_fetch_and_add(&t->lost, 1);
 		__sync_fetch_and_add(&c->lost, 1);
 		return;
 	}
+	__sync_fetch_and_add(&t->sent, 1);
 	fill(e, p, a->op, sequence, c->lost);
 	e->verdict = verdict;
 	e->rule = ref & ~DENY;
 	e->why = a->why;
 	e->detail = a->detail;
+	if (s) {
+		e->series = __sync_val_compare_and_swap(&s->sequence, 0, sequence);
+		if (!e->series)
+			e->series = sequence;
+		e->count = __sync_fetch_and_add(&s->count, 1) + 1;
+	}
 	if (a->target) {
 		__builtin_memcpy(e->text, a->target, sizeof(*a->target));
 		e->text_kind = TEXT_TARGET;
@@ -220,6 +399,54 @@ static __always_inline void tell(const struct policy *p, __u32 ref, __u32 verdic
 		write_names(e, a->dentry);
 	}
 	bpf_ringbuf_submit(e, 0);
+}
+
+/* Whether the policy's limit holds a record of what was allowed back. */
+static __always_inline bool held_back(const struct policy *p)
+{
+	__u64 now = bpf_ktime_get_boot_ns();
+	struct limit *l;
+	__u32 slot;
+
+	if (!p)
+		return false;
+	slot = p->slot & 1;
+	l = bpf_map_lookup_elem(&limits, &slot);
+	if (!l || !l->rate)
+		return false;
+	if (now - l->second >= 1000000000ull) {
+		l->second = now;
+		l->used = 0;
+	}
+	return __sync_fetch_and_add(&l->used, 1) >= l->rate;
+}
+
+/* Begins a record of what was allowed, of that size; NULL if there is to be
+   none. It is counted in any case; the caller submits it. */
+static __always_inline struct event *begin_audit(const struct policy *p, __u32 op, __u64 size)
+{
+	struct counters *c = counters_now();
+	struct tally *t = tally_of(op);
+	struct event *e;
+	__u64 sequence;
+
+	if (!c || !t)
+		return NULL;
+	__sync_fetch_and_add(&t->happened, 1);
+	if (held_back(p)) {
+		__sync_fetch_and_add(&t->held, 1);
+		return NULL;
+	}
+	sequence = __sync_fetch_and_add(&c->audit_sequence, 1) + 1;
+	e = bpf_ringbuf_reserve(&audit, size, 0);
+	if (!e) {
+		__sync_fetch_and_add(&t->lost, 1);
+		__sync_fetch_and_add(&c->audit_lost, 1);
+		return NULL;
+	}
+	__sync_fetch_and_add(&t->sent, 1);
+	fill(e, p, op, sequence, c->audit_lost);
+	return e;
 }
 
 /* Turns a reference to a rule into the hook's answer, and tells of it. */

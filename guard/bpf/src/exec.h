@@ -283,20 +283,11 @@ static __always_inline void stamp(struct task_label *l, struct linux_binprm *bpr
 
 static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm)
 {
-	struct counters *c = counters_now();
 	unsigned long size = bprm->exec - bprm->p;
-	struct started *s;
-	__u64 sequence;
+	struct started *s = (void *)begin_audit(p, OP_STARTED, sizeof(*s));
 
-	if (!c)
+	if (!s)
 		return;
-	sequence = __sync_fetch_and_add(&c->audit_sequence, 1) + 1;
-	s = bpf_ringbuf_reserve(&audit, sizeof(*s), 0);
-	if (!s) {
-		__sync_fetch_and_add(&c->audit_lost, 1);
-		return;
-	}
-	fill(&s->e, p, OP_STARTED, sequence, c->audit_lost);
 	s->e.argc = bprm->argc;
 	if (bpf_d_path(&bprm->file->f_path, s->e.text, TEXT_SIZE) > 0)
 		s->e.text_kind = TEXT_PATH;
@@ -329,6 +320,7 @@ int BPF_PROG(on_started, struct linux_binprm *bprm)
 		l->label = LABEL_WORKLOAD;
 		stamp(l, bprm);
 	}
+	lineage_exec(bprm, label == LABEL_SETUP);
 	tell_started(policy_now(), bprm);
 	return 0;
 }
@@ -366,6 +358,7 @@ int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
 	if (!l)
 		return -ENOMEM;
 	l->label = label;
+	lineage_fork(task, flags & CLONE_THREAD);
 	own = bpf_task_storage_get(&labels, parent, 0, 0);
 	if (label != LABEL_WORKLOAD || !own)
 		return 0;

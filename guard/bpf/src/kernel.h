@@ -16,6 +16,7 @@
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct qstr {
+	__u64 hash_len;
 	const unsigned char *name;
 };
 
@@ -90,7 +91,20 @@ struct cred {
 	kgid_t gid, sgid, egid, fsgid;
 };
 
+struct kernfs_node {
+	const char *name;
+};
+
+struct cgroup {
+	struct kernfs_node *kn;
+};
+
+struct css_set {
+	struct cgroup *dfl_cgrp;
+};
+
 struct task_struct {
+	struct css_set *cgroups;
 	struct thread_info thread_info;
 	const struct cred *real_cred;
 	const struct cred *cred;

@@ -87,19 +87,10 @@ static __always_inline bool loopback(const struct destination *d)
 
 static __always_inline void tell_connected(const struct policy *p, const struct destination *to)
 {
-	struct counters *c = counters_now();
-	struct event *e;
-	__u64 sequence;
+	struct event *e = loopback(to) ? NULL : begin_audit(p, OP_CONNECTED, sizeof(*e));
 
-	if (!c || loopback(to))
+	if (!e)
 		return;
-	sequence = __sync_fetch_and_add(&c->audit_sequence, 1) + 1;
-	e = bpf_ringbuf_reserve(&audit, sizeof(*e), 0);
-	if (!e) {
-		__sync_fetch_and_add(&c->audit_lost, 1);
-		return;
-	}
-	fill(e, p, OP_CONNECTED, sequence, c->audit_lost);
 	__builtin_memcpy(e->text, to, sizeof(*to));
 	e->text_kind = TEXT_TARGET;
 	bpf_ringbuf_submit(e, 0);

@@ -51,6 +51,8 @@ var systemAttacks = map[string]func([]string) error{
 	"whiteout":   whiteout,
 	"coredump":   coreDump,
 	"denystorm":  denyStorm,
+	"flood":      flood,
+	"execs":      execs,
 }
 
 // bpf(2) with an attribute of 128 zero bytes but for what fill sets.
@@ -388,4 +390,42 @@ func denyStorm(a []string) error {
 		}
 	}
 	return err
+}
+
+// flood makes, so many times, one of so many files where none may be made. It
+// is refused if each time was.
+func flood(a []string) error {
+	times, err := strconv.Atoi(a[1])
+	if err != nil {
+		return void(err)
+	}
+	names, err := strconv.Atoi(a[2])
+	if err != nil {
+		return void(err)
+	}
+	for i := range times {
+		fd, err := syscall.Open(a[0]+"/flood"+strconv.Itoa(i%names), syscall.O_CREAT|syscall.O_WRONLY, 0o600)
+		if err == nil {
+			syscall.Close(fd)
+			return nil
+		}
+		if err != syscall.EPERM {
+			return void(err)
+		}
+	}
+	return fmt.Errorf("%d times", times)
+}
+
+// execs runs a program so many times.
+func execs(a []string) error {
+	times, err := strconv.Atoi(a[0])
+	if err != nil {
+		return void(err)
+	}
+	for range times {
+		if err := spawn("/bin/tool"); err != nil {
+			return err
+		}
+	}
+	return nil
 }

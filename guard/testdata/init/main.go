@@ -217,6 +217,12 @@ func step(g *guard.Guard, words []string) error {
 		}
 	case "events":
 		events(g)
+	case "drain": // as the host would, though nothing ran
+		fmt.Println("RAN drain done")
+		events(g)
+	case "recount":
+		g.Recount()
+		events(g)
 	case "status":
 		fmt.Println("STATUS", hex.EncodeToString(g.Status(nil)))
 	case "swap": // swap policies for as long as the attack runs
