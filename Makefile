@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox critest critest-sandbox critest-debian critest-runc soak guard-attacks clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard critest critest-sandbox critest-debian critest-runc soak guard-attacks clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ bench-sandbox: ## measure sandboxes beside runc and gVisor (root)
 	scripts/setup bench
 	$(MAKE) build
 	scripts/bench-sandbox
+
+bench-guard: ## measure what the Guard costs in a guest, on both kernels (root)
+	scripts/setup bench
+	go run ./bench/guard
 
 critest: ## validate the runtime by Kubernetes' suite, on containerd 2 (root)
 	scripts/setup test
