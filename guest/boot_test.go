@@ -60,8 +60,8 @@ func TestGuest(t *testing.T) {
 	}
 	select {
 	case <-m.ended:
-	case <-time.After(20 * time.Second):
-		t.Error("the machine runs on 20 s after its shutdown")
+	case <-time.After(time.Minute):
+		t.Error("the machine runs on after its shutdown")
 	}
 }
 

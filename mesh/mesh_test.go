@@ -464,7 +464,7 @@ func TestGatewayPeers(t *testing.T) {
 
 func awaitIdentity(t testing.TB, w *world, instance string) api.InstanceStats {
 	t.Helper()
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
 		s, err := w.link.Stats(context.Background())
 		if err != nil {
 			t.Fatal(err)

@@ -27,7 +27,7 @@ func TestPublishWhileServing(t *testing.T) {
 	ln.Close()
 	defer f.Close()
 	publish := func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		port := link.Published{PublishedPort: api.PublishedPort{Service: "web", Namespace: "bank", Port: 80}, Listener: f}
 		if err := w.link.SetPublish(ctx, []link.Published{port}); err != nil {

@@ -164,7 +164,7 @@ func (w *world) stopProxy() {
 		if err != nil {
 			w.t.Errorf("proxy ended: %v", err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		w.t.Error("the proxy does not end")
 	}
 }

@@ -78,7 +78,7 @@ func TestWatchEnds(t *testing.T) {
 				}
 				c.watch(w, r)
 			})
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			handled := 0
 			err := u.watch(ctx, wire.Hello{}, func(wire.Desired) { handled++ })

@@ -23,7 +23,7 @@ import (
 )
 
 // callTime bounds one call of the tests.
-const callTime = time.Minute
+const callTime = 5 * time.Minute
 
 // place is where the tests' sandboxes are, with a real shim.
 func place(t *testing.T) sandbox.Config {
@@ -218,7 +218,7 @@ func execIn(t *testing.T, b *sandbox.Sandbox, in string, c sandbox.Cmd) (out, er
 func (w *world) until(t *testing.T, text string) string {
 	t.Helper()
 	var out, errs strings.Builder
-	for began := time.Now(); time.Since(began) < 20*time.Second; time.Sleep(20 * time.Millisecond) {
+	for began := time.Now(); time.Since(began) < callTime; time.Sleep(20 * time.Millisecond) {
 		out.Reset()
 		if err := w.box.Logs(t.Context(), sandbox.LogOptions{Tail: -1}, &out, &errs); err != nil {
 			t.Fatal(err)

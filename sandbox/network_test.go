@@ -51,12 +51,12 @@ func (w *world) testNetwork(t *testing.T) {
 func page(t *testing.T, at string) string {
 	t.Helper()
 	var got []byte
-	for deadline := time.Now().Add(20 * time.Second); len(got) == 0 && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(callTime); len(got) == 0 && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 		c, err := net.Dial("tcp", at)
 		if err != nil {
 			continue
 		}
-		c.SetDeadline(time.Now().Add(10 * time.Second))
+		c.SetDeadline(time.Now().Add(callTime))
 		fmt.Fprint(c, "GET /passwd HTTP/1.0\r\n\r\n")
 		got, _ = io.ReadAll(c)
 		c.Close()

@@ -533,7 +533,7 @@ func TestAlone(t *testing.T) {
 	}
 	select {
 	case <-m.done:
-	case <-time.After(10 * time.Second):
+	case <-time.After(soon):
 		t.Error("the machine goes on")
 	}
 	if _, err := s.Delete(t.Context(), &task.DeleteRequest{ID: "web"}); err != nil {

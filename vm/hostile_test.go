@@ -43,7 +43,7 @@ func TestHalfFrame(t *testing.T) {
 		cancel()
 		began := time.Now()
 		c.Close()
-		if took := time.Since(began); took > 5*time.Second {
+		if took := time.Since(began); took > 20*time.Second {
 			t.Errorf("after %d bytes Close takes %v", n, took)
 		}
 	}
@@ -74,7 +74,7 @@ func TestWrongReplies(t *testing.T) {
 			c.Ping(t.Context())
 			select {
 			case <-c.Done():
-			case <-time.After(10 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatal("the channel is open still")
 			}
 			if err := c.Err(); err == nil || !strings.Contains(err.Error(), tt.want) {
@@ -113,7 +113,7 @@ func TestStubbornCopy(t *testing.T) {
 	if err := p.CopyOut(ctx, "/x", io.Discard); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
-	if took := time.Since(began); took > 10*time.Second {
+	if took := time.Since(began); took > 20*time.Second {
 		t.Errorf("it took %v", took)
 	}
 }
@@ -150,7 +150,7 @@ func TestManyEnds(t *testing.T) {
 	}()
 	select {
 	case <-ended:
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		b := make([]byte, 1<<20)
 		t.Fatalf("the channel does not close:\n%s", b[:runtime.Stack(b, true)])
 	}
@@ -198,7 +198,7 @@ func TestFloodsCostNothing(t *testing.T) {
 						}
 						there.Close()
 					}()
-					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 					defer cancel()
 					if _, err := c.Hello(ctx); err == nil {
 						_, _ = c.Create(ctx, guestproto.Create{Program: sh}) // its output is not read
@@ -244,7 +244,7 @@ func FuzzConversation(f *testing.F) {
 			g.greet(nil, true)
 			g.play(script)
 		}()
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		if _, err := c.Hello(ctx); err != nil {
 			t.Fatal(err)

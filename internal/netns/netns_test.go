@@ -191,7 +191,7 @@ func TestDropped(t *testing.T) {
 	// The first packets wait for an answer to ARP, so they may arrive late.
 	var d Drops
 	got := map[string]uint64{}
-	for deadline := time.Now().Add(3 * time.Second); len(got) < 4 && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); len(got) < 4 && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		var err error
 		if d, err = ns.Dropped(); err != nil {
 			t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -156,19 +157,29 @@ func (w *world) listen(t *testing.T, id string) (until func(last string) []strin
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	topics := make(chan string, 1000)
+	topics, listens := make(chan string, 1000), make(chan struct{})
 	go func() {
-		for s := bufio.NewScanner(pipe); s.Scan(); {
+		said := sync.OnceFunc(func() { close(listens) })
+		for s := bufio.NewScanner(pipe); s.Scan(); said() {
 			if _, rest, ok := strings.Cut(s.Text(), " /tasks/"); ok && strings.Contains(rest, `"`+id+`"`) {
 				topics <- "/tasks/" + strings.Fields(rest)[0]
 			}
 		}
 	}()
 	t.Cleanup(func() { cancel(); cmd.Wait() })
-	time.Sleep(500 * time.Millisecond) // ctr does not say when it listens
+	// ctr does not say when it listens: it hears of something then.
+	w.await(t, "ctr events", w.server.exited, func(context.Context) error {
+		w.must(t, "", "namespaces", "label", space, "heard="+strconv.FormatInt(time.Now().UnixNano(), 36))
+		select {
+		case <-listens:
+			return nil
+		case <-time.After(50 * time.Millisecond):
+			return errors.New("it hears nothing")
+		}
+	})
 	return func(last string) (heard []string) {
 		t.Helper()
-		late := time.After(20 * time.Second)
+		late := time.After(callTime)
 		for len(heard) == 0 || heard[len(heard)-1] != last {
 			select {
 			case topic := <-topics:
@@ -300,7 +311,7 @@ func (w *world) bundle(id string) string {
 func (w *world) testService(t *testing.T) {
 	pid := w.detach(t, "spoken", "sleep", "1000")
 	c := w.dial(t, "spoken")
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
 	defer cancel()
 	const v2, v3 = "containerd.task.v2.Task", "containerd.task.v3.Task"
 	ended := make(chan *task.WaitResponse, 1)
@@ -483,7 +494,7 @@ func (w *world) testNewerCaller(t *testing.T) {
 	}
 	c := ttrpc.NewClient(conn)
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
 	defer cancel()
 	call := func(verb string, request, reply any) {
 		t.Helper()

@@ -30,7 +30,7 @@ const (
 	imageName   = "docker.io/test/busybox:1"
 	space       = "default"
 	// callTime bounds one call of ctr, a boot included.
-	callTime = 90 * time.Second
+	callTime = 5 * time.Minute
 )
 
 // world is a containerd with everything it needs.
@@ -132,7 +132,7 @@ func (w *world) stop(t *testing.T, s syscall.Signal) {
 	}
 	select {
 	case <-w.server.exited:
-	case <-time.After(30 * time.Second):
+	case <-time.After(callTime):
 		t.Error("containerd does not end")
 		w.server.cmd.Process.Kill()
 	}
@@ -148,7 +148,7 @@ func (w *world) end(t *testing.T) {
 	if out, err := exec.Command(w.path("bin/containerd-shim-hauberk-v2"), "keep", "-end", "-run", w.path("run")).CombinedOutput(); err != nil {
 		t.Errorf("end keeper: %v: %s", err, out)
 	}
-	for late := time.Now().Add(5 * time.Second); len(w.processes()) > 0 && time.Now().Before(late); {
+	for late := time.Now().Add(callTime); len(w.processes()) > 0 && time.Now().Before(late); {
 		time.Sleep(20 * time.Millisecond) // the last shim is on its way
 	}
 	for pid, line := range w.processes() {
@@ -336,7 +336,7 @@ func (w *world) discard(t *testing.T, id string) {
 // is closed.
 func (w *world) await(t *testing.T, what string, exited <-chan struct{}, check func(context.Context) error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
 	defer cancel()
 	for {
 		err := check(ctx)

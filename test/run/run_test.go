@@ -116,7 +116,7 @@ func (w *world) testOutside(t *testing.T) {
 	}
 	address := strings.TrimSuffix(list[0].Ports[0], ":8080")
 	var said string
-	for began := time.Now(); time.Since(began) < 20*time.Second && said != "page\n"; time.Sleep(50 * time.Millisecond) {
+	for began := time.Now(); time.Since(began) < callTime && said != "page\n"; time.Sleep(50 * time.Millisecond) {
 		if resp, err := http.Get("http://" + address + "/"); err == nil {
 			raw, _ := io.ReadAll(resp.Body)
 			said = string(raw)
@@ -147,9 +147,8 @@ func (w *world) testTerminal(t *testing.T) {
 	x.resize(t, 40, 132)
 	x.types(t, "sleep 0.5; stty size\r")
 	x.shows(t, "\n40 132\n")
-	x.types(t, "echo begin; sleep 100\r")
+	x.types(t, "sh -c 'echo begin; exec sleep 1000'\r") // who says so has the terminal
 	x.shows(t, "\nbegin\n")
-	time.Sleep(300 * time.Millisecond) // until the shell waits for it
 	x.types(t, "\x03")
 	x.shows(t, "^C")
 	x.types(t, "echo interrupted $?\r")

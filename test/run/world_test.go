@@ -24,7 +24,7 @@ import (
 )
 
 // callTime bounds one command of the tests.
-const callTime = time.Minute
+const callTime = 5 * time.Minute
 
 // world is a place with the programs and an image.
 type world struct {
@@ -266,7 +266,7 @@ func (x *terminal) types(t *testing.T, keys string) {
 // shows waits until the terminal shows a text, and forgets what came before.
 func (x *terminal) shows(t *testing.T, text string) {
 	t.Helper()
-	late := time.After(20 * time.Second)
+	late := time.After(callTime)
 	for {
 		all := strings.ReplaceAll(x.seen.String(), "\r", "")
 		if _, rest, ok := strings.Cut(all, text); ok {

@@ -86,7 +86,7 @@ func (w *world) cni(command, pod, device, conf string) {
 
 // in runs a command in a namespace.
 func (w *world) in(namespace string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(w.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(w.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "ip", append([]string{"netns", "exec", namespace}, args...)...)
 	out, err := cmd.CombinedOutput()
