@@ -204,6 +204,7 @@ func (e *engine) idleAs(ctx context.Context, id string, flags ...string) (string
 
 // end ends containers made by idle.
 func (e *engine) end(ctx context.Context, ids ...string) error {
+	ctx = context.WithoutCancel(ctx) // whoever is told to stop leaves nothing
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	var errs []error

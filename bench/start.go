@@ -43,15 +43,15 @@ func starts(ctx context.Context, l *lab) (out []figure, err error) {
 		f.Note = f.ratio(base)
 		out = append(out, f)
 	}
+	var errs []error
 	for _, e := range engines {
 		l.say("start: %s, %d at once", e.name, abreast)
 		f, err := e.together(ctx)
-		if err != nil {
-			return out, err
+		if errs = append(errs, err); err == nil {
+			out = append(out, f)
 		}
-		out = append(out, f)
 	}
-	return out, nil
+	return out, errors.Join(errs...)
 }
 
 // rest gives a pool the time to fill again, as it would have between the pods

@@ -85,3 +85,25 @@ func (h *handle) wait() (string, error) {
 }
 
 func (h *handle) close() error { return h.file.Close() }
+
+// letGo closes the handle of a process that runs on. A child is reaped when it
+// ends, however long that takes: nobody else can.
+func (h *handle) letGo() error {
+	if h.own == nil {
+		return h.close()
+	}
+	var fd int
+	err := h.control(func(old int) (err error) {
+		fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 3)
+		return err
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("let go of process %d: %w", h.pid, err), h.close())
+	}
+	rest := &handle{pid: h.pid, file: os.NewFile(uintptr(fd), "pidfd"), own: h.own}
+	go func() { // ends with the child, or with this process
+		_, _ = rest.wait()
+		_ = rest.close()
+	}()
+	return h.close()
+}

@@ -370,7 +370,13 @@ func (m *Machine) Release() error {
 	}
 	m.let = true
 	m.mu.Unlock()
-	err := errors.Join(m.handle.close(), m.monitor.Close(), m.console.Close(), m.closeTap())
+	letGo := m.handle.letGo
+	select {
+	case <-m.done: // and reaped
+		letGo = m.handle.close
+	default:
+	}
+	err := errors.Join(letGo(), m.monitor.Close(), m.console.Close(), m.closeTap())
 	if line := m.Line(); line != nil {
 		err = errors.Join(err, line.Close())
 	}
