@@ -759,6 +759,20 @@ func TestSandboxAPI(t *testing.T) {
 	if err := call("SandboxStatus", &sandboxapi.SandboxStatusRequest{SandboxID: "other"}, nil); status.Code(err) != codes.NotFound {
 		t.Errorf("another's: %v", err)
 	}
+	for said, want := range map[string]codes.Code{
+		`{"Resources":{"memory_limit_in_bytes":104857600,"cpu_quota":50000,"cpu_period":100000,"memory_swap_limit_in_bytes":7},"Overhead":null}`: codes.OK,
+		`{"Resources":null}`: codes.OK,
+		`{"Resources":{"memory_limit_in_bytes":8589934592}}`: codes.FailedPrecondition,
+		`{"Resources":`: codes.InvalidArgument,
+	} {
+		q := &sandboxapi.UpdateSandboxRequest{SandboxID: "pod", Fields: []string{"extensions"}, Sandbox: &mount.Sandbox{SandboxID: "pod", Extensions: map[string]*anypb.Any{
+			"metadata": {Value: []byte("x")}, "updated-resources": {TypeUrl: "io.containerd.cri.v1/UpdatedResources", Value: []byte(said)},
+		}}}
+		if err := call("UpdateSandbox", q, &sandboxapi.UpdateSandboxResponse{}); status.Code(err) != want {
+			t.Errorf("update to %s: %v, want %v", said, err, want)
+		}
+	}
+	must("UpdateSandbox", &sandboxapi.UpdateSandboxRequest{SandboxID: "pod"}, &sandboxapi.UpdateSandboxResponse{})
 	var is sandboxapi.SandboxStatusResponse
 	must("SandboxStatus", &sandboxapi.SandboxStatusRequest{SandboxID: "pod", Verbose: true}, &is)
 	if is.State != sandboxReady || is.SandboxID != "pod" || is.Pid != started.Pid || is.Info["machine"] == "" || is.ExitedAt != nil {
@@ -787,6 +801,7 @@ func FuzzSandboxCall(f *testing.F) {
 		var theirs sandboxapi.CreateSandboxRequest
 		if proto.Unmarshal(raw, &theirs) != nil || len(theirs.ProtoReflect().GetUnknown()) > 0 {
 			_ = mine.parse(raw) // must not panic
+			_, _ = parsePodResources(raw)
 			return
 		}
 		if err := mine.parse(raw); err != nil || mine.id != theirs.SandboxID || mine.bundle != theirs.BundlePath || mine.netns != theirs.NetnsPath || !maps.Equal(mine.annotations, theirs.Annotations) && len(theirs.Annotations) > 0 {

@@ -38,10 +38,11 @@ type sandboxCall struct {
 	options           *anypb.Any
 	annotations       map[string]string
 	verbose           bool
+	raw               []byte
 }
 
 func (q *sandboxCall) parse(raw []byte) error {
-	q.annotations = map[string]string{}
+	q.annotations, q.raw = map[string]string{}, raw
 	return protofields.Each(raw, func(n protowire.Number, inner []byte, v uint64) error {
 		switch n {
 		case 1:
@@ -76,14 +77,13 @@ func (a *answerOf) message(n protowire.Number, m proto.Message) error {
 }
 
 // sandboxMethods are the calls of the Sandbox API. An unknown call is refused by
-// the server as one that is not implemented: UpdateSandbox is, for a machine's
-// size is what it started with.
+// the server as one that is not implemented.
 func (s *service) sandboxMethods() map[string]ttrpc.Method {
 	methods := map[string]ttrpc.Method{}
 	for name, f := range map[string]func(context.Context, sandboxCall) (answerOf, error){
 		"CreateSandbox": s.createSandbox, "StartSandbox": s.startSandbox, "Platform": s.platform, "StopSandbox": s.stopSandbox,
 		"WaitSandbox": s.waitSandbox, "SandboxStatus": s.sandboxStatus, "PingSandbox": s.pingSandbox,
-		"ShutdownSandbox": s.shutdownSandbox, "SandboxMetrics": s.sandboxMetrics,
+		"ShutdownSandbox": s.shutdownSandbox, "SandboxMetrics": s.sandboxMetrics, "UpdateSandbox": s.updateSandbox,
 	} {
 		methods[name] = s.sandboxMethod(f)
 	}

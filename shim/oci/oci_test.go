@@ -484,6 +484,26 @@ func TestSize(t *testing.T) {
 	}
 }
 
+// TestFits: what a machine has no room for is said.
+func TestFits(t *testing.T) {
+	s := Size{MemoryMiB: 256, Processors: 2}
+	for _, c := range []struct {
+		memory, quota, period int64
+		want                  string
+	}{
+		{0, 0, 0, ""}, {160 << 20, 200000, 100000, ""}, {-1, -1, 0, ""}, {1, 1, 0, ""},
+		{160<<20 + 1, 0, 0, "would need 257"}, {0, 200001, 100000, "would need 3"}, {0, 300000, 0, "would need 3"},
+	} {
+		err := s.Fits(c.memory, c.quota, c.period, 8)
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	if err := s.Fits(0, 900000, 100000, 2); err != nil {
+		t.Errorf("more processors than the host has: %v", err)
+	}
+}
+
 func TestOptions(t *testing.T) {
 	o, err := ParseOptions([]byte(`{"version": 1, "memoryMiB": 512, "processors": 2}`))
 	if err != nil || o.MemoryMiB != 512 || o.Processors != 2 {

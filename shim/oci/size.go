@@ -87,6 +87,21 @@ func (c *Config) Size(o Options, processors int) (Size, error) {
 	return s, nil
 }
 
+// Fits says why a machine of this size has no room for a pod of these limits, on
+// a host of so many processors; 0 is no limit, which is no more than it has.
+func (s Size) Fits(memory, quota, period int64, processors int) error {
+	if need := int((memory+1<<20-1)>>20) + ownMiB; memory > 0 && need > s.MemoryMiB {
+		return fmt.Errorf("it has %d MiB of memory, and would need %d: make the pod anew", s.MemoryMiB, need)
+	}
+	if period <= 0 {
+		period = defaultPeriod
+	}
+	if need := min(up(max(quota, 0), period), processors, vm.MaxCPUs); need > s.Processors {
+		return fmt.Errorf("it has %d processors, and would need %d: make the pod anew", s.Processors, need)
+	}
+	return nil
+}
+
 func up(n, by int64) int { return int((n + by - 1) / by) }
 
 const defaultPeriod = 100000
