@@ -62,7 +62,7 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 	if len(policies) == 0 {
 		policies = []node.NamedGuardPolicy{{Name: baselineName, Spec: Baseline()}}
 	}
-	c := compiler{guard: g, rules: builtInRules(), destinations: map[destination]uint32{}}
+	c := compiler{guard: g, facts: facts, rules: builtInRules(), destinations: map[destination]allowance{}}
 	if g.Generation == 0 {
 		c.faults = append(c.faults, errors.New("guard generation 0: generations start at 1"))
 	}
@@ -72,7 +72,7 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 	if len(c.faults) > 0 {
 		return Compiled{}, fmt.Errorf("compile guard policy: %w", errors.Join(c.faults...))
 	}
-	c.always(facts)
+	c.always()
 	c.execSections()
 	blob := c.blob()
 	if len(blob) > maxBlob {
@@ -86,6 +86,7 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 // compiler gathers what all policies say.
 type compiler struct {
 	guard       node.Guard
+	facts       CompileFacts
 	name        string // of the policy being read
 	enforce     bool
 	rules       []Rule
@@ -96,8 +97,8 @@ type compiler struct {
 	files        []pathRule
 	denied       []pathRule // programs
 	execs        execLists
-	lists        []reference // one per policy with a list of destinations
-	destinations map[destination]uint32
+	lists        []list // of addresses: what is allowed must be on each of its kind
+	destinations map[destination]allowance
 	sections     []section
 	auditRate    uint32
 }
@@ -189,8 +190,8 @@ func (c *compiler) policy(p node.NamedGuardPolicy) {
 	for i, f := range p.Spec.Files {
 		c.file(i, f)
 	}
-	if p.Spec.Net != nil && p.Spec.Net.Egress != nil {
-		c.egress(p.Spec.Net)
+	if p.Spec.Net != nil {
+		c.net(p.Spec.Net)
 	}
 	if p.Spec.Limits != nil {
 		c.limits(p.Spec.Limits)
@@ -289,15 +290,10 @@ func (c *compiler) blob() []byte {
 // fixedPart is struct policy of bpf/src/policy.h.
 func (c *compiler) fixedPart(b []byte) []byte {
 	le := binary.LittleEndian
-	deny, audit := uint32(0), uint32(0)
 	var lists [maxEgressLists]reference
-	for i, r := range c.lists {
-		lists[i] = r
-		if r&denies != 0 {
-			deny |= 1 << i
-		} else {
-			audit |= 1 << i
-		}
+	deny, audit := c.egressMasks()
+	for i, l := range c.lists {
+		lists[i] = l.rule
 	}
 	reads := slices.ContainsFunc(c.files, func(f pathRule) bool { return f.read != 0 })
 	b = le.AppendUint64(b, c.guard.Generation)

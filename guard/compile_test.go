@@ -19,6 +19,7 @@ type parsed struct {
 	fixed           []byte
 	files, programs []string
 	destinations    map[string]uint32
+	allowed         map[string][3]uint32
 	sections        map[uint16][]byte
 }
 
@@ -45,17 +46,20 @@ func parse(t *testing.T, blob []byte) (p parsed) {
 	}
 	n = le.Uint32(b)
 	b = b[4:]
-	p.destinations = map[string]uint32{}
+	p.destinations, p.allowed = map[string]uint32{}, map[string][3]uint32{}
 	for range n {
 		var addr [16]byte
 		copy(addr[:], b[8:24])
 		bits := int(le.Uint32(b)) - 32
 		a := netip.AddrFrom16(addr)
-		if le.Uint16(b[4:]) == 4 {
+		if le.Uint16(b[4:])&0xff == 4 {
 			a, bits = a.Unmap(), bits-96
 		}
+		key := map[kind]string{from: "from ", atPort: "at "}[kind(le.Uint16(b[4:])&^0xff)]
+		key += fmt.Sprintf("%s/%d:%d", a, bits, binary.BigEndian.Uint16(b[6:]))
+		p.allowed[key] = [3]uint32{le.Uint32(b[24:]), le.Uint32(b[28:]), le.Uint32(b[32:])}
 		p.destinations[fmt.Sprintf("%s/%d:%d", a, bits, binary.BigEndian.Uint16(b[6:]))] = le.Uint32(b[24:])
-		b = b[28:]
+		b = b[36:]
 	}
 	p.sections = map[uint16][]byte{}
 	for len(b) >= 6 {

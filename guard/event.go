@@ -42,8 +42,13 @@ const (
 	OpInline     Op = 43
 	OpOperation  Op = 50 // one of a policy's sys.deny
 	OpCapability Op = 51
+	OpIngress    Op = 52 // somebody tried to reach the workload
+	OpBind       Op = 53
+	OpHost       Op = 54
 	OpStarted    Op = 64
 	OpConnected  Op = 65
+	OpListening  Op = 70
+	OpAccepted   Op = 71
 	// OpRepeated is the agent's: a record of denials was repeated.
 	OpRepeated Op = 120
 )
@@ -310,6 +315,12 @@ func (e Event) what() string {
 		return fmt.Sprintf("started %q with arguments %q", e.Path, e.Args)
 	case OpConnected:
 		return fmt.Sprintf("connected to %s", e.Target)
+	case OpListening:
+		return fmt.Sprintf("listens at %s", e.Target)
+	case OpAccepted:
+		return fmt.Sprintf("let %s in", e.Target)
+	case OpIngress:
+		return fmt.Sprintf("was to be reached by %s at port %d", e.Target, e.Detail)
 	}
 	return "tried to " + e.attempt()
 }
@@ -337,6 +348,10 @@ func (e Event) attempt() string {
 		return fmt.Sprintf("read %q", e.Path)
 	case OpEgress:
 		return fmt.Sprintf("reach %s", e.Target)
+	case OpBind:
+		return fmt.Sprintf("open a port at %s", e.Target)
+	case OpHost:
+		return "speak to the machine's host"
 	case OpRawSocket:
 		return fmt.Sprintf("make a socket of family %d, type %d", e.Detail>>32, uint32(e.Detail))
 	case OpMknod:

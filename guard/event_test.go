@@ -44,7 +44,7 @@ func TestDecodeEvents(t *testing.T) {
 		{"deep", record(OpWrite, Reported, textNames, strings.Repeat("d\x00", 12)), `reported: "sh" (pid 42, uid 0) tried to change ".../d/d/d/d/d/d/d/d/d/d/d/d" [rule 17, generation 3]`},
 		{"target", record(OpEgress, Denied, textTarget, target), `denied: "sh" (pid 42, uid 0) tried to reach 10.0.0.5:443 [rule 17, generation 3]`},
 		{"hostile name", record(OpWrite, Denied, textPath, "/a\n\xff\x1b"), `denied: "sh" (pid 42, uid 0) tried to change "/a\n` + "\uFFFD" + `\x1b" [rule 17, generation 3]`},
-		{"unknown operation", record(50, Denied, 0, ""), `denied: "sh" (pid 42, uid 0) tried to do operation 50 [rule 17, generation 3]`},
+		{"unknown operation", record(200, Denied, 0, ""), `denied: "sh" (pid 42, uid 0) tried to do operation 200 [rule 17, generation 3]`},
 	} {
 		e, err := DecodeEvents(tt.b)
 		if err != nil || e.String() != tt.want {

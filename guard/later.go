@@ -25,12 +25,9 @@ func (c *compiler) later(p spec.GuardPolicy) {
 		said[fmt.Sprintf("files[%d].audit", i)] = f.Audit
 	}
 	if n := p.Net; n != nil {
-		said["net.audit"] = n.Audit
-		said["net.ingress"] = n.Ingress != nil
-		said["net.dns"] = n.DNS != nil
+		said["net.dns.audit"] = n.DNS != nil && n.DNS.Audit
 		for i, e := range n.Egress {
 			said[fmt.Sprintf("net.egress[%d].name", i)] = e.Name != ""
-			said[fmt.Sprintf("net.egress[%d].protocol", i)] = e.Protocol != ""
 		}
 	}
 	for field, is := range said {

@@ -32,6 +32,7 @@ func builtInRules() []Rule {
 		{6, builtIn, "the kernel's settings may not be changed", spec.SeverityWarning},
 		{7, builtIn, "the kernel may not start programs for anyone", spec.SeverityCritical},
 		{8, builtIn, "a file deeper than 96 directories cannot be checked against the rules for files", spec.SeverityWarning},
+		{9, builtIn, "the machine's own host is out of reach", spec.SeverityCritical},
 	}
 }
 
@@ -84,6 +85,9 @@ const (
 	onCapabilityAudit
 	capsDenied   // two words of bits
 	capsReported = capsDenied + 2
+	ingressDeny  = capsReported + 2 // masks of lists, as the rest
+	ingressAudit = ingressDeny + 1
+	dnsLists     = ingressDeny + 2
 )
 
 // operations says what each name of a policy's sys.deny stands for.

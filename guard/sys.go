@@ -16,7 +16,7 @@ var capabilityNames = strings.Fields(`CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER 
 	AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE`)
 
 func (c *compiler) sys(s *spec.GuardSys) {
-	defer c.onlyReport(s.Audit)()
+	defer c.lower(s.Audit)()
 	c.severity("sys.severity", s.Severity)
 	for i, name := range s.Deny {
 		op, ok := operations[name]
@@ -29,14 +29,6 @@ func (c *compiler) sys(s *spec.GuardSys) {
 	if s.Capabilities != nil {
 		c.capabilities(s)
 	}
-}
-
-// onlyReport makes the section that is being read report what it would deny,
-// until the function that it returns is called.
-func (c *compiler) onlyReport(audit bool) func() {
-	enforce := c.enforce
-	c.enforce = enforce && !audit
-	return func() { c.enforce = enforce }
 }
 
 func (c *compiler) capabilities(s *spec.GuardSys) {

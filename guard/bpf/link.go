@@ -158,7 +158,8 @@ func (l *linker) bundle(buildID string) ([]byte, error) {
 	return l.out, nil
 }
 
-// target is a program and the kernel's function that it is attached to.
+// target is a program and the kernel's function that it is attached to; one
+// that sees packets is attached to none.
 type target struct {
 	*ebpf.ProgramSpec
 	hook *btf.Func
@@ -174,6 +175,10 @@ func (l *linker) programs() (map[string]target, error) {
 		if l.no32(p) {
 			continue
 		}
+		if p.Type == ebpf.CGroupSKB {
+			found[name] = target{p, nil}
+			continue
+		}
 		hook, err := l.hook(p)
 		if err != nil {
 			return nil, fmt.Errorf("link guard: program %s: %w", full, err)
@@ -187,7 +192,7 @@ func (l *linker) programs() (map[string]target, error) {
 		found[name] = target{p, hook}
 	}
 	for name, t := range found {
-		if t.hook == nil {
+		if t.ProgramSpec == nil {
 			return nil, fmt.Errorf("link guard: program %s: its hook has other arguments on this kernel than any variant", name)
 		}
 	}
@@ -266,9 +271,12 @@ func (l *linker) shape(m *ebpf.MapSpec) {
 }
 
 func (l *linker) program(name string, p target) error {
-	id, err := l.kernel.TypeID(p.hook)
-	if err != nil {
-		return fmt.Errorf("attach to %s: %w", p.hook.Name, err)
+	var id btf.TypeID
+	if p.hook != nil {
+		var err error
+		if id, err = l.kernel.TypeID(p.hook); err != nil {
+			return fmt.Errorf("attach to %s: %w", p.hook.Name, err)
+		}
 	}
 	if err := l.relocate(p.Instructions); err != nil {
 		return err

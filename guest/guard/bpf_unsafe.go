@@ -143,8 +143,10 @@ func loadProgram(p *bundleProgram, log []byte) (int, error) {
 	return bpf(bpfProgLoad, unsafe.Pointer(&a), unsafe.Sizeof(a))
 }
 
-func attachProgram(program int, kind uint32) (int, error) {
-	a := linkCreateAttr{program: uint32(program), kind: kind}
+// attachProgram attaches a program; target is the cgroup of one that sees
+// packets, and else 0.
+func attachProgram(program, target int, kind uint32) (int, error) {
+	a := linkCreateAttr{program: uint32(program), target: uint32(target), kind: kind}
 	return bpf(bpfLinkCreate, unsafe.Pointer(&a), unsafe.Sizeof(a))
 }
 

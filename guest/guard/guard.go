@@ -62,17 +62,36 @@ func Attach(b []byte) (*Guard, error) {
 		}
 	}
 	// Attached only when all are loaded: half a Guard never stands.
-	for i, program := range g.programs {
-		link, err := attachProgram(program, parsed.programs[i].attach)
-		if err != nil {
-			return nil, fail("attach guard program", parsed.programs[i].name, err)
-		}
-		g.links = append(g.links, link)
+	if err := g.attach(parsed.programs); err != nil {
+		return nil, err
 	}
 	if err := g.openRings(parsed.maps); err != nil {
 		return nil, err
 	}
 	return g, nil
+}
+
+// attach links the programs. Those that see packets hang on the first of all
+// cgroups, which no process can leave.
+func (g *Guard) attach(programs []bundleProgram) error {
+	const top, seesPackets = "/sys/fs/cgroup", 8 // BPF_PROG_TYPE_CGROUP_SKB
+	cgroup, err := syscall.Open(top, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return fail("open", top, err)
+	}
+	defer syscall.Close(cgroup)
+	for i, program := range g.programs {
+		target := 0
+		if programs[i].kind == seesPackets {
+			target = cgroup
+		}
+		link, err := attachProgram(program, target, programs[i].attach)
+		if err != nil {
+			return fail("attach guard program", programs[i].name, err)
+		}
+		g.links = append(g.links, link)
+	}
+	return nil
 }
 
 func (g *Guard) createMaps(b *bundle) error {

@@ -38,7 +38,7 @@ func seedPolicy() []byte {
 	b = append32(append32(b, 1), 18)
 	b = append(append16(b, 2), "/x"...)
 	b = append32(b, 1)
-	return append(b, make([]byte, destSize+4)...)
+	return append(b, make([]byte, destSize+listsSize)...)
 }
 
 func TestParseBundle(t *testing.T) {
@@ -59,7 +59,7 @@ func TestParseBundle(t *testing.T) {
 
 func TestParsePolicy(t *testing.T) {
 	p, err := parsePolicy(seedPolicy())
-	if err != nil || p.generation != 5 || len(p.files) != 1 || p.files[0].path != "/etc" || len(p.programs) != 1 || len(p.egress) != destSize+4 {
+	if err != nil || p.generation != 5 || len(p.files) != 1 || p.files[0].path != "/etc" || len(p.programs) != 1 || len(p.egress) != destSize+listsSize {
 		t.Fatalf("%+v, %v", p, err)
 	}
 	b := seedPolicy()
@@ -103,7 +103,7 @@ func FuzzParsePolicy(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(p.fixed) != policySize || len(p.egress)%(destSize+4) != 0 || len(p.files)+len(p.programs) > len(b) {
+		if len(p.fixed) != policySize || len(p.egress)%(destSize+listsSize) != 0 || len(p.files)+len(p.programs) > len(b) {
 			t.Errorf("more was read than there is: %d rules in %d bytes", len(p.files)+len(p.programs), len(b))
 		}
 	})

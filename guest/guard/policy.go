@@ -11,6 +11,7 @@ const (
 	policySize     = 416 // struct policy of guard/bpf/src/policy.h
 	policySlot     = 8   // where its slot stands
 	destSize       = 24
+	listsSize      = 12 // struct lists
 	nameSize       = 60
 	maxFileRules   = 16 << 10
 	maxProgramDeny = 16 << 10
@@ -41,7 +42,7 @@ type policy struct {
 	fixed      []byte
 	files      []fileRule
 	programs   []programRule
-	egress     []byte // entries of destSize+4
+	egress     []byte // entries of destSize+listsSize
 	execs      []byte // struct exec_lists
 	entries    []programEntry
 
@@ -68,7 +69,7 @@ func parsePolicy(b []byte) (*policy, error) {
 		}
 		p.programs = append(p.programs, programRule{c.u32(), c.text()})
 	}
-	p.egress = c.take(uint32(c.count(c.u32(), maxEgress)) * (destSize + 4))
+	p.egress = c.take(uint32(c.count(c.u32(), maxEgress)) * (destSize + listsSize))
 	for !c.bad && len(c.b) > 0 {
 		tag := uint16(c.u16())
 		if data := c.take(c.u32()); !c.bad {
@@ -249,11 +250,11 @@ func (n *next) fillMaps() (err error) {
 	if err := updateMap(n.inner.policy, zero[:], fixed); err != nil {
 		return fail("fill", "guard policy", err)
 	}
-	if n.inner.egress, err = n.create("egress", len(n.p.egress)/(destSize+4)); err != nil {
+	if n.inner.egress, err = n.create("egress", len(n.p.egress)/(destSize+listsSize)); err != nil {
 		return err
 	}
-	for e := n.p.egress; len(e) > 0; e = e[destSize+4:] {
-		if err := updateMap(n.inner.egress, e[:destSize], e[destSize:destSize+4]); err != nil {
+	for e := n.p.egress; len(e) > 0; e = e[destSize+listsSize:] {
+		if err := updateMap(n.inner.egress, e[:destSize], e[destSize:destSize+listsSize]); err != nil {
 			return fail("allow", "destination", err)
 		}
 	}

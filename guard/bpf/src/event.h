@@ -34,8 +34,13 @@ enum op {
 	OP_INLINE,
 	OP_OPERATION = 50, /* detail: index of its rule */
 	OP_CAPABILITY,     /* detail: which */
+	OP_INGRESS,
+	OP_BIND,
+	OP_HOST,
 	OP_STARTED = 64, /* for the record only */
 	OP_CONNECTED,
+	OP_LISTENING = 70,
+	OP_ACCEPTED,
 	OP_REPEATED = 120, /* the agent's: how often a record of a series was repeated */
 	OPS = 128,
 };

@@ -110,6 +110,7 @@ struct task_struct {
 	const struct cred *cred;
 	unsigned int flags;
 	int tgid;
+	char comm[16];
 	struct task_struct *real_parent;
 	struct files_struct *files;
 };
@@ -130,12 +131,24 @@ struct vm_area_struct {
 	struct file *vm_file;
 };
 
+struct in6_addr {
+	__u8 in6_u[16];
+};
+
 struct sock_common {
+	__u32 skc_daddr;
+	__u32 skc_rcv_saddr;
+	__u16 skc_dport; /* network order */
+	__u16 skc_num;   /* the socket's own port, in the machine's order */
 	unsigned short skc_family;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
 };
 
 struct sock {
 	struct sock_common __sk_common;
+	__u16 sk_type;
+	__u16 sk_protocol;
 };
 
 struct socket {
@@ -228,6 +241,7 @@ union bpf_attr;
 #define AF_INET 2
 #define AF_NETLINK 16
 #define AF_INET6 10
+#define AF_VSOCK 40
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
 #define IPPROTO_IP 0

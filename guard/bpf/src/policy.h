@@ -22,6 +22,7 @@ enum builtin {
 	RULE_SETTING = 6,
 	RULE_HELPER = 7,
 	RULE_DEPTH = 8,
+	RULE_HOST = 9,
 };
 
 /* Indexes of policy.rule. */
@@ -61,6 +62,9 @@ enum rule_index {
 	ON_CAPABILITY_AUDIT, /* using one of CAPS_REPORTED */
 	CAPS_DENIED,         /* two words of bits, no rules */
 	CAPS_REPORTED = CAPS_DENIED + 2,
+	INGRESS_DENY = CAPS_REPORTED + 2, /* lists that must all allow who connects */
+	INGRESS_AUDIT,
+	DNS_LISTS, /* lists that open the ports of DNS only to whom they name */
 
 	RULE_INDEXES = 64,
 };
@@ -183,11 +187,27 @@ struct task_label {
 	struct ancestor line[LINEAGE]; /* who made it, and so on; ends with pid 0 */
 };
 
+/* What an entry of the map of addresses is about. */
+enum {
+	TO_4 = 4, /* whom the workload may reach */
+	TO_6 = 6,
+	FROM_4 = 0x104, /* who may reach it, at a port of its own */
+	FROM_6 = 0x106,
+	AT_PORT = 0x200, /* ports that anybody may reach */
+};
+
 struct destination {
 	__u32 prefix;
-	__u16 family; /* 4 or 6 */
-	__u16 port;   /* network order; 0: any */
+	__u16 family;
+	__u16 port; /* network order; 0: any */
 	__u8 addr[16];
+};
+
+/* The lists that allow an address, by protocol. */
+struct lists {
+	__u32 tcp;
+	__u32 udp;
+	__u32 other;
 };
 
 /* Who may start a program that a list limits to some parents. */
@@ -235,6 +255,8 @@ AT(mark, slot, 8);
 AT(destination, family, 4);
 AT(destination, port, 6);
 AT(destination, addr, 8);
+AT(lists, udp, 4);
+AT(lists, other, 8);
 AT(object, ino, 8);
 AT(meaning, volume, 28);
 AT(exec_lists, aspect[1], 136);
@@ -282,7 +304,7 @@ struct egress_map {
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 1);
 	__uint(key_size, sizeof(struct destination));
-	__uint(value_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct lists));
 };
 
 struct {
@@ -367,6 +389,21 @@ struct {
 	__type(key, struct device);
 	__type(value, __u32);
 } devices SEC(".maps");
+
+/* Who has exchanged datagrams with a port of ours, as a list allowed one way:
+   the other way is then open, too. */
+struct talk {
+	__u8 peer[16];
+	__u16 peer_port;
+	__u16 port;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct talk);
+	__type(value, __u32);
+} talks SEC(".maps");
 
 static __always_inline const struct policy *policy_now(void)
 {

@@ -56,7 +56,7 @@ func run() error {
 	if err := syscall.Chroot("."); err != nil {
 		return err
 	}
-	for _, m := range [][3]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}} {
+	for _, m := range [][3]string{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"cgroup2", "/sys/fs/cgroup"}} {
 		if err := syscall.Mount(m[0], m[1], m[0], 0, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
@@ -171,10 +171,29 @@ func fillRoot() error {
 	if err := syscall.Mknod(root+"/dev/disk", syscall.S_IFBLK|0o666, 254<<8); err != nil {
 		return err
 	}
-	for i, a := range []string{"127.0.0.1", "192.0.2.1", "198.51.100.7"} {
+	for i, a := range []string{"127.0.0.1", "192.0.2.1", "198.51.100.7", "203.0.113.9"} {
 		if err := address(i, a); err != nil {
 			return fmt.Errorf("address %s: %w", a, err)
 		}
+	}
+	if err := address6("2001:db8::1"); err != nil {
+		return fmt.Errorf("IPv6 address: %w", err)
+	}
+	return nil
+}
+
+// address6 gives the loopback interface an IPv6 address.
+func address6(addr string) error {
+	s, err := syscall.Socket(syscall.AF_INET6, syscall.SOCK_DGRAM, 0)
+	if err != nil {
+		return err
+	}
+	defer syscall.Close(s)
+	var req [24]byte
+	copy(req[:], net.ParseIP(addr))
+	req[16], req[20] = 128, 1 // length of the prefix, number of lo
+	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(s), syscall.SIOCSIFADDR, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		return errno
 	}
 	return nil
 }
