@@ -112,7 +112,7 @@ func boot(t *testing.T, withGuard bool, files map[string][]byte, steps ...string
 		t.Fatal(err)
 	}
 	image := buildImage(t, m, files, steps)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
 	qemu := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=64", "-cpu", "max", "-smp", "1", "-m", "256",

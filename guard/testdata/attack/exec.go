@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -25,7 +26,7 @@ var execAttacks = map[string]func([]string) error{
 	"script":     script,
 	"revshell":   revshell,
 	"pipeshell":  pipeshell,
-	"execstorm":  execstorm,
+	"underfire":  underfire,
 	"execthread": execthread,
 }
 
@@ -173,27 +174,46 @@ func pipeshell([]string) error {
 	return cmd.Run()
 }
 
-// execstorm runs what must never run for as long as it is told; once is enough
-// for the attack to have worked.
-func execstorm(a []string) error {
-	for_, err := time.ParseDuration(a[0])
-	if err != nil {
-		return void(err)
-	}
+// underfire has eight loops do what is forbidden, four run a program and four
+// open a file, until the file it is told of appears. It is refused if each try
+// was; its words are how many tries of each there were.
+func underfire(a []string) error {
 	if err := copySelf("/tmp/storm"); err != nil {
 		return err
 	}
-	tried := 0
-	for end := time.Now().Add(for_); time.Now().Before(end); tried++ {
-		err := spawn("/tmp/storm")
-		if err == nil {
-			return nil
-		}
-		if !errors.Is(err, syscall.EPERM) {
-			return void(err)
-		}
+	var runs, opens atomic.Int64
+	result := make(chan error)
+	for i := range 8 {
+		go func() {
+			for {
+				if _, err := os.Stat(a[0]); err == nil {
+					result <- nil
+					return
+				}
+				var err error
+				if i%2 == 0 {
+					runs.Add(1)
+					err = spawn("/tmp/storm")
+				} else {
+					opens.Add(1)
+					_, err = os.OpenFile("/etc/app/1", os.O_WRONLY, 0)
+				}
+				if !errors.Is(err, syscall.EPERM) {
+					result <- fmt.Errorf("got through, or failed otherwise: %w", err)
+					return
+				}
+			}
+		}()
 	}
-	return fmt.Errorf("%d times", tried)
+	var through error
+	for range 8 {
+		through = errors.Join(through, <-result)
+	}
+	if through != nil {
+		fmt.Println(through)
+		return nil
+	}
+	return fmt.Errorf("%d runs %d opens", runs.Load(), opens.Load())
 }
 
 // execthread runs a dropped program from a thread that is not the first.

@@ -11,8 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -368,27 +368,28 @@ func events(g *guard.Guard) {
 	})
 }
 
-// swap puts two policies in force by turns while an attack runs.
+// swap puts a policy in force anew, so many times, while an attack runs that
+// ends when a file appears. The events are left where they are, if so said.
 func swap(g *guard.Guard, words []string) error {
-	var wg sync.WaitGroup
-	done, result := make(chan struct{}), ""
-	wg.Go(func() {
-		result = attack(words[1:])
-		close(done)
-	})
 	blob, err := os.ReadFile(filepath.Join(image, words[0]))
 	if err != nil {
 		return err
 	}
-	swaps, generation := 0, uint64(1000)
-	for {
-		select {
-		case <-done:
-			wg.Wait()
-			fmt.Println("RAN", words[1], result, "swaps", swaps)
-			return nil
-		default:
-		}
+	times, err := strconv.Atoi(words[1])
+	if err != nil {
+		return err
+	}
+	stop := root + "/shm/stop"
+	if err := os.Remove(stop); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	result := make(chan string)
+	go func() { result <- attack(words[3:]) }()
+	generation := uint64(0)
+	for i := range 8 {
+		generation |= uint64(blob[8+i]) << (8 * i)
+	}
+	for range times {
 		generation++
 		for i := range 8 { // both places of the generation in a blob
 			blob[8+i], blob[48+i] = byte(generation>>(8*i)), byte(generation>>(8*i))
@@ -396,9 +397,15 @@ func swap(g *guard.Guard, words []string) error {
 		if _, err := g.Policy(generation, blob); err != nil {
 			return err
 		}
-		g.Drain(func([]byte) bool { return true })
-		swaps++
+		if words[2] == "drain" {
+			g.Drain(func([]byte) bool { return true })
+		}
 	}
+	if err := os.WriteFile(stop, nil, 0o644); err != nil {
+		return err
+	}
+	fmt.Println("RAN", words[3], <-result)
+	return nil
 }
 
 // load runs a program while the events are read and thrown away.
