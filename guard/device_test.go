@@ -19,7 +19,7 @@ func (s *sandbox) devices(t *testing.T, ctx context.Context) {
 	rights := guestproto.Program{
 		Rights: guestproto.Rights{Given: true, Bounding: all, Effective: all, Permitted: all}, Seccomp: guestproto.Seccomp{Mode: guestproto.SeccompNone},
 	}
-	make := func(devices ...guestproto.Device) *vm.Process {
+	start := func(devices ...guestproto.Device) *vm.Process {
 		t.Helper()
 		serve := rights
 		serve.Args = []string{"/attack", "serve"}
@@ -33,8 +33,8 @@ func (s *sandbox) devices(t *testing.T, ctx context.Context) {
 		return p
 	}
 	disk := guestproto.Device{Path: "/dev/data", Kind: 'b', Serial: "w0", Mode: 0o640}
-	given := make(disk, guestproto.Device{Path: "/dev/fuse", Kind: 'c', Major: 10, Minor: 229, Mode: 0o666})
-	other := make()
+	given := start(disk, guestproto.Device{Path: "/dev/fuse", Kind: 'c', Major: 10, Minor: 229, Mode: 0o666})
+	other := start()
 	// The disks are those of the machine in order, 16 numbers apart.
 	check := func(where string, in *vm.Process, want map[string]int) {
 		t.Helper()
@@ -70,7 +70,7 @@ func (s *sandbox) devices(t *testing.T, ctx context.Context) {
 		}
 	}
 	// What a container was given is nobody's after it.
-	third := make()
+	third := start()
 	check("after it", third, map[string]int{"opennode b 254 16": 10})
 	third.Discard()
 	_ = third.Signal(ctx, syscall.SIGKILL)

@@ -116,7 +116,13 @@ func wishOf(conf *oci.Config, b bundle, o oci.Options) (w wish, err error) {
 	if w.policy, err = compilePolicy(b.annotations); err != nil {
 		return wish{}, err
 	}
-	w.judged = b.annotations[policyAnnotation] != ""
+	w.settled = b.annotations[policyAnnotation] != ""
+	if !w.settled && b.role == roleAlone && conf.Privileged() {
+		w.settled = true // it is known from the start, and is so again when it goes on from a snapshot
+		if w.policy, err = privilegedPolicy(); err != nil {
+			return wish{}, err
+		}
+	}
 	if w.unfenced, err = unfenced(b.annotations); err != nil {
 		return wish{}, err
 	}

@@ -28,8 +28,9 @@ type wish struct {
 	uid      string // by which kubelet knows it, may be empty
 	size     oci.Size
 	policy   guard.Compiled
-	// judged says that somebody chose the policy.
-	judged bool
+	// settled says that the policy stays: somebody chose it, or it is that of
+	// a privileged container from the start.
+	settled bool
 	// shared lets a file server reach the machine's memory.
 	shared bool
 	// sysctls are the pod's, and so every container's.
@@ -154,7 +155,7 @@ func (p *pod) enter(ctx context.Context, volumes []oci.Volume) (*box, error) {
 func (p *pod) relax(ctx context.Context, b *box) error {
 	p.entering.Lock()
 	defer p.entering.Unlock()
-	if p.judged || p.relaxed.Load() != nil {
+	if p.settled || p.relaxed.Load() != nil {
 		return nil
 	}
 	c, err := privilegedPolicy()

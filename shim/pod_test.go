@@ -464,11 +464,14 @@ func TestShares(t *testing.T) {
 // that of privileged ones, once, unless somebody chose its policy.
 func TestPrivilegedContainer(t *testing.T) {
 	admin := []string{"CAP_SYS_ADMIN"}
-	make := func(s *stand, id string, change func(process, annotations map[string]any)) {
+	put := func(s *stand, id string, change func(process, annotations map[string]any)) {
 		t.Helper()
 		r := s.request(id, "container", "pod")
-		if id == "pod" {
+		switch id {
+		case "pod":
 			r = s.request(id, "sandbox", "pod")
+		case "lone":
+			r = s.request(id, "", "")
 		}
 		name := filepath.Join(r.Bundle, "config.json")
 		raw, err := os.ReadFile(name)
@@ -495,13 +498,13 @@ func TestPrivilegedContainer(t *testing.T) {
 		annotations[policyAnnotation] = `{"policies":[{"name":"own","spec":{"sys":{"deny":["mount"]}}}]}`
 	}
 	s := newStand(t, "pod")
-	make(s, "pod", plain)
-	make(s, "one", plain)
+	put(s, "pod", plain)
+	put(s, "one", plain)
 	if p := s.pod.inForce(); p.Generation != 1 || s.machine().count(guestproto.VerbGuardPolicy) != 1 {
 		t.Errorf("generation %d after an ordinary container", p.Generation)
 	}
-	make(s, "two", privileged)
-	make(s, "three", privileged)
+	put(s, "two", privileged)
+	put(s, "three", privileged)
 	p := s.pod.inForce()
 	if p.Generation != 2 || s.machine().count(guestproto.VerbGuardPolicy) != 2 || slices.ContainsFunc(p.Rules, func(r guard.Rule) bool { return strings.Contains(r.Text, "mounted") }) {
 		t.Errorf("with a privileged one: generation %d, %d policies told, rules %v", p.Generation, s.machine().count(guestproto.VerbGuardPolicy), p.Rules)
@@ -514,12 +517,21 @@ func TestPrivilegedContainer(t *testing.T) {
 	s.end("pod")
 
 	s = newStand(t, "pod")
-	make(s, "pod", judged)
-	make(s, "two", privileged)
+	put(s, "pod", judged)
+	put(s, "two", privileged)
 	if p := s.pod.inForce(); s.machine().count(guestproto.VerbGuardPolicy) != 1 || !slices.ContainsFunc(p.Rules, func(r guard.Rule) bool { return r.Policy == "own" }) {
 		t.Errorf("a chosen policy gave way: %v", p.Rules)
 	}
 	s.end("pod")
+
+	// One that is alone has it from the start: a machine that goes on from a
+	// snapshot of it has no older one.
+	s = newStand(t, "lone")
+	put(s, "lone", privileged)
+	if s.pod.policy.Generation != 2 || s.machine().count(guestproto.VerbGuardPolicy) != 1 {
+		t.Errorf("alone: generation %d, %d policies told", s.pod.policy.Generation, s.machine().count(guestproto.VerbGuardPolicy))
+	}
+	s.end("lone")
 }
 
 // TestAlone: the machine of a container that is its own pod ends with it.

@@ -214,6 +214,9 @@ func (s *service) adopt(ctx context.Context, c *container, r *task.CreateTaskReq
 	if c.root, err = c.box.attach(ctx, c.id, c.pod.first); err != nil {
 		return err
 	}
+	if err := c.pod.pins.set(c.id, c.conf.CPUs(), c.box.machine.PID()); err != nil {
+		return err
+	}
 	guest, err := c.box.takeOver(ctx, from.Process)
 	if err != nil {
 		return err
