@@ -14,8 +14,6 @@ import (
 )
 
 const (
-	// manyPods is how many idle containers the slope is taken over.
-	manyPods = 50
 	// plenty is the memory that idle containers are to take, reserve what must be
 	// left of the host's for that to be tried, and atATime how many start at once.
 	plenty  = 8 << 30
@@ -50,7 +48,7 @@ func idle(ctx context.Context, l *lab, r runtimeUnderTest) (out []figure, err er
 	}
 	e.rest(ctx) // with it one machine waits, before as after
 	before, free := census(), available()
-	for _, n := range []int{1, manyPods} {
+	for _, n := range []int{1, l.pods} {
 		for len(ids) < n {
 			id, err := e.idle(ctx)
 			if err != nil {

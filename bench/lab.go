@@ -42,6 +42,8 @@ type lab struct {
 	n        int
 	bin, dir string
 	rivals   string // where gVisor's programs are
+	// pods is how many idle containers are weighed together.
+	pods int
 	// grow bounds how long idle containers are started until memory is used up.
 	grow       time.Duration
 	log        io.Writer

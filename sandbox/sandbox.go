@@ -5,6 +5,9 @@
 //	box, err := host.Create(ctx, sandbox.Options{Image: "busybox", Args: []string{"sh"}})
 //	err = box.Start(ctx)
 //	p, err := box.Exec(ctx, sandbox.Cmd{Args: []string{"uname", "-a"}})
+//	copies, err := box.Fork(ctx, 3)
+//	err = box.Suspend(ctx, "/var/backups/box")
+//	box, err = host.Restore(ctx, "/var/backups/box", sandbox.Options{})
 //
 // It plays containerd's part towards the shim: it packs an image, writes a
 // bundle as docker would, and asks a shim for the rest. Everything it knows
