@@ -147,10 +147,11 @@ func (e *engine) ctr(ctx context.Context, args ...string) (string, error) {
 	return string(out), nil
 }
 
-// id gives names of one length: runsc takes a name for any that begins with it.
+// id gives names of one length that no other engine has: runsc takes a name for
+// any that begins with it, and all of a host keep their state in one directory.
 func (e *engine) id() string {
 	e.made++
-	return fmt.Sprintf("b%05d", e.made)
+	return fmt.Sprintf("b%s-%05d", strings.TrimPrefix(filepath.Base(e.dir), "hb-"), e.made)
 }
 
 // begin is the start of a command that runs a container.

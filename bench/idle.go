@@ -19,6 +19,8 @@ const (
 	plenty  = 8 << 30
 	reserve = 4 << 30
 	atATime = 4
+	// tooMany is how many are not tried: to start and to end them takes too long.
+	tooMany = 1000
 )
 
 // idles measures what idle containers cost the host: one of them, and many.
@@ -87,6 +89,8 @@ func (e *engine) dense(ctx context.Context, l *lab, free int64, n int) (f figure
 		return compute(", as a clone's"), nil, nil
 	case l.grow <= 0:
 		return compute(""), nil, nil
+	case compute("").P50 > tooMany:
+		return compute(", for so many take too long to try"), nil, nil
 	case free < plenty+reserve:
 		return compute(", for the host has too little memory to try"), nil, nil
 	}

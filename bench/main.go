@@ -69,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
 	kernel := flags.String("kernel", "", "guest kernel of the parts launch and memory: a series such as 6.12, or an image")
 	pods := flags.Int("pods", 50, "in the part idle, how many containers are weighed together")
-	grow := flags.Duration("grow", 210*time.Second, "in the part idle, start containers of each kind until they take 8 GiB or this is over; 0 computes it")
+	grow := flags.Duration("grow", 150*time.Second, "in the part idle, start containers of each kind until they take 8 GiB or this is over; 0 computes it")
 	rivals := flags.String("rivals", "", "directory of runsc, for the parts "+names(beside))
 	if err := flags.Parse(args); err != nil {
 		return err
