@@ -1,11 +1,8 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,11 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"hauberk.dev/internal/stage"
 )
 
 // The runtimes that containerd starts side by side.
@@ -50,6 +48,7 @@ var underTest = []runtimeUnderTest{
 type engine struct {
 	runtimeUnderTest
 	dir    string
+	bin    string // holds the programs of this tree
 	cmd    *exec.Cmd
 	exited chan struct{}
 	made   int
@@ -61,7 +60,7 @@ func openEngine(ctx context.Context, l *lab, r runtimeUnderTest) (_ *engine, err
 	if err != nil {
 		return nil, err
 	}
-	e := &engine{runtimeUnderTest: r, dir: dir, exited: make(chan struct{})}
+	e := &engine{runtimeUnderTest: r, dir: dir, bin: l.bin, exited: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("start containerd for %s: %w", r.name, err), e.close(ctx))
@@ -105,7 +104,11 @@ address = %q
 	}
 	archive := filepath.Join(l.dir, "inside.tar")
 	if _, err := os.Stat(archive); err != nil {
-		if err := writeArchive(archive); err != nil {
+		layer, err := stage.Layer(map[string]string{"inside": "/proc/self/exe"})
+		if err == nil {
+			err = stage.Layout(archive, engineImage, layer)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -236,94 +239,5 @@ func (e *engine) close(context.Context) error {
 			<-e.exited
 		}
 	}
-	return errors.Join(endKeeper(e.path("r")), os.RemoveAll(e.dir))
-}
-
-// endKeeper ends the process that keeps templates for the shims of a run
-// directory: it would end by itself, but later than who measures next.
-func endKeeper(run string) error {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return err
-	}
-	for _, entry := range entries {
-		pid, err := strconv.Atoi(entry.Name())
-		if err != nil {
-			continue
-		}
-		env, err := os.ReadFile("/proc/" + entry.Name() + "/environ")
-		if err != nil || !bytes.Contains(env, []byte("HAUBERK_SHIM_RUN="+run+"\x00")) {
-			continue
-		}
-		line, _ := os.ReadFile("/proc/" + entry.Name() + "/cmdline")
-		if !bytes.Contains(line, []byte("containerd-shim-hauberk-v2")) {
-			continue
-		}
-		p, err := os.FindProcess(pid)
-		if err == nil {
-			p.Signal(syscall.SIGTERM)
-		}
-		for range 100 {
-			if p.Signal(syscall.Signal(0)) != nil {
-				break
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
-	}
-	return nil
-}
-
-// writeArchive writes an OCI layout with busybox and this program in it.
-func writeArchive(path string) error {
-	layer, err := layerOf(map[string]string{"bin/busybox": busybox, "inside": "/proc/self/exe"})
-	if err != nil {
-		return err
-	}
-	var b bytes.Buffer
-	out := tar.NewWriter(&b)
-	type object = map[string]any
-	var errs []error
-	file := func(name string, data []byte) {
-		errs = append(errs, out.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(data))}))
-		_, err := out.Write(data)
-		errs = append(errs, err)
-	}
-	blob := func(kind string, data []byte) object {
-		digest := fmt.Sprintf("%x", sha256.Sum256(data))
-		file("blobs/sha256/"+digest, data)
-		return object{"mediaType": "application/vnd.oci.image." + kind, "digest": "sha256:" + digest, "size": len(data)}
-	}
-	text := func(v any) []byte {
-		raw, err := json.Marshal(v)
-		errs = append(errs, err)
-		return raw
-	}
-	lay := blob("layer.v1.tar", layer)
-	config := blob("config.v1+json", text(object{"architecture": "amd64", "os": "linux",
-		"config": object{"Env": []string{"PATH=/bin"}}, "rootfs": object{"type": "layers", "diff_ids": []any{lay["digest"]}}}))
-	manifest := blob("manifest.v1+json", text(object{"schemaVersion": 2, "config": config, "layers": []any{lay}}))
-	manifest["annotations"] = object{"io.containerd.image.name": engineImage}
-	file("index.json", text(object{"schemaVersion": 2, "manifests": []any{manifest}}))
-	file("oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`))
-	if err := errors.Join(append(errs, out.Close())...); err != nil {
-		return err
-	}
-	return os.WriteFile(path, b.Bytes(), 0o600)
-}
-
-// layerOf makes a layer of programs.
-func layerOf(programs map[string]string) ([]byte, error) {
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	var errs []error
-	for _, dir := range []string{"bin/", "etc/", "proc/", "sys/", "dev/", "tmp/", "work/"} {
-		errs = append(errs, w.WriteHeader(&tar.Header{Name: dir, Typeflag: tar.TypeDir, Mode: 0o755}))
-	}
-	for name, from := range programs {
-		data, err := os.ReadFile(from)
-		errs = append(errs, err, w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))}))
-		_, err = w.Write(data)
-		errs = append(errs, err)
-	}
-	return b.Bytes(), errors.Join(append(errs, w.Close())...)
+	return errors.Join(stage.EndKeeper(filepath.Join(e.bin, "containerd-shim-hauberk-v2"), e.path("r")), os.RemoveAll(e.dir))
 }

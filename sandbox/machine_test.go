@@ -1,24 +1,19 @@
 package sandbox_test
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
-	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/stage"
 	"hauberk.dev/sandbox"
 )
 
@@ -28,15 +23,7 @@ const callTime = 5 * time.Minute
 // place is where the tests' sandboxes are, with a real shim.
 func place(t *testing.T) sandbox.Config {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("machines need root")
-	}
-	for _, program := range []string{"qemu-system-x86_64", "busybox"} {
-		if _, err := exec.LookPath(program); err != nil {
-			t.Skipf("not installed: %v", err)
-		}
-	}
-	if _, err := kernel.Find("/", kernel.Flavour); errors.Is(err, kernel.ErrMissing) {
+	if err := stage.Missing(); err != nil {
 		t.Skip(err)
 	}
 	dir, err := os.MkdirTemp("", "hand") // short, for sockets
@@ -44,10 +31,8 @@ func place(t *testing.T) sandbox.Config {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	build := exec.Command("go", "build", "-o", dir+"/", "hauberk.dev/cmd/containerd-shim-hauberk-v2", "hauberk.dev/cmd/hauberk-guest")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
+	if err := stage.Build(dir, "containerd-shim-hauberk-v2", "hauberk-guest"); err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(func() { leftOf(t, dir) })
 	t.Setenv("HAUBERK_SHIM_POOL", "off") // each boots cold: test/run takes kept ones
@@ -58,74 +43,16 @@ func place(t *testing.T) sandbox.Config {
 
 // leftOf finds what the tests' sandboxes have left.
 func leftOf(t *testing.T, dir string) {
-	if out, err := exec.Command(dir+"/containerd-shim-hauberk-v2", "keep", "-end", "-run", dir+"/sr").CombinedOutput(); err != nil {
-		t.Errorf("end keeper: %v: %s", err, out)
+	if err := stage.EndKeeper(dir+"/containerd-shim-hauberk-v2", dir+"/sr"); err != nil {
+		t.Error(err)
 	}
 	for _, d := range []string{"s/boxes", "s/names", "sr/vm"} {
 		if left, err := os.ReadDir(filepath.Join(dir, d)); err == nil && len(left) > 0 {
 			t.Errorf("left in %s: %v", d, left)
 		}
 	}
-	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, l := range lines {
-		if raw, err := os.ReadFile(l); err == nil && bytes.Contains(raw, []byte(dir)) {
-			t.Errorf("process left: %s: %q", l, raw)
-		}
-	}
-}
-
-// archive writes an image of busybox as docker save would.
-func archive(t *testing.T, path string) {
-	t.Helper()
-	program, err := exec.LookPath("busybox")
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := os.ReadFile(program)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	add := func(h tar.Header, body string) {
-		h.Size = int64(len(body))
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.WriteString(w, body); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, d := range []string{"bin", "etc", "root", "tmp"} {
-		add(tar.Header{Name: d + "/", Typeflag: tar.TypeDir, Mode: 0o755}, "")
-	}
-	add(tar.Header{Name: "bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755}, string(raw))
-	for name := range strings.FieldsSeq("sh cat cp echo env hostname id ls mkdir ps pwd rm sleep stty tail test touch tty uname wc") {
-		add(tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox"}, "")
-	}
-	add(tar.Header{Name: "etc/passwd", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:0::/root:\napp:x:1000:1001::/home:\n")
-	add(tar.Header{Name: "etc/group", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:\napp:x:1001:\n")
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	config, err := json.Marshal(map[string]any{
-		"os": "linux", "architecture": runtime.GOARCH, "config": map[string]any{"Cmd": []string{"sh"}, "Env": []string{"PATH=/bin", "A=image"}},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer.Bytes()))}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	w = tar.NewWriter(f)
-	add(tar.Header{Name: "c.json", Typeflag: tar.TypeReg, Mode: 0o644}, string(config))
-	add(tar.Header{Name: "l.tar", Typeflag: tar.TypeReg, Mode: 0o644}, layer.String())
-	add(tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg, Mode: 0o644}, `[{"Config":"c.json","RepoTags":["busybox:latest"],"Layers":["l.tar"]}]`)
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
+	for pid, line := range stage.Processes(dir) {
+		t.Errorf("process %d is left: %s", pid, line)
 	}
 }
 
@@ -140,9 +67,14 @@ type world struct {
 // TestSandbox is what programs do with sandboxes, on one host.
 func TestSandbox(t *testing.T) {
 	w := &world{conf: place(t)}
-	archive(t, w.conf.State+".tar")
+	layer, err := stage.Layer(nil)
+	if err == nil {
+		err = stage.DockerArchive(w.conf.State+".tar", "busybox:latest", layer, "A=image")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.image = "docker-archive:" + w.conf.State + ".tar"
-	var err error
 	if w.host, err = sandbox.Open(w.conf); err != nil {
 		t.Fatal(err)
 	}

@@ -26,6 +26,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"hauberk.dev/internal/stage"
 )
 
 // TestContainerd is what a user of containerd does, in one containerd.
@@ -484,7 +486,7 @@ func (w *world) testNewerCaller(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(root, "bin"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("cp", busybox, filepath.Join(root, "bin/sleep")).CombinedOutput(); err != nil {
+	if out, err := exec.Command("cp", stage.Busybox, filepath.Join(root, "bin/sleep")).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
 	address := w.startNewer(t, bundle)

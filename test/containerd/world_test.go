@@ -4,16 +4,14 @@
 package containerd_test
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,7 +19,7 @@ import (
 	"testing"
 	"time"
 
-	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/stage"
 	"hauberk.dev/vm"
 )
 
@@ -45,21 +43,11 @@ type server struct {
 	exited chan struct{}
 }
 
-var busybox = "/bin/busybox"
-
 // newWorld builds the programs, starts containerd and imports an image. With
 // the test everything ends, and what is left is a fault.
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("containerd and machines need root")
-	}
-	for _, program := range []string{"containerd", "ctr", "qemu-system-x86_64", busybox} {
-		if _, err := exec.LookPath(program); err != nil {
-			t.Skipf("not installed: %v", err)
-		}
-	}
-	if _, err := kernel.Find("/", kernel.Flavour); errors.Is(err, kernel.ErrMissing) {
+	if err := stage.Missing("containerd", "ctr"); err != nil {
 		t.Skip(err)
 	}
 	dir, err := os.MkdirTemp("", "hauberk-containerd-") // short, for sockets
@@ -68,15 +56,17 @@ func newWorld(t *testing.T) *world {
 	}
 	w := &world{dir: dir}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	build := exec.Command("go", "build", "-o", w.path("bin")+"/", "hauberk.dev/cmd/containerd-shim-hauberk-v2", "hauberk.dev/cmd/hauberk-guest")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
+	if err := stage.Build(w.path("bin"), "containerd-shim-hauberk-v2", "hauberk-guest"); err != nil {
+		t.Fatal(err)
 	}
 	w.configure(t)
 	w.serve(t)
 	t.Cleanup(func() { w.end(t) })
-	if err := os.WriteFile(w.path("image.tar"), archive(t), 0o600); err != nil {
+	layer, err := stage.Layer(nil)
+	if err == nil {
+		err = stage.Layout(w.path("image.tar"), imageName, layer)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	w.must(t, "", "images", "import", w.path("image.tar"))
@@ -145,8 +135,8 @@ func (w *world) end(t *testing.T) {
 	}
 	w.stop(t, syscall.SIGTERM)
 	w.machines(t)
-	if out, err := exec.Command(w.path("bin/containerd-shim-hauberk-v2"), "keep", "-end", "-run", w.path("run")).CombinedOutput(); err != nil {
-		t.Errorf("end keeper: %v: %s", err, out)
+	if err := stage.EndKeeper(w.path("bin/containerd-shim-hauberk-v2"), w.path("run")); err != nil {
+		t.Error(err)
 	}
 	for late := time.Now().Add(callTime); len(w.processes()) > 0 && time.Now().Before(late); {
 		time.Sleep(20 * time.Millisecond) // the last shim is on its way
@@ -170,38 +160,17 @@ func (w *world) end(t *testing.T) {
 }
 
 // processes finds shims and machines of this world by what their command lines
-// or open files say.
+// say.
 func (w *world) processes() map[int]string {
-	found := map[int]string{}
-	names, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, name := range names {
-		raw, err := os.ReadFile(name)
-		line := string(bytes.ReplaceAll(raw, []byte{0}, []byte{' '}))
-		if err != nil || !strings.Contains(line, w.dir) && !w.ours(line) {
-			continue
-		}
-		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name))); err == nil && pid != os.Getpid() {
-			found[pid] = line
-		}
-	}
-	return found
+	seenMu.Lock()
+	defer seenMu.Unlock()
+	return stage.Processes(append(slices.Collect(maps.Keys(seen)), w.dir)...)
 }
 
 var (
 	seenMu sync.Mutex
 	seen   = map[string]bool{} // marks of machines of this process' worlds
 )
-
-func (w *world) ours(line string) bool {
-	seenMu.Lock()
-	defer seenMu.Unlock()
-	for mark := range seen {
-		if strings.Contains(line, mark) {
-			return true
-		}
-	}
-	return false
-}
 
 // machines lists the run directories of containers' machines, and remembers the
 // marks of these and of what the keeper keeps.
@@ -359,73 +328,4 @@ func tail(name string, most int) string {
 		return err.Error()
 	}
 	return string(raw[max(0, len(raw)-most):])
-}
-
-// archive is an OCI layout with one image: busybox.
-func archive(t *testing.T) []byte {
-	t.Helper()
-	program, err := os.ReadFile(busybox)
-	if err != nil {
-		t.Fatal(err)
-	}
-	list, err := exec.Command(busybox, "--list").Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var b bytes.Buffer
-	layer := tar.NewWriter(&b)
-	put := func(w *tar.Writer, h tar.Header, data []byte) {
-		h.Size = int64(len(data))
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		w.Write(data)
-	}
-	for _, dir := range []string{"bin/", "etc/", "root/", "proc/", "sys/", "dev/"} {
-		put(layer, tar.Header{Name: dir, Typeflag: tar.TypeDir, Mode: 0o755}, nil)
-	}
-	put(layer, tar.Header{Name: "tmp/", Typeflag: tar.TypeDir, Mode: 0o1777}, nil)
-	put(layer, tar.Header{Name: "bin/busybox", Mode: 0o755}, program)
-	put(layer, tar.Header{Name: "etc/passwd", Mode: 0o644}, []byte("root:x:0:0::/root:/bin/sh\n"))
-	for name := range strings.FieldsSeq(string(list)) {
-		if name != "busybox" {
-			put(layer, tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}, nil)
-		}
-	}
-	if err := layer.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return layout(t, b.Bytes(), put)
-}
-
-// layout puts a layer into an OCI layout.
-func layout(t *testing.T, layer []byte, put func(*tar.Writer, tar.Header, []byte)) []byte {
-	t.Helper()
-	var b bytes.Buffer
-	out := tar.NewWriter(&b)
-	type object = map[string]any
-	blob := func(kind string, data []byte) object {
-		digest := fmt.Sprintf("%x", sha256.Sum256(data))
-		put(out, tar.Header{Name: "blobs/sha256/" + digest, Mode: 0o644}, data)
-		return object{"mediaType": "application/vnd.oci.image." + kind, "digest": "sha256:" + digest, "size": len(data)}
-	}
-	text := func(v any) []byte {
-		raw, err := json.Marshal(v)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return raw
-	}
-	l := blob("layer.v1.tar", layer)
-	c := blob("config.v1+json", text(object{"architecture": "amd64", "os": "linux",
-		"config": object{"Env": []string{"PATH=/bin"}, "Cmd": []string{"/bin/sh"}},
-		"rootfs": object{"type": "layers", "diff_ids": []any{l["digest"]}}}))
-	m := blob("manifest.v1+json", text(object{"schemaVersion": 2, "config": c, "layers": []any{l}}))
-	m["annotations"] = object{"io.containerd.image.name": imageName}
-	put(out, tar.Header{Name: "index.json", Mode: 0o644}, text(object{"schemaVersion": 2, "manifests": []any{m}}))
-	put(out, tar.Header{Name: "oci-layout", Mode: 0o644}, []byte(`{"imageLayoutVersion":"1.0.0"}`))
-	if err := out.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return b.Bytes()
 }

@@ -14,7 +14,7 @@ import (
 	"testing"
 	"time"
 
-	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/stage"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/boot"
 )
@@ -35,13 +35,7 @@ const (
 // need skips where no machine can be made.
 func need(t *testing.T) {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("starting machines needs root")
-	}
-	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
-		t.Skip(err)
-	}
-	if _, err := kernel.Find("/", kernel.Flavour); errors.Is(err, kernel.ErrMissing) {
+	if err := stage.Missing(); err != nil {
 		t.Skip(err)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"time"
 
 	"hauberk.dev/guard/bpf"
+	"hauberk.dev/internal/stage"
 	"hauberk.dev/shim/client"
 	"hauberk.dev/vm/boot"
 )
@@ -39,7 +39,7 @@ func newBench(t *testing.T, state, shim, agent string) *bench {
 	}
 	b.p = client.Program{Path: filepath.Join(dir, "containerd-shim-hauberk-v2"), Namespace: "hostile", ID: "pod", Owner: dir, Bundle: b.bundle, Sockets: dir,
 		Env: []string{"HAUBERK_SHIM_STATE=" + state, "HAUBERK_SHIM_RUN=" + filepath.Join(dir, "run"), "HAUBERK_SHIM_START=cold"}}
-	for to, from := range map[string]string{b.p.Path: shim, filepath.Join(dir, "hauberk-guest"): agent, filepath.Join(b.bundle, "rootfs/bin/sh"): "/bin/busybox"} {
+	for to, from := range map[string]string{b.p.Path: shim, filepath.Join(dir, "hauberk-guest"): agent, filepath.Join(b.bundle, "rootfs/bin/sh"): stage.Busybox} {
 		raw, err := os.ReadFile(from)
 		if err == nil {
 			err = os.WriteFile(to, raw, 0o755)
@@ -73,20 +73,7 @@ func (b *bench) configure(t *testing.T, script string) {
 }
 
 // processes whose command line names this bench, but for the test's own.
-func (b *bench) processes() map[int]string {
-	found := map[int]string{}
-	names, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, name := range names {
-		raw, err := os.ReadFile(name)
-		if err != nil || !bytes.Contains(raw, []byte(b.dir)) {
-			continue
-		}
-		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name))); err == nil && pid != os.Getpid() {
-			found[pid] = string(bytes.ReplaceAll(raw, []byte{0}, []byte{' '}))
-		}
-	}
-	return found
-}
+func (b *bench) processes() map[int]string { return stage.Processes(b.dir) }
 
 // end cleans up as containerd would, and says what is left then.
 func (b *bench) end(t *testing.T) {
@@ -95,8 +82,8 @@ func (b *bench) end(t *testing.T) {
 	if err := client.Delete(ctx, b.p); err != nil {
 		t.Error(err)
 	}
-	if out, err := exec.CommandContext(ctx, b.p.Path, "keep", "-end", "-run", filepath.Join(b.dir, "run")).CombinedOutput(); err != nil {
-		t.Errorf("end keeper: %v: %s", err, out)
+	if err := stage.EndKeeper(b.p.Path, filepath.Join(b.dir, "run")); err != nil {
+		t.Error(err)
 	}
 	for until := time.Now().Add(patience); len(b.processes()) > 0 && time.Now().Before(until); {
 		time.Sleep(20 * time.Millisecond)
@@ -124,7 +111,7 @@ func (b *bench) end(t *testing.T) {
 func prepared(t *testing.T, dir string) string {
 	t.Helper()
 	state := filepath.Join(dir, "state")
-	g, err := boot.Open(t.Context(), boot.Config{State: state, Run: filepath.Join(dir, "run"), User: user, Agent: "/bin/busybox", Link: bpf.Link})
+	g, err := boot.Open(t.Context(), boot.Config{State: state, Run: filepath.Join(dir, "run"), User: user, Agent: stage.Busybox, Link: bpf.Link})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,18 +1,12 @@
 package run_test
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -20,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"hauberk.dev/internal/kernel"
+	"hauberk.dev/internal/stage"
 )
 
 // callTime bounds one command of the tests.
@@ -34,15 +28,7 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("machines need root")
-	}
-	for _, program := range []string{"qemu-system-x86_64", "busybox"} {
-		if _, err := exec.LookPath(program); err != nil {
-			t.Skipf("not installed: %v", err)
-		}
-	}
-	if _, err := kernel.Find("/", kernel.Flavour); errors.Is(err, kernel.ErrMissing) {
+	if err := stage.Missing(); err != nil {
 		t.Skip(err)
 	}
 	dir, err := os.MkdirTemp("", "run") // short, for sockets
@@ -51,87 +37,32 @@ func newWorld(t *testing.T) *world {
 	}
 	w := &world{dir: dir, image: "docker-archive:" + filepath.Join(dir, "image.tar")}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	build := exec.Command("go", "build", "-o", dir+"/bin/", "hauberk.dev/cmd/hauberk", "hauberk.dev/cmd/containerd-shim-hauberk-v2", "hauberk.dev/cmd/hauberk-guest")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
+	if err := stage.Build(dir+"/bin", "hauberk", "containerd-shim-hauberk-v2", "hauberk-guest"); err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.end(t) })
-	archive(t, filepath.Join(dir, "image.tar"))
+	layer, err := stage.Layer(nil)
+	if err == nil {
+		err = stage.DockerArchive(filepath.Join(dir, "image.tar"), "busybox:latest", layer)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	return w
 }
 
 // end says what is left when everything was removed.
 func (w *world) end(t *testing.T) {
-	shim := filepath.Join(w.dir, "bin/containerd-shim-hauberk-v2")
-	if out, err := exec.Command(shim, "keep", "-end", "-run", w.dir+"/r/shim").CombinedOutput(); err != nil {
-		t.Errorf("end keeper: %v: %s", err, out)
+	if err := stage.EndKeeper(filepath.Join(w.dir, "bin/containerd-shim-hauberk-v2"), w.dir+"/r/shim"); err != nil {
+		t.Error(err)
 	}
 	for _, d := range []string{"s/hand/boxes", "s/hand/names", "r/shim/vm", "r/hand/s"} {
 		if left, err := os.ReadDir(filepath.Join(w.dir, d)); err == nil && len(left) > 0 {
 			t.Errorf("left in %s: %v", d, left)
 		}
 	}
-	lines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, l := range lines {
-		if raw, err := os.ReadFile(l); err == nil && bytes.Contains(raw, []byte(w.dir)) {
-			t.Errorf("process left: %s: %q", l, raw)
-		}
-	}
-}
-
-// archive writes an image of busybox as docker save would.
-func archive(t *testing.T, path string) {
-	t.Helper()
-	program, err := exec.LookPath("busybox")
-	if err != nil {
-		t.Fatal(err)
-	}
-	raw, err := os.ReadFile(program)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write := func(w *tar.Writer, h tar.Header, body string) {
-		h.Size = int64(len(body))
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := io.WriteString(w, body); err != nil {
-			t.Fatal(err)
-		}
-	}
-	var layer bytes.Buffer
-	w := tar.NewWriter(&layer)
-	for _, d := range []string{"bin", "etc", "root", "tmp"} {
-		write(w, tar.Header{Name: d + "/", Typeflag: tar.TypeDir, Mode: 0o755}, "")
-	}
-	write(w, tar.Header{Name: "bin/busybox", Typeflag: tar.TypeReg, Mode: 0o755}, string(raw))
-	for name := range strings.FieldsSeq("sh cat cp echo env false grep hostname httpd id ls mkdir ps pwd rm seq sleep stty tail test touch true tty uname wc") {
-		write(w, tar.Header{Name: "bin/" + name, Typeflag: tar.TypeSymlink, Linkname: "busybox"}, "")
-	}
-	write(w, tar.Header{Name: "etc/passwd", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:0::/root:\napp:x:1000:1001::/home:\n")
-	write(w, tar.Header{Name: "etc/group", Typeflag: tar.TypeReg, Mode: 0o644}, "root:x:0:\napp:x:1001:\n")
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	config, err := json.Marshal(map[string]any{
-		"os": "linux", "architecture": runtime.GOARCH, "config": map[string]any{"Cmd": []string{"sh"}, "Env": []string{"PATH=/bin"}},
-		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer.Bytes()))}},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	w = tar.NewWriter(f)
-	write(w, tar.Header{Name: "c.json", Typeflag: tar.TypeReg, Mode: 0o644}, string(config))
-	write(w, tar.Header{Name: "l.tar", Typeflag: tar.TypeReg, Mode: 0o644}, layer.String())
-	write(w, tar.Header{Name: "manifest.json", Typeflag: tar.TypeReg, Mode: 0o644}, `[{"Config":"c.json","RepoTags":["busybox:latest"],"Layers":["l.tar"]}]`)
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
+	for pid, line := range stage.Processes(w.dir) {
+		t.Errorf("process %d is left: %s", pid, line)
 	}
 }
 
