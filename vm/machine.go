@@ -77,6 +77,7 @@ func NewMachine(ctx context.Context, p Parts) (*Machine, error) {
 	}
 	m.copied.Go(func() { keepConsole(m.console, m.dir) })
 	go m.watch()
+	go m.boundLog()
 	return m, nil
 }
 
@@ -118,6 +119,26 @@ func (m *Machine) watch() {
 	m.mu.Unlock()
 	close(m.done)
 }
+
+// boundLog keeps the monitor's log short until the machine has ended or is let go
+// of: what a guest does may make its monitor complain without end.
+func (m *Machine) boundLog() {
+	t := time.NewTicker(logTime)
+	defer t.Stop()
+	for {
+		select {
+		case <-m.watched:
+			return
+		case <-t.C:
+			_ = m.dir.trim(MonitorLog, maxMonitorLog) // there is no one to tell, and a next time
+		}
+	}
+}
+
+const (
+	logTime       = 10 * time.Second
+	maxMonitorLog = 256 << 10
+)
 
 // ID is the machine's name.
 func (m *Machine) ID() string {

@@ -342,3 +342,36 @@ func TestFindsWhatIsStarting(t *testing.T) {
 		}
 	}
 }
+
+// TestMonitorLogIsBounded: who appends to a log that was emptied goes on at its
+// beginning.
+func TestMonitorLogIsBounded(t *testing.T) {
+	dir, err := CreateRunDir(t.TempDir(), "m")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	f, err := dir.Create(MonitorLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	size := func() int64 {
+		fi, err := f.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fi.Size()
+	}
+	for _, step := range []struct {
+		write int
+		want  int64
+	}{{maxMonitorLog, maxMonitorLog}, {1, 0}, {5, 5}} {
+		if _, err := f.Write(make([]byte, step.write)); err != nil {
+			t.Fatal(err)
+		}
+		if err := dir.trim(MonitorLog, maxMonitorLog); err != nil || size() != step.want {
+			t.Errorf("after %d bytes: %d, %v, want %d", step.write, size(), err, step.want)
+		}
+	}
+}

@@ -101,6 +101,16 @@ func (d *RunDir) Create(file string) (*os.File, error) {
 	return os.OpenFile(d.name(file), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 }
 
+// trim empties a file that has more than so many bytes. Its writers append.
+func (d *RunDir) trim(file string, most int64) error {
+	name := d.name(file)
+	fi, err := os.Stat(name)
+	if err != nil || fi.Size() <= most {
+		return err
+	}
+	return os.Truncate(name, 0)
+}
+
 // Tail returns at most so many bytes of the end of a file, quoted.
 func (d *RunDir) Tail(file string, most int64) string {
 	f, err := os.Open(d.name(file))

@@ -114,6 +114,7 @@ const (
 	version    = 1
 	maxLine    = 16 << 10
 	maxAnswers = 256 // lines of progress, and the last
+	maxLog     = 1 << 20
 )
 
 // How a machine came about.

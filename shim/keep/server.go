@@ -174,19 +174,31 @@ func (k *keeper) awaitIdle(ctx context.Context) {
 	}
 }
 
-// tidy calls what puts away what others left, until ctx ends.
+// tidy bounds the keeper's log, and calls what puts away what others left, until
+// ctx ends.
 func (k *keeper) tidy(ctx context.Context) {
-	if k.config.Tidy == nil {
-		return
-	}
 	for {
-		k.config.Tidy(ctx)
+		if err := trim(filepath.Join(k.dir, logName)); err != nil {
+			k.config.Log.Error("bound this log", "err", err)
+		}
+		if k.config.Tidy != nil {
+			k.config.Tidy(ctx)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-time.After(tidyTime):
 		}
 	}
+}
+
+// trim empties a log that has become too long. Its writers append.
+func trim(log string) error {
+	fi, err := os.Stat(log)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && fi.Size() <= maxLog {
+		return nil // nobody asked for one, or there is room
+	}
+	return errors.Join(err, os.Truncate(log, 0))
 }
 
 func (k *keeper) accept(ctx context.Context, ln *net.UnixListener) error {

@@ -133,9 +133,11 @@ func TestShim(t *testing.T) {
 		{"panics", "read from guest"},
 		{"records", "beyond their credit"},
 		{"list", "parse reseed reply"},
-		{"good", "not a status of the guard"}, // which "done" is not
+		{"good", "not a status of the guard"},                       // which "done" is not
+		{"never", "ask guest to reseed: context deadline exceeded"}, // after a minute
 	} {
 		t.Run(a.act, func(t *testing.T) {
+			t.Parallel()
 			b := newBench(t, state, shim, build(t, filepath.Join(dir, a.act), "./testdata/guest", "-X main.acts="+a.act))
 			ctx := short(t, 3*patience)
 			s, err := client.Start(ctx, b.p)
