@@ -66,8 +66,8 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 	if g.Generation == 0 {
 		c.faults = append(c.faults, errors.New("guard generation 0: generations start at 1"))
 	}
-	for _, p := range policies {
-		c.policy(p)
+	for i, p := range policies {
+		c.policy(i, p)
 	}
 	if len(c.faults) > 0 {
 		return Compiled{}, fmt.Errorf("compile guard policy: %w", errors.Join(c.faults...))
@@ -94,8 +94,10 @@ type compiler struct {
 	unsupported []string
 
 	fixed        [ruleIndexes]reference
-	files        []pathRule
-	denied       []pathRule // programs
+	files        []fileRule
+	programLists [][]string  // that files name
+	open         [][2]uint32 // rules, first and last, of policies that may be held in part
+	denied       []pathRule  // programs
 	execs        execLists
 	lists        []list // of addresses: what is allowed must be on each of its kind
 	destinations map[destination]allowance
@@ -113,10 +115,10 @@ type section struct {
 // sectionLimits is how many records of allowed acts are sent in a second.
 const sectionLimits = 0x40
 
-// pathRule is a rule about a path.
+// pathRule is a rule about a program.
 type pathRule struct {
-	path        string
-	write, read reference // of a program: write is the rule
+	path string
+	rule reference
 }
 
 // fault notes an error in a field of the policy being read.
@@ -130,7 +132,7 @@ func (c *compiler) rule(text string, severity spec.Severity) reference {
 		severity = spec.SeverityWarning
 	}
 	id := uint32(len(c.rules) - len(builtInRules()) + firstRule)
-	c.rules = append(c.rules, Rule{id, c.name, text, severity})
+	c.rules = append(c.rules, Rule{ID: id, Policy: c.name, Text: text, Severity: severity})
 	if c.enforce {
 		return reference(id) | denies
 	}
@@ -177,19 +179,18 @@ func (c *compiler) oneOf(field, value, first, second string) bool {
 	return value == "" || value == first
 }
 
-func (c *compiler) policy(p node.NamedGuardPolicy) {
+func (c *compiler) policy(index int, p node.NamedGuardPolicy) {
 	c.name = p.Name
 	if p.Name == "" || len(p.Name) > maxName {
 		c.fault("name", p.Name, "want 1 to 255 characters")
 	}
 	c.enforce = c.oneOf("mode", p.Spec.Mode, "enforce", "audit")
 	c.later(p.Spec)
+	first := uint32(len(c.rules) - len(builtInRules()) + firstRule)
 	if p.Spec.Exec != nil {
 		c.exec(p.Spec.Exec)
 	}
-	for i, f := range p.Spec.Files {
-		c.file(i, f)
-	}
+	c.filesOf(index, p)
 	if p.Spec.Net != nil {
 		c.net(p.Spec.Net)
 	}
@@ -198,6 +199,10 @@ func (c *compiler) policy(p node.NamedGuardPolicy) {
 	}
 	if p.Spec.Sys != nil {
 		c.sys(p.Spec.Sys)
+	}
+	end := uint32(len(c.rules) - len(builtInRules()) + firstRule)
+	if !c.oneOf("onFailure", p.Spec.OnFailure, "closed", "open") && end > first {
+		c.open = append(c.open, [2]uint32{first, end - 1})
 	}
 }
 
@@ -226,26 +231,6 @@ func (c *compiler) path(field, p string) bool {
 	return false
 }
 
-func (c *compiler) file(i int, f spec.GuardFile) {
-	field := fmt.Sprintf("files[%d]", i)
-	c.severity(field+".severity", f.Severity)
-	if f.Deny != "w" && f.Deny != "rw" {
-		c.fault(field+".deny", f.Deny, "want w or rw")
-		return
-	}
-	if !c.path(field+".path", f.Path) {
-		return
-	}
-	r := pathRule{path: f.Path}
-	if f.Deny == "rw" {
-		r.write = c.rule(f.Path+" may be neither read nor changed", f.Severity)
-		r.read = r.write
-	} else {
-		r.write = c.rule(f.Path+" may not be changed", f.Severity)
-	}
-	c.files = append(c.files, r)
-}
-
 // limits takes the policy that wants the most recorded: none may make another's
 // record shorter.
 func (c *compiler) limits(l *spec.GuardLimits) {
@@ -263,23 +248,18 @@ func (c *compiler) blob() []byte {
 	b = le.AppendUint64(b, c.guard.Generation)
 	b = append(b, make([]byte, sha256.Size)...)
 	b = c.fixedPart(b)
-	for _, l := range [...][]pathRule{c.files, c.denied} {
-		// Where two rules are about one object the guest keeps the first of
-		// equal strength.
-		slices.SortStableFunc(l, func(a, b pathRule) int { return c.compare(a.write, b.write) })
-	}
-	b = le.AppendUint32(b, uint32(len(c.files)))
-	for _, f := range c.files {
-		b = appendText(le.AppendUint32(le.AppendUint32(b, uint32(f.write)), uint32(f.read)), f.path)
-	}
+	// Where two rules are about one object the guest keeps the first of equal
+	// strength.
+	slices.SortStableFunc(c.denied, func(a, b pathRule) int { return c.compare(a.rule, b.rule) })
 	b = le.AppendUint32(b, uint32(len(c.denied)))
 	for _, p := range c.denied {
-		b = appendText(le.AppendUint32(b, uint32(p.write)), p.path)
+		b = appendText(le.AppendUint32(b, uint32(p.rule)), p.path)
 	}
 	b = c.appendDestinations(b)
 	if c.auditRate > 0 {
 		c.sections = append(c.sections, section{sectionLimits, le.AppendUint32(nil, c.auditRate)})
 	}
+	c.fileSections()
 	slices.SortFunc(c.sections, func(a, b section) int { return cmp.Compare(a.tag, b.tag) })
 	for _, s := range c.sections {
 		b = append(le.AppendUint32(le.AppendUint16(b, s.tag), uint32(len(s.data))), s.data...)
@@ -295,9 +275,8 @@ func (c *compiler) fixedPart(b []byte) []byte {
 	for i, l := range c.lists {
 		lists[i] = l.rule
 	}
-	reads := slices.ContainsFunc(c.files, func(f pathRule) bool { return f.read != 0 })
 	b = le.AppendUint64(b, c.guard.Generation)
-	for _, v := range [...]uint32{0, uint32(len(c.files)), flag(reads), c.listedBits(), deny, audit} {
+	for _, v := range [...]uint32{0, uint32(len(c.files)), flag(c.reads()), c.listedBits(), deny, audit} {
 		b = le.AppendUint32(b, v)
 	}
 	for _, r := range c.fixed {

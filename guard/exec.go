@@ -99,7 +99,7 @@ func (c *compiler) exec(e *spec.GuardExec) {
 	}
 	for i, p := range e.Deny {
 		if c.path(fmt.Sprintf("exec.deny[%d]", i), p) {
-			c.denied = append(c.denied, pathRule{path: p, write: c.rule(p+" may not run", e.Severity)})
+			c.denied = append(c.denied, pathRule{path: p, rule: c.rule(p+" may not run", e.Severity)})
 		}
 	}
 	c.allow(list, e)

@@ -9,7 +9,7 @@ import (
 // later refuses what a policy may say and the programs cannot hold yet. A field
 // leaves this list with the commit that holds it.
 func (c *compiler) later(p spec.GuardPolicy) {
-	said := map[string]bool{"mode learn": p.Mode == "learn", "onFailure open": p.OnFailure == "open"}
+	said := map[string]bool{"mode learn": p.Mode == "learn"}
 	if e := p.Exec; e != nil {
 		said["exec.volumes"] = e.Volumes != nil
 		for i, a := range e.Allow {
@@ -17,12 +17,6 @@ func (c *compiler) later(p spec.GuardPolicy) {
 		}
 		said["exec.scripts"] = e.Scripts != nil
 		said["exec.preload"] = e.Preload == "deny"
-	}
-	for i, f := range p.Files {
-		said[fmt.Sprintf("files[%d].by", i)] = f.By != nil || f.Allow != ""
-		said[fmt.Sprintf("files[%d].fim", i)] = f.FIM
-		said[fmt.Sprintf("files[%d].bait", i)] = f.Bait
-		said[fmt.Sprintf("files[%d].audit", i)] = f.Audit
 	}
 	if n := p.Net; n != nil {
 		said["net.dns.audit"] = n.DNS != nil && n.DNS.Audit

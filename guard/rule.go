@@ -10,6 +10,7 @@ import (
 type Rule struct {
 	ID       uint32        `json:"id"`
 	Policy   string        `json:"policy"` // "built in" if no policy can switch it off
+	Field    string        `json:"field,omitempty"`
 	Text     string        `json:"text"`
 	Severity spec.Severity `json:"severity"`
 }
@@ -24,15 +25,15 @@ const builtIn = "built in"
 // bpf/src/policy.h.
 func builtInRules() []Rule {
 	return []Rule{
-		{1, builtIn, "nothing may be done before a policy is in force", spec.SeverityWarning},
-		{2, builtIn, "eBPF programs and maps are out of reach", spec.SeverityCritical},
-		{3, builtIn, "the kernel's modules are out of reach", spec.SeverityCritical},
-		{4, builtIn, "the agent and the kernel may not be signalled, traced or limited", spec.SeverityCritical},
-		{5, builtIn, "no device but null, zero, full, random, urandom, tty, terminals and those that the container was given may be used", spec.SeverityWarning},
-		{6, builtIn, "the kernel's settings may not be changed", spec.SeverityWarning},
-		{7, builtIn, "the kernel may not start programs for anyone", spec.SeverityCritical},
-		{8, builtIn, "a file deeper than 96 directories cannot be checked against the rules for files", spec.SeverityWarning},
-		{9, builtIn, "the machine's own host is out of reach", spec.SeverityCritical},
+		{ID: 1, Policy: builtIn, Text: "nothing may be done before a policy is in force", Severity: spec.SeverityWarning},
+		{ID: 2, Policy: builtIn, Text: "eBPF programs and maps are out of reach", Severity: spec.SeverityCritical},
+		{ID: 3, Policy: builtIn, Text: "the kernel's modules are out of reach", Severity: spec.SeverityCritical},
+		{ID: 4, Policy: builtIn, Text: "the agent and the kernel may not be signalled, traced or limited", Severity: spec.SeverityCritical},
+		{ID: 5, Policy: builtIn, Text: "no device but null, zero, full, random, urandom, tty, terminals and those that the container was given may be used", Severity: spec.SeverityWarning},
+		{ID: 6, Policy: builtIn, Text: "the kernel's settings may not be changed", Severity: spec.SeverityWarning},
+		{ID: 7, Policy: builtIn, Text: "the kernel may not start programs for anyone", Severity: spec.SeverityCritical},
+		{ID: 8, Policy: builtIn, Text: "a file deeper than 96 directories, or in none, cannot be checked against the rules for files", Severity: spec.SeverityWarning},
+		{ID: 9, Policy: builtIn, Text: "the machine's own host is out of reach", Severity: spec.SeverityCritical},
 	}
 }
 

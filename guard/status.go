@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"syscall"
 )
 
 // Status is what a guest says of its Guard.
@@ -70,32 +71,79 @@ func DecodeStatus(b []byte) (Status, error) {
 	return s, nil
 }
 
-// Applied is what a guest says when it has put a policy in force.
+// Applied is what a guest says of a policy that it was given.
 type Applied struct {
 	Generation uint64
-	// Absent are the rules of which a path was not there. Making it is
-	// refused, unless the rule is in Lost too: then it cannot be held.
+	// Refused: the policy is not in force, because a rule in Lost cannot be held
+	// and its policy would rather not hold at all. The one before it is.
+	Refused bool
+	// Absent are the rules of which a path, or a program that they name, was not
+	// there. They hold for what will be.
 	Absent []uint32
-	Lost   []uint32
+	// Lost are the rules that cannot be held in this guest.
+	Lost []LostRule
+}
+
+// LostRule is a rule that cannot be held, and the guest's reason.
+type LostRule struct {
+	ID     uint32
+	Reason syscall.Errno
 }
 
 // DecodeApplied reads the answer to a policy.
 func DecodeApplied(b []byte) (Applied, error) {
-	const fixed, version, entry, lost = 11, 1, 5, 2
+	const fixed, version, entry, absent, lost = 12, 2, 7, 1, 2
 	if len(b) < fixed || b[0] != version {
 		return Applied{}, fmt.Errorf("decode answer to policy of %d bytes: %w", len(b), errStatus)
 	}
 	le := binary.LittleEndian
-	a := Applied{Generation: le.Uint64(b[1:])}
-	n := int(le.Uint16(b[9:]))
+	a := Applied{Generation: le.Uint64(b[1:]), Refused: b[9] != 0}
+	n := int(le.Uint16(b[10:]))
 	if b = b[fixed:]; len(b) != n*entry {
 		return Applied{}, fmt.Errorf("decode answer to policy with %d rules: %w", n, errStatus)
 	}
 	for ; len(b) > 0; b = b[entry:] {
-		a.Absent = append(a.Absent, le.Uint32(b))
-		if b[4] == lost {
-			a.Lost = append(a.Lost, le.Uint32(b))
+		switch b[4] {
+		case absent:
+			a.Absent = append(a.Absent, le.Uint32(b))
+		case lost:
+			a.Lost = append(a.Lost, LostRule{le.Uint32(b), syscall.Errno(le.Uint16(b[5:]))})
+		default:
+			return Applied{}, fmt.Errorf("decode answer to policy: rule in state %d: %w", b[4], errStatus)
 		}
 	}
 	return a, nil
+}
+
+// ErrRefused says that a guest did not put a policy in force, and that the one
+// before it still is.
+var ErrRefused = errors.New("the policy is refused and the one before it stays in force")
+
+// Applied reads the answer to this policy. An error that wraps ErrRefused names
+// every rule that kept the guest from it.
+func (c *Compiled) Applied(reply []byte) (Applied, error) {
+	a, err := DecodeApplied(reply)
+	if err != nil {
+		return Applied{}, err
+	}
+	if a.Generation != c.Generation {
+		return a, fmt.Errorf("decode answer to policy generation %d: it is about %d: %w", c.Generation, a.Generation, errStatus)
+	}
+	if !a.Refused {
+		return a, nil
+	}
+	faults := []error{ErrRefused}
+	for _, l := range a.Lost {
+		faults = append(faults, errors.New(c.Why(l)))
+	}
+	return a, errors.Join(faults...)
+}
+
+// Why says in words which rule cannot be held, and why.
+func (c *Compiled) Why(l LostRule) string {
+	r, ok := c.Rule(l.ID)
+	if !ok {
+		return fmt.Sprintf("rule %d: %s", l.ID, l.Reason)
+	}
+	return fmt.Sprintf("policy %q: %s: %q cannot be held: %s", r.Policy, r.Field, r.Text, l.Reason)
 }

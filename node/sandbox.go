@@ -243,23 +243,21 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 	s.policy = c // first, so that no event of the new policy is unknown
 	s.mu.Unlock()
 	reply, err := s.channel.GuardPolicy(ctx, c.Generation, c.Blob)
+	var applied guard.Applied
+	if err == nil {
+		applied, err = c.Applied(reply)
+	}
 	if err != nil {
 		s.mu.Lock()
 		s.policy = before
 		s.mu.Unlock()
 		return fmt.Errorf("put policy generation %d in force: %w", g.Generation, err)
 	}
-	applied, err := guard.DecodeApplied(reply)
-	if err != nil {
-		return fmt.Errorf("put policy generation %d in force: %w", g.Generation, err)
-	}
 	for _, text := range c.Unsupported {
 		s.g.n.slog.Warn("policy cannot be held as written; more is refused instead", "instance", s.id, "rule", text)
 	}
-	for _, id := range applied.Lost {
-		if r, ok := c.Rule(id); ok {
-			s.g.n.slog.Warn("policy names a path that cannot exist in this image", "instance", s.id, "rule", r.String())
-		}
+	for _, l := range applied.Lost {
+		s.g.n.slog.Warn("rule is not held", "instance", s.id, "rule", c.Why(l))
 	}
 	return nil
 }

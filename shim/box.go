@@ -95,7 +95,7 @@ func (b *box) judge(ctx context.Context) error { return b.enforce(ctx, b.inForce
 func (b *box) enforce(ctx context.Context, c *guard.Compiled) error {
 	reply, err := b.channel.GuardPolicy(ctx, c.Generation, c.Blob)
 	if err == nil {
-		_, err = guard.DecodeApplied(reply)
+		_, err = c.Applied(reply)
 	}
 	if err != nil {
 		return fmt.Errorf("put the Guard's policy in force: %w", err)

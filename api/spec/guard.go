@@ -210,26 +210,31 @@ type GuardScripts struct {
 // +kubebuilder:validation:XValidation:rule="has(self.deny) || has(self.allow) || (has(self.fim) && self.fim) || (has(self.bait) && self.bait)",message="set deny, allow, fim or bait"
 // +kubebuilder:validation:XValidation:rule="!has(self.by) || has(self.allow)",message="by says who has what allow says: set allow"
 type GuardFile struct {
-	// Path in the container, absolute; a directory covers what is below it.
-	// The rule whose path is the deepest decides.
+	// Path in the container, absolute; a directory covers what is below it, with
+	// what is mounted there; but /proc, /sys and /dev only if it is one of them or
+	// below. In one policy the rules of the deepest path decide; of several with
+	// that path each denies what it denies, and what any of those with allow allows
+	// is allowed by all of them.
 	// +kubebuilder:validation:Pattern=`^/`
 	// +kubebuilder:validation:MaxLength=4095
 	Path string `json:"path"`
-	// Deny names what nobody may do but whom By lists: r (read), w (write, create,
-	// delete, rename, link, change attributes) or rw.
+	// Deny names what nobody may do but whom Allow lets: r (read), w (write,
+	// create, delete, rename, link, change attributes) or rw. It is rw if it is not
+	// set and Allow is.
 	// +kubebuilder:validation:Enum=r;w;rw
 	// +optional
 	Deny string `json:"deny,omitempty"`
 	// By lists the programs, by absolute path in the image, that may do what
-	// Allow names.
+	// Allow names; if it is not set, all may. A script is its interpreter. Whoever
+	// is on a list is traced by nobody, and runs no code but the image's.
 	// +optional
+	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=16
 	// +kubebuilder:validation:items:Pattern=`^/`
 	// +kubebuilder:validation:items:MaxLength=4095
 	// +listType=set
 	By []string `json:"by,omitempty"`
-	// Allow names what the programs of By may do: r, w or rw. All else, by
-	// anybody, is denied.
+	// Allow names what may be done all the same: r, w or rw.
 	// +kubebuilder:validation:Enum=r;w;rw
 	// +optional
 	Allow string `json:"allow,omitempty"`

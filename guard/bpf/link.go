@@ -28,8 +28,9 @@ var object []byte
 // guest would misread.
 //
 //	1  2026-11: first.
+//	2  2026-11: names of the functions of programs that the kernel calls back.
 const (
-	bundleMagic   = "HBGUARD\x01"
+	bundleMagic   = "HBGUARD\x02"
 	maxBundleText = 255
 )
 
@@ -128,34 +129,43 @@ type linker struct {
 	kernel, overlay *btf.Spec
 	spec            *ebpf.CollectionSpec
 	maps            []string // by index
+	types           *btf.Builder
+	proto           *btf.FuncProto
+	functions       map[string]btf.TypeID // by name
 	out             []byte
 }
 
 func (l *linker) bundle(buildID string) ([]byte, error) {
 	l.maps = slices.Sorted(maps.Keys(l.spec.Maps))
-	l.out = append(l.out, bundleMagic...)
-	l.text(buildID)
-	types, ids, err := l.storageTypes()
+	ids, err := l.storageTypes()
 	if err != nil {
 		return nil, err
 	}
+	programs, err := l.programs()
+	if err != nil {
+		return nil, err
+	}
+	// The programs first: their functions are among the types.
+	for _, name := range slices.Sorted(maps.Keys(programs)) {
+		if err := l.program(name, programs[name]); err != nil {
+			return nil, fmt.Errorf("link guard: program %s: %w", name, err)
+		}
+	}
+	code := l.out
+	types, err := l.types.Marshal(nil, &btf.MarshalOptions{Order: binary.LittleEndian})
+	if err != nil {
+		return nil, fmt.Errorf("link guard: encode types: %w", err)
+	}
+	l.out = []byte(bundleMagic)
+	l.text(buildID)
 	l.u32(uint32(len(types)))
 	l.out = append(l.out, types...)
 	l.u16(uint16(len(l.maps)))
 	for _, name := range l.maps {
 		l.oneMap(name, ids[name])
 	}
-	programs, err := l.programs()
-	if err != nil {
-		return nil, err
-	}
 	l.u16(uint16(len(programs)))
-	for _, name := range slices.Sorted(maps.Keys(programs)) {
-		if err := l.program(name, programs[name]); err != nil {
-			return nil, fmt.Errorf("link guard: program %s: %w", name, err)
-		}
-	}
-	return l.out, nil
+	return append(l.out, code...), nil
 }
 
 // target is a program and the kernel's function that it is attached to; one
@@ -222,15 +232,16 @@ func (l *linker) hook(p *ebpf.ProgramSpec) (*btf.Func, error) {
 	return f, nil
 }
 
-// storageTypes is the BTF that storage maps want of their key and value.
-func (l *linker) storageTypes() (blob []byte, ids map[string][2]btf.TypeID, err error) {
-	b, err := btf.NewBuilder(nil, nil)
-	if err != nil {
-		return nil, nil, fmt.Errorf("link guard: %w", err)
+// storageTypes makes the BTF that storage maps want of their key and value.
+func (l *linker) storageTypes() (ids map[string][2]btf.TypeID, err error) {
+	if l.types, err = btf.NewBuilder(nil, nil); err != nil {
+		return nil, fmt.Errorf("link guard: %w", err)
 	}
-	key, err := b.Add(&btf.Int{Name: "int", Size: 4, Encoding: btf.Signed})
+	number := &btf.Int{Name: "int", Size: 4, Encoding: btf.Signed}
+	l.proto, l.functions = &btf.FuncProto{Return: number}, map[string]btf.TypeID{}
+	key, err := l.types.Add(number)
 	if err != nil {
-		return nil, nil, fmt.Errorf("link guard: %w", err)
+		return nil, fmt.Errorf("link guard: %w", err)
 	}
 	ids = map[string][2]btf.TypeID{}
 	for _, name := range l.maps {
@@ -238,16 +249,37 @@ func (l *linker) storageTypes() (blob []byte, ids map[string][2]btf.TypeID, err 
 		if m.Type != ebpf.InodeStorage && m.Type != ebpf.TaskStorage {
 			continue
 		}
-		value, err := b.Add(&btf.Struct{Name: name + "_value", Size: m.ValueSize})
+		value, err := l.types.Add(&btf.Struct{Name: name + "_value", Size: m.ValueSize})
 		if err != nil {
-			return nil, nil, fmt.Errorf("link guard: %w", err)
+			return nil, fmt.Errorf("link guard: %w", err)
 		}
 		ids[name] = [2]btf.TypeID{key, value}
 	}
-	if blob, err = b.Marshal(nil, &btf.MarshalOptions{Order: binary.LittleEndian}); err != nil {
-		return nil, nil, fmt.Errorf("link guard: encode types: %w", err)
+	return ids, nil
+}
+
+// calledBack lists the functions of a program, as pairs of place and type, if
+// the kernel calls some of them: it wants to know their names then. None of
+// them is called from outside, so what they take is not told.
+func (l *linker) calledBack(code asm.Instructions) (functions []uint32, err error) {
+	if !slices.ContainsFunc(code, func(i asm.Instruction) bool { return i.IsLoadOfFunctionPointer() }) {
+		return nil, nil
 	}
-	return blob, ids, nil
+	for iter := code.Iterate(); iter.Next(); {
+		f := btf.FuncMetadata(iter.Ins)
+		if f == nil {
+			continue
+		}
+		id, ok := l.functions[f.Name]
+		if !ok {
+			if id, err = l.types.Add(&btf.Func{Name: f.Name, Type: l.proto, Linkage: btf.StaticFunc}); err != nil {
+				return nil, fmt.Errorf("name function %s: %w", f.Name, err)
+			}
+			l.functions[f.Name] = id
+		}
+		functions = append(functions, uint32(iter.Offset), uint32(id))
+	}
+	return functions, nil
 }
 
 func (l *linker) oneMap(name string, ids [2]btf.TypeID) {
@@ -285,17 +317,21 @@ func (l *linker) program(name string, p target) error {
 	if err != nil {
 		return err
 	}
+	functions, err := l.calledBack(p.Instructions)
+	if err != nil {
+		return err
+	}
 	var code bytes.Buffer
 	if err := p.Instructions.Marshal(&code, binary.LittleEndian); err != nil {
 		return fmt.Errorf("encode: %w", err)
 	}
 	l.text(name)
 	l.text(p.License)
-	for _, v := range []uint32{uint32(p.Type), uint32(p.AttachType), p.Flags, uint32(id), uint32(code.Len() / asm.InstructionSize), uint32(len(slots) / 2)} {
+	for _, v := range []uint32{uint32(p.Type), uint32(p.AttachType), p.Flags, uint32(id), uint32(code.Len() / asm.InstructionSize), uint32(len(slots) / 2), uint32(len(functions) / 2)} {
 		l.u32(v)
 	}
 	l.out = append(l.out, code.Bytes()...)
-	for _, v := range slots {
+	for _, v := range append(slots, functions...) {
 		l.u32(v)
 	}
 	return nil
@@ -319,7 +355,7 @@ func (l *linker) relocate(code asm.Instructions) error {
 	}
 	// No type of our own reaches the kernel, so any number will do for one.
 	local := func(btf.Type) (btf.TypeID, error) { return 0, nil }
-	fixups, err := btf.CORERelocate(relos, l.types(), binary.LittleEndian, local)
+	fixups, err := btf.CORERelocate(relos, l.known(), binary.LittleEndian, local)
 	if err != nil {
 		return fmt.Errorf("relocate: %w", err)
 	}
@@ -337,8 +373,8 @@ func (l *linker) relocate(code asm.Instructions) error {
 	return nil
 }
 
-// types are where the fields that programs read are looked up.
-func (l *linker) types() []*btf.Spec {
+// known are where the fields that programs read are looked up.
+func (l *linker) known() []*btf.Spec {
 	if l.overlay == l.kernel {
 		return []*btf.Spec{l.kernel}
 	}

@@ -45,7 +45,11 @@ type progLoadAttr struct {
 	version, flags     uint32
 	name               [16]byte
 	ifindex, expected  uint32
-	_                  [32]byte // BTF of the program and its functions
+	types, recordSize  uint32 // BTF, and the size of a record of a function
+	functions          unsafe.Pointer
+	records            uint32
+	_                  uint32 // lines
+	_                  [8]byte
 	_                  uint32
 	attachID, attachFD uint32
 	_                  [12]byte
@@ -132,11 +136,14 @@ func loadTypes(types []byte) (int, error) {
 
 // loadProgram gives a program to the verifier; log, if not empty, takes what
 // it has to say.
-func loadProgram(p *bundleProgram, log []byte) (int, error) {
+func loadProgram(p *bundleProgram, types int, log []byte) (int, error) {
 	licence := append([]byte(p.licence), 0)
 	a := progLoadAttr{kind: p.kind, count: uint32(len(p.code) / 8), code: unsafe.Pointer(unsafe.SliceData(p.code)),
 		licence: unsafe.Pointer(unsafe.SliceData(licence)), flags: p.flags, expected: p.attach, attachID: p.attachID}
 	copy(a.name[:15], p.name)
+	if len(p.functions) > 0 {
+		a.types, a.recordSize, a.functions, a.records = uint32(types), functionSize, unsafe.Pointer(unsafe.SliceData(p.functions)), uint32(len(p.functions)/functionSize)
+	}
 	if len(log) > 0 {
 		a.logLevel, a.logSize, a.log = 1, uint32(len(log)), unsafe.Pointer(unsafe.SliceData(log))
 	}

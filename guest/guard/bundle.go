@@ -7,11 +7,12 @@ import (
 
 // What a bundle may hold at most; the host's linker stays far below.
 const (
-	bundleMagic   = "HBGUARD\x01"
+	bundleMagic   = "HBGUARD\x02"
 	maxTypes      = 64 << 10
 	maxMaps       = 64
 	maxPrograms   = 256
 	maxCode       = 64 << 10 // instructions
+	maxFunctions  = 256
 	maxMapEntries = 1 << 22
 )
 
@@ -30,7 +31,11 @@ type bundleProgram struct {
 	kind, attach, flags, attachID uint32
 	code                          []byte
 	maps                          []mapUse
+	functions                     []byte // pairs of place and type, if the kernel calls some back
 }
+
+// functionSize is struct bpf_func_info.
+const functionSize = 8
 
 // mapUse is a place in the code where a map's descriptor belongs.
 type mapUse struct{ slot, index uint32 }
@@ -127,6 +132,7 @@ func (c *cursor) program(maps uint32) bundleProgram {
 	p := bundleProgram{name: c.text(), licence: c.text(), kind: c.u32(), attach: c.u32(), flags: c.u32(), attachID: c.u32()}
 	instructions := uint32(c.count(c.u32(), maxCode))
 	uses := c.count(c.u32(), maxCode)
+	functions := uint32(c.count(c.u32(), maxFunctions))
 	p.code = c.take(instructions * 8)
 	for range uses {
 		u := mapUse{c.u32(), c.u32()}
@@ -138,6 +144,7 @@ func (c *cursor) program(maps uint32) bundleProgram {
 		}
 		p.maps = append(p.maps, u)
 	}
+	p.functions = c.take(functions * functionSize)
 	return p
 }
 

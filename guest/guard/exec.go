@@ -80,8 +80,8 @@ func (n *next) program(key string) *program {
 
 // find gives the object of the image that a path leads to, or none.
 func (n *next) find(root guardedRoot, path string) (key string, err error) {
-	w := walker{root: root.image, name: func(int, string, bool) error { return nil }}
-	w.step = func(fd int, last bool) error {
+	w := walker{root: root.image, top: &place{}, absent: func(*place, string) error { return nil }}
+	w.step = func(fd int, _ *place, last bool) error {
 		defer syscall.Close(fd)
 		var st syscall.Stat_t
 		if !last {
@@ -109,7 +109,7 @@ func (n *next) entry(root guardedRoot, e *programEntry) error {
 		return err
 	}
 	if key == "" {
-		n.absent = append(n.absent, absent{e.rule, absentName})
+		n.note(e.rule, absentName, 0)
 		return nil
 	}
 	p := n.program(key)

@@ -50,14 +50,19 @@ func Attach(b []byte) (*Guard, error) {
 		return nil, err
 	}
 	g := &Guard{poll: -1, maps: map[string]guardMap{}, marks: map[uint32]*mark{}}
-	if err := g.createMaps(parsed); err != nil {
+	types, err := loadTypes(parsed.types)
+	if err != nil {
+		return nil, fail("load", "guard's types", err)
+	}
+	defer syscall.Close(types)
+	if err := g.createMaps(parsed, types); err != nil {
 		return nil, err
 	}
 	if err := g.markAgent(); err != nil {
 		return nil, err
 	}
 	for i := range parsed.programs {
-		if err := g.load(&parsed.programs[i], parsed.maps); err != nil {
+		if err := g.load(&parsed.programs[i], parsed.maps, types); err != nil {
 			return nil, err
 		}
 	}
@@ -94,12 +99,7 @@ func (g *Guard) attach(programs []bundleProgram) error {
 	return nil
 }
 
-func (g *Guard) createMaps(b *bundle) error {
-	types, err := loadTypes(b.types)
-	if err != nil {
-		return fail("load", "guard's types", err)
-	}
-	defer syscall.Close(types)
+func (g *Guard) createMaps(b *bundle, types int) (err error) {
 	for _, m := range b.maps {
 		inner, btf := 0, 0
 		if m.ids[0] != 0 {
@@ -119,7 +119,7 @@ func (g *Guard) createMaps(b *bundle) error {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "filesets", "trusted", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}
@@ -128,14 +128,14 @@ func (g *Guard) createMaps(b *bundle) error {
 }
 
 // load puts the descriptors of maps into a program and gives it to the kernel.
-func (g *Guard) load(p *bundleProgram, maps []bundleMap) error {
+func (g *Guard) load(p *bundleProgram, maps []bundleMap, types int) error {
 	for _, u := range p.maps {
 		put32(p.code[u.slot*8+4:], uint32(g.maps[maps[u.index].name].fd))
 	}
-	fd, err := loadProgram(p, nil)
+	fd, err := loadProgram(p, types, nil)
 	if err != nil {
 		log := make([]byte, 64<<10)
-		_, _ = loadProgram(p, log)
+		_, _ = loadProgram(p, types, log)
 		return fail("load guard program", p.name, &Error{errnoOf(err), err.Error() + ": " + lastLines(log)})
 	}
 	g.programs = append(g.programs, fd)
@@ -248,8 +248,7 @@ func (g *Guard) Root(path string, overlay, lower uint32) error {
 	if g.blob == nil {
 		return nil
 	}
-	_, err = g.apply(g.blob) // its paths mean something in the new root too
-	return err
+	return g.again() // its paths mean something in the new root too
 }
 
 // Unroot lets go of a root whose containers are gone, so that it can be
@@ -281,8 +280,7 @@ func (g *Guard) Unroot(path string) error {
 		g.forget()
 		return nil
 	}
-	_, err := g.apply(g.blob) // for the roots that are left; what only this one had is forgotten
-	return err
+	return g.again() // for the roots that are left; what only this one had is forgotten
 }
 
 func openRoot(path string, overlay, lower uint32) (r guardedRoot, err error) {

@@ -21,11 +21,11 @@ func seedBundle() []byte {
 	}
 	b = append16(b, 0)
 	b = text(text(append16(b, 1), "p"), "GPL")
-	for _, v := range []uint32{29, 27, 0, 7, 2, 1} {
+	for _, v := range []uint32{29, 27, 0, 7, 2, 1, 1} {
 		b = append32(b, v)
 	}
 	b = append(b, make([]byte, 16)...)
-	return append32(append32(b, 0), 0)
+	return append32(append32(append32(append32(b, 0), 0), 0), 3)
 }
 
 func seedPolicy() []byte {
@@ -33,12 +33,30 @@ func seedPolicy() []byte {
 	b = append(b, make([]byte, 32)...)
 	b = append64(b, 5)
 	b = append(b, make([]byte, policySize-8)...)
-	b = append32(append32(append32(b, 1), 17|denies), 0)
-	b = append(append16(b, 4), "/etc"...)
 	b = append32(append32(b, 1), 18)
 	b = append(append16(b, 2), "/x"...)
 	b = append32(b, 1)
-	return append(b, make([]byte, destSize+listsSize)...)
+	b = append(b, make([]byte, destSize+listsSize)...)
+	for _, s := range []struct {
+		tag  uint16
+		data []byte
+	}{{sectionFiles, seedFiles()}, {sectionOpen, append32(append32(append32(nil, 1), 16), 20)}} {
+		b = append(append32(append16(b, s.tag), uint32(len(s.data))), s.data...)
+	}
+	return b
+}
+
+// seedFiles is one list of one program, and two rules.
+func seedFiles() []byte {
+	b := append16(append32(nil, 1), 1)
+	b = append(append16(b, 6), "/bin/x"...)
+	b = append32(b, 2)
+	for _, r := range []fileRule{{list: 1, allow: wantRead, ref: 17 | denies, path: "/etc"}, {base: wantWrite, ref: 18, watch: 19, path: "/a\xff\n"}} {
+		b = append(append16(append16(b, r.policy), r.list), r.base, r.allow)
+		b = append32(append32(b, r.ref), r.watch)
+		b = append(append16(b, uint16(len(r.path))), r.path...)
+	}
+	return b
 }
 
 func TestParseBundle(t *testing.T) {
@@ -59,11 +77,16 @@ func TestParseBundle(t *testing.T) {
 
 func TestParsePolicy(t *testing.T) {
 	p, err := parsePolicy(seedPolicy())
-	if err != nil || p.generation != 5 || len(p.files) != 1 || p.files[0].path != "/etc" || len(p.programs) != 1 || len(p.egress) != destSize+listsSize {
+	if err != nil || p.generation != 5 || len(p.files) != 2 || p.files[0].path != "/etc" || p.files[1].path != "/a\xff\n" || len(p.lists) != 1 || len(p.open) != 1 || len(p.programs) != 1 || len(p.egress) != destSize+listsSize {
 		t.Fatalf("%+v, %v", p, err)
 	}
 	b := seedPolicy()
+	const open = 6 + 4 + 8
+	files := 6 + len(seedFiles())
 	for n := range len(b) {
+		if n == len(b)-open || n == len(b)-open-files {
+			continue // between sections: the frame has its own length
+		}
 		if _, err := parsePolicy(b[:n]); err == nil {
 			t.Errorf("a policy cut after %d of %d bytes was read", n, len(b))
 		}
@@ -154,22 +177,24 @@ func TestWalkStaysInside(t *testing.T) {
 	}
 	defer syscall.Close(fd)
 	for _, tt := range []struct {
-		path, last, absent string
-		steps              []string
-		err                error
+		path, last, absent, after string
+		steps                     []string
+		err                       error
 	}{
 		{path: "/etc/app/key", last: "etc/app/key", steps: []string{"etc", "etc/app"}},
 		{path: "/etc/up/key", last: "etc/app/key", steps: []string{"etc", "etc/up", "etc", "etc/app"}},
 		{path: "/abs/app/../app/key", last: "etc/app/key", steps: []string{"abs", "etc", "etc/app", "etc/app"}},
 		{path: "/var/run/pid", absent: "run/pid", steps: []string{"var", "var/run", "run"}},
-		{path: "/etc/host", absent: "etc/passwd", steps: []string{"etc", "etc/host", "etc"}},
-		{path: "/none/at/all", absent: "none"},
+		{path: "/etc/host", absent: "etc/passwd", after: "/", steps: []string{"etc", "etc/host", "etc"}},
+		{path: "/none/at/all", absent: "none", after: "/at/all"},
+		{path: "/abs/..", last: ".", steps: []string{"abs", "etc"}},
+		{path: "/var/run/../etc/up", last: "etc/app", steps: []string{"var", "var/run", "run", "etc", "etc/up", "etc"}},
 		{path: "/", last: "."},
 		{path: "/../..", last: "."},
 		{path: "/loop/x", err: syscall.ELOOP},
 		{path: "/etc/app/key/x", err: syscall.ENOTDIR, steps: []string{"etc", "etc/app"}},
 	} {
-		var last, absent string
+		var last, absent, after string
 		var steps []string
 		name := func(fd int) string {
 			p, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
@@ -182,18 +207,20 @@ func TestWalkStaysInside(t *testing.T) {
 			}
 			return rel
 		}
-		w := walker{root: fd, step: func(fd int, end bool) error {
+		w := walker{root: fd, top: &place{name: "."}, step: func(fd int, at *place, end bool) error {
 			defer syscall.Close(fd)
+			called := name(fd)
+			if full := at.path(); full != called {
+				t.Errorf("%s: %q is said to be at %q", tt.path, called, full)
+			}
 			if end {
-				last = name(fd)
-			} else {
-				steps = append(steps, name(fd))
+				last = called
+			} else if called != "." {
+				steps = append(steps, called)
 			}
 			return nil
-		}, name: func(dir int, n string, there bool) error {
-			if !there {
-				absent = filepath.Join(name(dir), n)
-			}
+		}, absent: func(at *place, rest string) error {
+			absent, after = at.path(), rest
 			return nil
 		}}
 		err := w.walk(tt.path)
@@ -203,13 +230,21 @@ func TestWalkStaysInside(t *testing.T) {
 			}
 			continue
 		}
-		if err != nil || last != tt.last || absent != tt.absent || !slices.Equal(steps, tt.steps) {
+		if err != nil || last != tt.last || absent != tt.absent || after != tt.after || !slices.Equal(steps, tt.steps) {
 			t.Errorf("%s: ends at %q, lacks %q, by %q (%v); want %q, %q, %q", tt.path, last, absent, steps, err, tt.last, tt.absent, tt.steps)
 		}
 	}
 	if n := openDescriptors(t); n > 64 {
 		t.Errorf("%d descriptors are open; walking leaks them", n)
 	}
+}
+
+// path is the place's path in the container, as the test knows it.
+func (p *place) path() string {
+	if p.up == nil || p.up.up == nil {
+		return p.name
+	}
+	return p.up.path() + "/" + p.name
 }
 
 func openDescriptors(t *testing.T) int {

@@ -1,6 +1,9 @@
 package guard
 
-import "syscall"
+import (
+	"strconv"
+	"syscall"
+)
 
 const (
 	oPath     = 0x200000
@@ -22,12 +25,35 @@ func openPath(dir int, path string, flags int) (int, error) {
 
 // walker follows a container's path from the container's root as the kernel
 // would for a process in it. It shows every object on the way to step, which
-// keeps or closes fd, and the last name to name, with the directory it is or
-// would be in; dir stays walker's.
+// keeps or closes fd, with the place it has in the container; and the last name
+// that was not there to absent, with the names after it.
 type walker struct {
-	root int
-	step func(fd int, last bool) error
-	name func(dir int, name string, there bool) error
+	root   int
+	top    *place
+	step   func(fd int, at *place, last bool) error
+	absent func(at *place, rest string) error
+}
+
+// place is where something is, or would be, in a container: a path without
+// links. Its object is known once it was walked to.
+type place struct {
+	up   *place
+	name string
+	in   map[string]*place
+	mark *mark
+	fileWishes
+}
+
+func (p *place) child(name string) *place {
+	if c := p.in[name]; c != nil {
+		return c
+	}
+	if p.in == nil {
+		p.in = map[string]*place{}
+	}
+	c := &place{up: p, name: name}
+	p.in[name] = c
+	return c
 }
 
 func (w *walker) walk(path string) error {
@@ -36,33 +62,31 @@ func (w *walker) walk(path string) error {
 		return err
 	}
 	defer func() { syscall.Close(dir) }()
-	links, rest := 0, path
-	for steps := 0; ; steps++ {
+	links, rest, at := 0, path, w.top
+	if err := w.here(dir, at, onlySlashes(rest)); err != nil {
+		return err
+	}
+	for steps := 0; !onlySlashes(rest); steps++ {
 		var name string
 		name, rest = cutName(rest)
-		if name == "" {
-			// Nothing but slashes: the root itself, or a link to it.
-			fd, err := openPath(dir, ".", 0)
-			if err != nil {
-				return err
-			}
-			return w.step(fd, true)
-		}
 		if steps >= maxSteps {
 			return syscall.ENAMETOOLONG
 		}
-		if name == "." {
-			continue
-		}
-		if name == ".." {
-			if dir, err = w.up(dir); err != nil {
-				return err
+		if name == "." || name == ".." {
+			if name == ".." && at.up != nil {
+				if dir, err = replace(dir, dir, ".."); err != nil {
+					return err
+				}
+				at = at.up
+			}
+			if onlySlashes(rest) { // where a link led to, which need not be below
+				return w.here(dir, at, true)
 			}
 			continue
 		}
 		fd, err := openPath(dir, name, syscall.O_NOFOLLOW)
 		if err == syscall.ENOENT {
-			return w.name(dir, name, false)
+			return w.absent(at.child(name), rest)
 		}
 		if err != nil {
 			return err
@@ -78,23 +102,24 @@ func (w *walker) walk(path string) error {
 				syscall.Close(fd)
 				return syscall.ELOOP
 			}
-			if err := w.step(fd, false); err != nil {
+			if err := w.step(fd, at.child(name), false); err != nil {
 				return err
 			}
 			rest = target + "/" + rest
 			if target[0] == '/' {
-				if dir, err = w.back(dir); err != nil {
+				at = w.top
+				if dir, err = replace(dir, w.root, "."); err != nil {
 					return err
+				}
+				if onlySlashes(rest) {
+					return w.here(dir, at, true)
 				}
 			}
 			continue
 		}
+		at = at.child(name)
 		if last {
-			if err := w.name(dir, name, true); err != nil {
-				syscall.Close(fd)
-				return err
-			}
-			return w.step(fd, true)
+			return w.step(fd, at, true)
 		}
 		if !isDir {
 			syscall.Close(fd)
@@ -107,28 +132,21 @@ func (w *walker) walk(path string) error {
 		}
 		syscall.Close(dir)
 		dir = deeper
-		if err := w.step(fd, false); err != nil {
+		if err := w.step(fd, at, false); err != nil {
 			return err
 		}
 	}
+	return nil
 }
 
-// up goes to the parent, but never above the root.
-func (w *walker) up(dir int) (int, error) {
-	var here, root syscall.Stat_t
-	if err := syscall.Fstat(dir, &here); err != nil {
-		return dir, err
+// here shows the directory that dir is.
+func (w *walker) here(dir int, at *place, last bool) error {
+	fd, err := openPath(dir, ".", 0)
+	if err != nil {
+		return err
 	}
-	if err := syscall.Fstat(w.root, &root); err != nil {
-		return dir, err
-	}
-	if here.Dev == root.Dev && here.Ino == root.Ino {
-		return dir, nil
-	}
-	return replace(dir, dir, "..")
+	return w.step(fd, at, last)
 }
-
-func (w *walker) back(dir int) (int, error) { return replace(dir, w.root, ".") }
 
 // replace gives a descriptor of name in from, and closes old.
 func replace(old, from int, name string) (int, error) {
@@ -186,98 +204,53 @@ func stronger(old, rule uint32) uint32 {
 	return old
 }
 
-// meaning gives what the object behind fd means to the policy on its way.
-func (n *next) meaning(fd int) (*meaning, error) {
-	m, err := n.g.take(fd)
-	if err != nil {
-		return nil, err
-	}
-	m.slot[n.slot].generation = n.p.generation
-	return &m.slot[n.slot], nil
-}
-
-// protect marks what a path leads to, and keeps what leads there in place.
-// The last name has the rule too: whatever comes to bear it is protected.
-func (n *next) protect(root int, f fileRule) error {
-	rule := stronger(f.write, f.read)
-	w := walker{root: root}
-	w.step = func(fd int, last bool) error {
-		m, err := n.meaning(fd)
-		if err != nil {
-			return err
-		}
-		m.anchor = stronger(m.anchor, rule)
-		if last {
-			m.write, m.read = stronger(m.write, f.write), stronger(m.read, f.read)
-		}
-		return nil
-	}
-	w.name = func(dir int, name string, there bool) error {
-		why := byte(absentName)
-		if len(name) >= nameSize {
-			why = absentLost
-		} else if err := n.protectName(dir, name, f); err != nil {
-			return err
-		}
-		if !there {
-			n.absent = append(n.absent, absent{rule, why})
-		}
-		return nil
-	}
-	return n.lost(rule, w.walk(f.path))
-}
-
-func (n *next) protectName(dir int, name string, f fileRule) error {
-	fd, err := openPath(dir, ".", 0)
-	if err != nil {
-		return err
-	}
-	m, err := n.meaning(fd)
-	if err != nil {
-		return err
-	}
-	if m.names == 0 {
-		n.sets++
-		m.names = n.sets
-	}
-	var key [4 + nameSize]byte
-	put32(key[:], m.names)
-	copy(key[4:], name)
-	rules := n.names[string(key[:])]
-	n.names[string(key[:])] = [2]uint32{stronger(rules[0], f.write), stronger(rules[1], f.read)}
-	return nil
+// unreachable says whether an error of a walk is about the path. Else it is
+// about the machine.
+func unreachable(err error) bool {
+	errno, ok := err.(syscall.Errno)
+	return ok && errno != syscall.EMFILE && errno != syscall.ENFILE && errno != syscall.ENOMEM
 }
 
 // lost notes a rule whose path leads nowhere; other errors stay errors.
 func (n *next) lost(rule uint32, err error) error {
-	switch err {
-	case syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG:
-		n.absent = append(n.absent, absent{rule, absentLost})
-		return nil
+	if !unreachable(err) {
+		return err
 	}
-	return err
+	n.note(rule, absentLost, err.(syscall.Errno))
+	return nil
+}
+
+// note keeps what is to be said of a rule, once.
+func (n *next) note(rule uint32, why byte, errno syscall.Errno) {
+	a := absent{rule &^ denies, why, errno}
+	if !n.noted[a] {
+		n.noted[a] = true
+		n.absent = append(n.absent, a)
+	}
 }
 
 // list denies the program a path leads to: the object seen through the
 // overlay, and the one in the image below it, which hard links share.
 func (n *next) list(root guardedRoot, d programRule) error {
 	var found bool
-	w := walker{root: root.overlay, name: func(int, string, bool) error { return nil }}
-	w.step = func(fd int, last bool) error {
+	w := walker{root: root.overlay, top: &place{}, absent: func(*place, string) error { return nil }}
+	w.step = func(fd int, _ *place, last bool) error {
 		if !last {
 			return syscall.Close(fd)
 		}
 		found = true
-		m, err := n.meaning(fd)
-		if err == nil {
-			m.exec = stronger(m.exec, d.rule)
+		m, err := n.g.take(fd)
+		if err != nil {
+			return fail("mark", strconv.Quote(d.path), err)
 		}
-		return err
+		s := n.meaning(m)
+		s.exec = stronger(s.exec, d.rule)
+		return nil
 	}
 	if err := n.lost(d.rule, w.walk(d.path)); err != nil {
 		return err
 	}
-	w.root, w.step = root.image, func(fd int, last bool) error {
+	w.root, w.step = root.image, func(fd int, _ *place, last bool) error {
 		defer syscall.Close(fd)
 		if last {
 			found = true
@@ -287,7 +260,7 @@ func (n *next) list(root guardedRoot, d programRule) error {
 	}
 	err := n.lost(d.rule, w.walk(d.path))
 	if err == nil && !found {
-		n.absent = append(n.absent, absent{d.rule, absentLost})
+		n.note(d.rule, absentLost, syscall.ENOENT)
 	}
 	return err
 }

@@ -12,8 +12,6 @@ const (
 	policySlot     = 8   // where its slot stands
 	destSize       = 24
 	listsSize      = 12 // struct lists
-	nameSize       = 60
-	maxFileRules   = 16 << 10
 	maxProgramDeny = 16 << 10
 	maxEgress      = 16 << 10
 
@@ -26,11 +24,6 @@ const (
 	atCwd = -100
 )
 
-type fileRule struct {
-	write, read uint32
-	path        string
-}
-
 type programRule struct {
 	rule uint32
 	path string
@@ -41,6 +34,8 @@ type policy struct {
 	digest     [32]byte
 	fixed      []byte
 	files      []fileRule
+	lists      [][]string // of programs, for files
+	open       []span     // rules that may be put aside if they cannot be held
 	programs   []programRule
 	egress     []byte // entries of destSize+listsSize
 	execs      []byte // struct exec_lists
@@ -57,12 +52,6 @@ func parsePolicy(b []byte) (*policy, error) {
 	p := &policy{generation: c.u64()}
 	copy(p.digest[:], c.take(32))
 	p.fixed = c.take(policySize)
-	for range c.count(c.u32(), maxFileRules) {
-		if c.bad {
-			break
-		}
-		p.files = append(p.files, fileRule{c.u32(), c.u32(), c.text()})
-	}
 	for range c.count(c.u32(), maxProgramDeny) {
 		if c.bad {
 			break
@@ -100,6 +89,10 @@ func (p *policy) section(tag uint16, data []byte) error {
 		return p.parsePrograms(data)
 	case sectionLimits:
 		return p.auditRate(data)
+	case sectionFiles:
+		return p.parseFiles(data)
+	case sectionOpen:
+		return p.parseOpen(data)
 	default:
 		return fail("read", "section "+strconv.Itoa(int(tag))+" of guard policy", syscall.EPROTONOSUPPORT)
 	}
@@ -118,14 +111,14 @@ const markSize = 72 // struct mark of guard/bpf/src/policy.h
 
 type meaning struct {
 	generation                               uint64
-	write, read, exec, anchor, names, volume uint32
+	rules, home, exec, anchor, names, volume uint32
 }
 
 func (m *mark) bytes(b []byte) []byte {
 	b = append32(append32(b, m.kind), m.id)
 	for _, s := range m.slot {
 		b = append64(b, s.generation)
-		for _, v := range [...]uint32{s.write, s.read, s.exec, s.anchor, s.names, s.volume} {
+		for _, v := range [...]uint32{s.rules, s.home, s.exec, s.anchor, s.names, s.volume} {
 			b = append32(b, v)
 		}
 	}
@@ -134,7 +127,9 @@ func (m *mark) bytes(b []byte) []byte {
 
 // Policy puts a policy in force: everything it needs is made beside the
 // one in force, then one pointer changes, and the kernel waits until nothing
-// reads the old one. The reply lists rules of which a path was not there.
+// reads the old one. The reply lists rules of which a path was not there. If one
+// cannot be held that must be, the reply says that the policy is refused, and
+// the one before it stays in force.
 func (g *Guard) Policy(generation uint64, blob []byte) (reply []byte, err error) {
 	p, err := parsePolicy(blob)
 	if err != nil {
@@ -146,37 +141,72 @@ func (g *Guard) Policy(generation uint64, blob []byte) (reply []byte, err error)
 	if generation < g.generation || generation == g.generation && p.digest != g.digest {
 		return nil, fail("replace generation "+strconv.FormatUint(g.generation, 10)+" by", "an older or different one", syscall.ESTALE)
 	}
-	return g.apply(append([]byte(nil), blob...))
+	n, err := g.apply(append([]byte(nil), blob...))
+	if err != nil {
+		return nil, err
+	}
+	return n.reply(), nil
 }
 
-// apply makes blob the policy in force.
-func (g *Guard) apply(blob []byte) (reply []byte, err error) {
+// again applies the policy in force to the roots that there are now.
+func (g *Guard) again() error {
+	n, err := g.apply(g.blob)
+	if err == nil && n.refused {
+		for _, a := range n.absent {
+			if n.p.fatal(a) {
+				return fail("hold rule", strconv.FormatUint(uint64(a.rule), 10), a.errno)
+			}
+		}
+	}
+	return err
+}
+
+// apply makes blob the policy in force, unless it is refused.
+func (g *Guard) apply(blob []byte) (*next, error) {
 	p, err := parsePolicy(blob)
 	if err != nil {
 		return nil, err
 	}
-	n := next{g: g, p: p, slot: 1 - g.slot}
+	n := &next{g: g, p: p, slot: 1 - g.slot}
+	defer n.close()
 	if err := n.prepare(); err != nil {
-		n.close()
 		return nil, err
 	}
-	defer n.close()
+	for _, a := range n.absent {
+		n.refused = n.refused || p.fatal(a)
+	}
+	if n.refused {
+		return n, nil
+	}
 	if err := n.swap(); err != nil {
 		return nil, err
 	}
 	g.slot, g.generation, g.digest, g.blob = n.slot, p.generation, p.digest, blob
 	g.forget()
-	reply = append16(append64(append(reply, 1), p.generation), uint16(len(n.absent)))
-	for _, a := range n.absent {
-		reply = append(append32(reply, a.rule&^denies), a.why)
+	return n, nil
+}
+
+// reply says what became of a policy, as guard.DecodeApplied reads it.
+func (n *next) reply() []byte {
+	const version = 2
+	refused := byte(0)
+	if n.refused {
+		refused = 1
 	}
-	return reply, nil
+	b := append(append64([]byte{version}, n.p.generation), refused)
+	most := min(len(n.absent), 1<<16-1)
+	b = append16(b, uint16(most))
+	for _, a := range n.absent[:most] {
+		b = append16(append(append32(b, a.rule), a.why), uint16(a.errno))
+	}
+	return b
 }
 
 // absent is a rule of which a path could not be followed to its end.
 type absent struct {
-	rule uint32
-	why  byte // absentName: creating it is refused; absentLost: cannot be held
+	rule  uint32
+	why   byte // absentName: creating it is refused; absentLost: cannot be held
+	errno syscall.Errno
 }
 
 const (
@@ -184,18 +214,63 @@ const (
 	absentLost = 2
 )
 
+// span is a range of rules.
+type span struct{ first, last uint32 }
+
+// sectionOpen lists the rules of policies that would rather be held in part
+// than not at all.
+const (
+	sectionOpen = 33
+	maxSpans    = 1 << 10
+)
+
+func (p *policy) parseOpen(data []byte) error {
+	c := &cursor{b: data}
+	for range c.count(c.u32(), maxSpans) {
+		p.open = append(p.open, span{c.u32(), c.u32()})
+		if c.bad {
+			break
+		}
+	}
+	if c.bad || len(c.b) != 0 {
+		return fail("read", "rules that may fail of guard policy", syscall.EBADMSG)
+	}
+	return nil
+}
+
+// fatal says whether the policy must not be in force because of a rule. A
+// program that is not there cannot run; so that is none.
+func (p *policy) fatal(a absent) bool {
+	if a.why != absentLost || a.errno == syscall.ENOENT {
+		return false
+	}
+	for _, s := range p.open {
+		if s.first <= a.rule && a.rule <= s.last {
+			return false
+		}
+	}
+	return true
+}
+
 // next is a policy on its way.
 type next struct {
 	g      *Guard
 	p      *policy
 	slot   uint32
-	names  map[string][2]uint32 // key of the names map -> rules against writing, reading
-	listed map[string]*program  // key of the listed map
-	kin    map[string]uint32    // key of the kin map -> lists
-	absent []absent
-	sets   uint32
-	opened []int // descriptors of inner maps
-	inner  struct{ policy, egress, names, listed, kin, execs int }
+	held   map[*mark]*holding
+	names  map[string]*holding // by key of the names map
+	groups map[string]*group
+	setIDs map[string]uint32 // struct fileset -> its key
+	// Keys of the trusted map.
+	trusted map[string]bool
+	listed  map[string]*program // key of the listed map
+	kin     map[string]uint32   // key of the kin map -> lists
+	absent  []absent
+	noted   map[absent]bool
+	refused bool
+	sets    uint32 // of names
+	opened  []int  // descriptors of inner maps
+	inner   struct{ policy, egress, names, filesets, trusted, listed, kin, execs int }
 }
 
 func (n *next) close() {
@@ -206,15 +281,17 @@ func (n *next) close() {
 }
 
 func (n *next) prepare() error {
-	n.names, n.listed, n.kin = map[string][2]uint32{}, map[string]*program{}, map[string]uint32{}
+	n.held, n.names, n.groups, n.noted = map[*mark]*holding{}, map[string]*holding{}, map[string]*group{}, map[absent]bool{}
+	n.setIDs, n.trusted, n.listed, n.kin = map[string]uint32{}, map[string]bool{}, map[string]*program{}, map[string]uint32{}
 	for _, m := range n.g.marks {
 		m.slot[n.slot] = meaning{} // left by a policy that did not get through
 	}
 	for _, root := range n.g.roots {
-		for _, f := range n.p.files {
-			if err := n.protect(root.overlay, f); err != nil {
-				return fail("protect", strconv.Quote(f.path), err)
-			}
+		if err := n.protectFiles(root.overlay); err != nil {
+			return err
+		}
+		if err := n.trust(root); err != nil {
+			return err
 		}
 		for _, d := range n.p.programs {
 			if err := n.list(root, d); err != nil {
@@ -226,6 +303,9 @@ func (n *next) prepare() error {
 				return fail("list program", strconv.Quote(n.p.entries[i].path), err)
 			}
 		}
+	}
+	if err := n.mean(); err != nil {
+		return err
 	}
 	for _, m := range n.g.marks {
 		if m.slot[n.slot].generation != 0 || m.slot[1-n.slot].generation != 0 {
@@ -258,14 +338,8 @@ func (n *next) fillMaps() (err error) {
 			return fail("allow", "destination", err)
 		}
 	}
-	if n.inner.names, err = n.create("names", len(n.names)); err != nil {
+	if err := n.fillFiles(); err != nil {
 		return err
-	}
-	for key, rules := range n.names {
-		value := append32(append32(nil, rules[0]), rules[1])
-		if err := updateMap(n.inner.names, []byte(key), value); err != nil {
-			return fail("protect", "name", err)
-		}
 	}
 	return n.fillPrograms()
 }
@@ -291,6 +365,8 @@ func (n *next) swap() error {
 	}{
 		{"egress", n.slot, n.inner.egress},
 		{"names", n.slot, n.inner.names},
+		{"filesets", n.slot, n.inner.filesets},
+		{"trusted", n.slot, n.inner.trusted},
 		{"listed", n.slot, n.inner.listed},
 		{"kin", n.slot, n.inner.kin},
 		{"execs", n.slot, n.inner.execs},

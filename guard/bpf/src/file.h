@@ -13,30 +13,47 @@
 #define WANT_WRITE 1
 #define WANT_READ 2
 
-static __always_inline const struct meaning *meaning_of(const struct policy *p, struct inode *inode)
+/* What is known of the object that a dentry names. */
+struct known {
+	__u32 id;
+	__u32 rules;
+	__u32 home;
+	__u32 names;
+	__u32 anchor;
+};
+
+static __always_inline void know(const struct policy *p, struct inode *inode, struct known *k)
 {
 	struct mark *m = bpf_inode_storage_get(&marks, inode, 0, 0);
 	__u32 slot = p->slot & 1;
 
-	if (!m || m->slot[slot].generation != p->generation)
-		return NULL;
-	return &m->slot[slot];
+	k->id = k->rules = k->home = k->names = k->anchor = 0;
+	if (m && m->slot[slot].generation == p->generation) {
+		k->id = m->id;
+		k->rules = m->slot[slot].rules;
+		k->home = m->slot[slot].home;
+		k->names = m->slot[slot].names;
+		k->anchor = m->slot[slot].anchor;
+	}
 }
 
 /* The rules of a name in a directory, which hold whatever object bears it. */
 static __always_inline struct named *named_in(__u32 slot, __u32 set, struct dentry *d)
 {
-	struct name key = {.set = set};
+	__u32 first = 0, second = 1;
+	struct name *key = bpf_map_lookup_elem(&name_key, &first), *blank = bpf_map_lookup_elem(&name_key, &second);
 	void *inner;
 
-	bpf_probe_read_kernel_str(key.text, sizeof(key.text), d->d_name.name);
+	if (!key || !blank || bpf_probe_read_kernel(key, sizeof(*key), blank))
+		return NULL;
+	key->set = set;
+	bpf_probe_read_kernel_str(key->text, sizeof(key->text), d->d_name.name);
 	inner = bpf_map_lookup_elem(&names, &slot);
-	return inner ? bpf_map_lookup_elem(inner, &key) : NULL;
+	return inner ? bpf_map_lookup_elem(inner, key) : NULL;
 }
 
 /* One that denies beats one that reports, which beats none; else the one that
-   was there. Without a branch, for the verifier would follow each of them at
-   every step of a walk. */
+   was there. Without a branch, for the verifier would follow each of them. */
 static __always_inline __u32 stronger(__u32 old, __u32 rule)
 {
 	__u32 no_old = ~(old | -old) >> 31, some = (rule | -rule) >> 31;
@@ -45,54 +62,204 @@ static __always_inline __u32 stronger(__u32 old, __u32 rule)
 	return old ^ ((old ^ rule) & -take);
 }
 
-/* The rule against what is wanted of the object, of its name, or of a
-   directory above it. */
-static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want)
-{
-	__u32 writes = -(want & WANT_WRITE), reads = -(want >> 1), slot = p->slot & 1;
-	__u32 found = p->slot >> 1; /* nothing, which the verifier shall not know */
-	struct dentry *parent = d->d_parent;
-	const struct meaning *m = meaning_of(p, parent->d_inode);
+/* The sets of rules that a place in a file system is under: more than one
+   where an object is not where its rules' paths have it. */
+struct under {
+	__u32 set[3];
+	__u32 anchor; /* of its name */
+	__u32 lost;   /* there were more, or no end was found */
+};
 
-	if (m && m->names) {
-		struct named *n = named_in(slot, m->names, d);
+static __always_inline void add_set(struct under *u, __u32 set)
+{
+	__u32 some = -((set | -set) >> 31);
+
+	u->lost |= u->set[2] & some;
+	u->set[2] ^= (u->set[2] ^ u->set[1]) & some;
+	u->set[1] ^= (u->set[1] ^ u->set[0]) & some;
+	u->set[0] ^= (u->set[0] ^ set) & some;
+}
+
+/* A walk from what a dentry names up to where all is said. */
+struct walk {
+	const struct policy *p;
+	struct dentry *d;
+	struct known k; /* of d */
+	struct under u;
+	__u32 done;
+};
+
+/* One step of it. The kernel's own loop calls this: the verifier follows it
+   once, not once for each step. */
+static long step_up(__u32 i, struct walk *w)
+{
+	const struct policy *p = w->p;
+	struct dentry *d = w->d, *parent = d->d_parent;
+	__u32 named = 0, anchor = 0;
+	struct known up;
+
+	add_set(&w->u, w->k.rules);
+	if (parent == d) {
+		/* One that was opened by handle may hang nowhere. */
+		w->u.lost |= d->d_flags & DCACHE_DISCONNECTED && d != d->d_inode->i_sb->s_root;
+		w->done = 1;
+		return 1;
+	}
+	know(p, parent->d_inode, &up);
+	if (up.names) {
+		struct named *n = named_in(p->slot & 1, up.names, d);
 
 		if (n) {
-			found = stronger(found, n->write & writes);
-			found = stronger(found, n->read & reads);
+			named = n->rules;
+			anchor = n->anchor;
 		}
 	}
-	for (int i = 0; i < MAX_DEPTH; i++) {
-		m = meaning_of(p, d->d_inode);
-		if (m) {
-			found = stronger(found, m->write & writes);
-			found = stronger(found, m->read & reads);
-		}
-		parent = d->d_parent;
-		if (parent == d)
-			return found;
-		d = parent;
+	add_set(&w->u, named);
+	if (i == 0)
+		w->u.anchor = anchor;
+	/* Here its rules say all there is to say. */
+	if (named || (w->k.rules && w->k.home && w->k.home == up.id)) {
+		w->done = 1;
+		return 1;
 	}
-	return DENY | RULE_DEPTH;
+	w->d = parent;
+	w->k = up;
+	return 0;
+}
+
+/* Finds the rules of what a dentry names: those of the object and of its name,
+   or of the nearest directory above that has some. */
+static __always_inline void look(const struct policy *p, struct dentry *d, struct under *u)
+{
+	struct walk w = {.p = p, .d = d};
+	__u32 nothing = p->slot >> 1;
+
+	know(p, d->d_inode, &w.k);
+	bpf_loop(MAX_DEPTH, step_up, &w, 0);
+	/* Or-ed with 0, which the verifier shall not know: it would follow what
+	   comes after with each value that it knows. */
+	u->set[0] = w.u.set[0] | nothing;
+	u->set[1] = w.u.set[1] | nothing;
+	u->set[2] = w.u.set[2] | nothing;
+	u->anchor = w.u.anchor | nothing;
+	u->lost = w.u.lost | !w.done | nothing;
+}
+
+/* Whether the program of a task is on a list. */
+static __always_inline bool is_trusted(const struct policy *p, struct task_struct *task, __u32 list)
+{
+	struct task_label *l = bpf_task_storage_get(&labels, task, 0, 0);
+	struct listed_program key = {.list = list};
+	__u32 slot = p->slot & 1;
+	void *inner;
+
+	/* One that was told to load more than itself is another's. */
+	if (!l || l->origin != FROM_IMAGE || l->flags & LABEL_PRELOADED)
+		return false;
+	key.dev = l->exe.dev;
+	key.ino = l->exe.ino;
+	inner = bpf_map_lookup_elem(&trusted, &slot);
+	return inner && bpf_map_lookup_elem(inner, &key);
+}
+
+/* What the sets say to the current task. */
+struct weighing {
+	const struct policy *p;
+	struct fileset *s;
+	__u32 set[3];
+	__u32 writes; /* masks of what is wanted */
+	__u32 reads;
+	__u32 may;
+	__u32 ref;
+	__u32 watch;
+};
+
+static long weigh_exception(__u32 i, struct weighing *w)
+{
+	struct exception *e;
+	__u64 at = i;
+	__u32 closed;
+
+	if (i >= w->s->count)
+		return 1;
+	/* The verifier must see the bound on the very register that is used. */
+	asm volatile("" : "+r"(at));
+	at &= EXCEPTIONS - 1;
+	e = &w->s->except[at];
+	if (is_trusted(w->p, bpf_get_current_task_btf(), e->programs))
+		w->may |= e->may;
+	closed = -e->ends;
+	w->ref = stronger(w->ref, e->write & w->writes & closed & -(~w->may & 1));
+	w->ref = stronger(w->ref, e->read & w->reads & closed & -(~w->may >> 1 & 1));
+	w->may &= ~closed;
+	return 0;
+}
+
+static long weigh_set(__u32 i, struct weighing *w)
+{
+	__u32 slot = w->p->slot & 1, set = i ? i > 1 ? w->set[2] : w->set[1] : w->set[0];
+	void *inner = bpf_map_lookup_elem(&filesets, &slot);
+
+	if (!set)
+		return 1;
+	w->s = inner ? bpf_map_lookup_elem(inner, &set) : NULL;
+	if (!w->s) {
+		w->ref = DENY | RULE_DEPTH;
+		return 1;
+	}
+	w->ref = stronger(w->ref, w->s->write & w->writes);
+	w->ref = stronger(w->ref, w->s->read & w->reads);
+	w->watch |= w->s->watch;
+	w->may = 0;
+	if (w->s->count)
+		bpf_loop(EXCEPTIONS, weigh_exception, w, 0);
+	return 0;
+}
+
+/* The rule against what is wanted of what is under those sets. */
+static __always_inline __u32 ref_under(const struct policy *p, const struct under *u, __u32 want, __u32 *watch)
+{
+	struct weighing w = {.p = p, .writes = -(want & WANT_WRITE), .reads = -(want >> 1 & 1)};
+	__u32 nothing = p->slot >> 1;
+
+	if (u->set[0]) {
+		__builtin_memcpy(w.set, u->set, sizeof(w.set));
+		bpf_loop(3, weigh_set, &w, 0);
+	}
+	*watch |= w.watch | nothing;
+	w.ref |= nothing;
+	return stronger(w.ref, (DENY | RULE_DEPTH) & -((u->lost | -u->lost) >> 31));
+}
+
+static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want)
+{
+	struct under u;
+	__u32 watch = 0;
+
+	look(p, d, &u);
+	return ref_under(p, &u, want, &watch);
 }
 
 /* The rule against changing what the dentry names. A directory on the way to
    something protected can be changed but not moved. */
-static __always_inline __u32 change_ref(const struct policy *p, struct dentry *d, bool moves)
+static __always_inline __u32 change_ref(const struct policy *p, struct dentry *d, bool moves, struct under *u)
 {
-	__u32 ref = file_ref(p, d, WANT_WRITE);
-	const struct meaning *m;
+	__u32 watch = 0, ref;
+	struct known k;
 
-	if (!moves || ref & DENY)
+	look(p, d, u);
+	ref = stronger(ref_under(p, u, WANT_WRITE, &watch), u->anchor);
+	if (!moves)
 		return ref;
-	m = meaning_of(p, d->d_inode);
-	return m ? stronger(ref, m->anchor) : ref;
+	know(p, d->d_inode, &k);
+	return stronger(ref, k.anchor);
 }
 
 static __always_inline int change(struct dentry *d, bool moves)
 {
 	struct about a = {.op = OP_WRITE, .dentry = d};
 	const struct policy *p;
+	struct under u;
 
 	if (!is_workload())
 		return 0;
@@ -101,7 +268,38 @@ static __always_inline int change(struct dentry *d, bool moves)
 		return decide(p, DENY | RULE_NO_POLICY, &a);
 	if (!p->files)
 		return 0;
-	return decide(p, change_ref(p, d, moves), &a);
+	return decide(p, change_ref(p, d, moves, &u), &a);
+}
+
+/* Gives what is called old another name. What may not be read may not leave the
+   directory that says so. */
+static __always_inline int refer(struct dentry *old, struct dentry *d, bool moves)
+{
+	struct about a = {.op = OP_WRITE, .dentry = old};
+	struct under from, to;
+	const struct policy *p;
+	__u32 watch = 0;
+	int err;
+
+	if (!is_workload())
+		return 0;
+	p = policy_now();
+	if (!p)
+		return decide(p, DENY | RULE_NO_POLICY, &a);
+	if (!p->files)
+		return 0;
+	err = decide(p, change_ref(p, old, moves, &from), &a);
+	if (err)
+		return err;
+	a.dentry = d;
+	err = decide(p, change_ref(p, d, moves, &to), &a);
+	if (err || !p->reads)
+		return err;
+	if (from.set[0] == to.set[0] && from.set[1] == to.set[1] && from.set[2] == to.set[2])
+		return 0;
+	a.op = OP_READ;
+	a.dentry = old;
+	return decide(p, ref_under(p, &from, WANT_READ, &watch), &a);
 }
 
 SEC("lsm/inode_create")
@@ -125,9 +323,7 @@ int BPF_PROG(on_symlink, struct inode *dir, struct dentry *d, const char *to, in
 SEC("lsm/inode_link")
 int BPF_PROG(on_link, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
 {
-	int err = prev ? prev : change(old, false);
-
-	return err ? err : change(d, false);
+	return prev ? prev : refer(old, d, false);
 }
 
 SEC("lsm/inode_unlink")
@@ -145,9 +341,7 @@ int BPF_PROG(on_rmdir, struct inode *dir, struct dentry *d, int prev)
 SEC("lsm/inode_rename")
 int BPF_PROG(on_rename, struct inode *old_dir, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
 {
-	int err = prev ? prev : change(old, true);
-
-	return err ? err : change(d, true);
+	return prev ? prev : refer(old, d, true);
 }
 
 /* The linker takes the one whose number is that of the hook's arguments. */
@@ -192,9 +386,16 @@ int BPF_PROG(on_removexattr, struct user_namespace *ns, struct dentry *d, const 
 /* Changing inode flags needs no descriptor open for writing. */
 static __always_inline int set_flags(struct file *file, unsigned int cmd)
 {
-	if (cmd != FS_IOC_SETFLAGS && cmd != FS_IOC_FSSETXATTR)
-		return 0;
-	return change(file->f_path.dentry, false);
+	switch (cmd) {
+	case FS_IOC_SETFLAGS:
+	case FS_IOC32_SETFLAGS:
+	case FS_IOC_FSSETXATTR:
+	case FS_IOC_SETVERSION:
+	case FS_IOC_ENABLE_VERITY:
+	case FS_IOC_SET_ENCRYPTION_POLICY:
+		return change(file->f_path.dentry, false);
+	}
+	return 0;
 }
 
 SEC("lsm/file_ioctl")

@@ -43,6 +43,7 @@ struct inode {
 };
 
 struct dentry {
+	unsigned int d_flags;
 	struct dentry *d_parent;
 	struct qstr d_name;
 	struct inode *d_inode;
@@ -264,7 +265,13 @@ union bpf_attr;
 #define TS_COMPAT 0x2 /* the call came from 32-bit code */
 
 #define FS_IOC_SETFLAGS 0x40086602
+#define FS_IOC32_SETFLAGS 0x40046602
 #define FS_IOC_FSSETXATTR 0x401c5820
+#define FS_IOC_SETVERSION 0x40087602
+#define FS_IOC_ENABLE_VERITY 0x40806685
+#define FS_IOC_SET_ENCRYPTION_POLICY 0x800c6613
+
+#define DCACHE_DISCONNECTED 0x20
 
 #define EROFS_MAGIC 0xe0f5e1e2
 #define PROC_SUPER_MAGIC 0x9fa0

@@ -126,8 +126,8 @@ struct program {
 /* What a file means to one generation. Only valid if the generation matches. */
 struct meaning {
 	__u64 generation;
-	__u32 write;  /* rule against changing it or what is below it */
-	__u32 read;
+	__u32 rules;  /* of filesets: what holds for it and for what is below it */
+	__u32 home;   /* id of the directory it is in by its rules' paths; 0: of several or none */
 	__u32 exec;
 	__u32 anchor; /* rule against moving it: a protected path leads through it */
 	__u32 names;  /* set of names in it that have rules of their own */
@@ -224,16 +224,43 @@ struct device {
 	__u32 number;
 };
 
-#define NAME_SIZE 60
+#define NAME_SIZE 256
 struct name {
 	__u32 set;
 	char text[NAME_SIZE];
 };
 
-/* Rules against what a name in a directory stands for, now or later. */
+/* What a name in a directory stands for, now or later. */
 struct named {
-	__u32 write;
+	__u32 rules;
+	__u32 anchor; /* rule against making it: a protected path will lead through it */
+};
+
+/* Rules for files that hold together: those of the deepest path of each policy.
+   The agent finds them out; one look decides. */
+#define EXCEPTIONS 16
+
+struct exception {
+	__u32 programs; /* the list of those that may */
+	__u32 may;      /* WANT_ */
+	__u32 write;    /* if this ends a group: the rules for whom no list of it allows */
 	__u32 read;
+	__u32 ends;
+};
+
+struct fileset {
+	__u32 write; /* rule against changing it, whoever asks */
+	__u32 read;
+	__u32 watch; /* rule that wants every change recorded */
+	__u32 count;
+	struct exception except[EXCEPTIONS];
+};
+
+/* A program on a list, by the inode below the overlay. List 0 has all of them. */
+struct listed_program {
+	__u32 list;
+	__u32 dev;
+	__u64 ino;
 };
 
 #define AT(type, member, offset) \
@@ -248,8 +275,11 @@ AT(policy, egress_deny, 24);
 AT(policy, egress_audit, 28);
 AT(policy, rule, 32);
 AT(policy, egress, 288);
-AT(meaning, write, 8);
+AT(meaning, rules, 8);
 AT(meaning, names, 24);
+AT(fileset, except, 16);
+AT(exception, ends, 16);
+AT(listed_program, ino, 8);
 AT(mark, id, 4);
 AT(mark, slot, 8);
 AT(destination, family, 4);
@@ -327,6 +357,43 @@ struct {
 	__type(key, __u32);
 	__array(values, struct name_map);
 } names SEC(".maps");
+
+struct fileset_map {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct fileset));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct fileset_map);
+} filesets SEC(".maps");
+
+struct trusted_map {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct listed_program));
+	__uint(value_size, sizeof(__u32));
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct trusted_map);
+} trusted SEC(".maps");
+
+/* A key is too large for a program's stack; the second is a blank one. No program is interrupted by
+   another that uses it: the kernel would not run that one at all. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__type(value, struct name);
+} name_key SEC(".maps");
 
 struct object_map {
 	__uint(type, BPF_MAP_TYPE_HASH);
