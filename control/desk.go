@@ -60,6 +60,7 @@ func (d *desk) handler() http.Handler {
 	mux.HandleFunc("POST "+admin.PathJoin, d.answer(d.join))
 	mux.HandleFunc("POST "+admin.PathExec, d.exec)
 	mux.HandleFunc("GET "+admin.PathLogs, d.logs)
+	mux.HandleFunc("GET "+admin.PathEvents, d.events)
 	return onlyOwner(mux)
 }
 

@@ -179,8 +179,13 @@ func join(a net.Conn, fromA io.Reader, b net.Conn, fromB io.Reader) {
 	<-done
 }
 
-// logs passes on what a workload wrote.
-func (d *desk) logs(w http.ResponseWriter, r *http.Request) {
+// logs passes on what a workload wrote, and events what its Guard told.
+func (d *desk) logs(w http.ResponseWriter, r *http.Request) { d.relay(w, r, wire.PathLogs) }
+
+func (d *desk) events(w http.ResponseWriter, r *http.Request) { d.relay(w, r, wire.PathEvents) }
+
+// relay passes on what the node of an instance answers.
+func (d *desk) relay(w http.ResponseWriter, r *http.Request, path string) {
 	k, i, err := d.c.pick(namespaceOf(r), r.FormValue("workload"), r.FormValue("instance"))
 	if err != nil {
 		refuseDesk(w, err)
@@ -189,14 +194,14 @@ func (d *desk) logs(w http.ResponseWriter, r *http.Request) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return d.c.dialNode(ctx, i.node) }}}
 	q := url.Values{"instance": {k.Name}, "follow": {r.FormValue("follow")}}
-	req, err := http.NewRequestWithContext(r.Context(), http.MethodGet, "https://node"+wire.PathLogs+"?"+q.Encode(), nil)
+	req, err := http.NewRequestWithContext(r.Context(), http.MethodGet, "https://node"+path+"?"+q.Encode(), nil)
 	if err != nil {
-		refuseDesk(w, fmt.Errorf("read logs: %w", err))
+		refuseDesk(w, fmt.Errorf("ask node %s: %w", i.node, err))
 		return
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		refuseDesk(w, fmt.Errorf("read logs: %w", err))
+		refuseDesk(w, fmt.Errorf("ask node %s: %w", i.node, err))
 		return
 	}
 	defer resp.Body.Close()

@@ -34,7 +34,7 @@ type guests struct {
 	measurement wire.Measurement
 	spares      *pool.Pool
 
-	machines, namespaces, consoles, images, rehearsals string
+	machines, namespaces, consoles, histories, images, rehearsals string
 }
 
 // openGuests prepares kernel, agent and Guard, and finds out what really boots
@@ -42,10 +42,10 @@ type guests struct {
 func openGuests(ctx context.Context, n *Node) (*guests, error) {
 	g := &guests{
 		n: n, machines: filepath.Join(n.conf.Run, "vm"), namespaces: filepath.Join(n.conf.Run, "netns"),
-		consoles: filepath.Join(n.conf.State, "consoles"), images: filepath.Join(n.conf.State, "images"),
+		consoles: filepath.Join(n.conf.State, "consoles"), histories: filepath.Join(n.conf.State, "events"), images: filepath.Join(n.conf.State, "images"),
 		rehearsals: filepath.Join(n.conf.State, "rehearsals"),
 	}
-	for _, dir := range []string{g.namespaces, g.consoles, g.images, g.rehearsals} {
+	for _, dir := range []string{g.namespaces, g.consoles, g.histories, g.images, g.rehearsals} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("open guests: %w", err)
 		}

@@ -25,6 +25,7 @@ import (
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/evidence"
+	"hauberk.dev/guard/trail"
 	"hauberk.dev/internal/run"
 	"hauberk.dev/plan"
 )
@@ -68,6 +69,7 @@ type Node struct {
 	keep    chan struct{} // closed to leave sandboxes running
 	news    chan struct{}
 	reports chan wire.Report
+	metrics trail.Metrics
 	alarms  chan wire.Report // critical ones, which no flood of others may hold up
 
 	mu     sync.Mutex
@@ -136,6 +138,7 @@ func (n *Node) Run(ctx context.Context) error {
 		run.Task{Name: "alarms", Run: func(ctx context.Context) error { return n.reportLoop(ctx, n.alarms) }},
 		run.Task{Name: "mesh", Run: n.mesh.run},
 		run.Task{Name: "door", Run: n.serveDoor},
+		run.Task{Name: "metrics", Run: n.serveMetrics},
 		run.Task{Name: "renew", Run: n.keys.renewLoop},
 		run.Task{Name: "bypass", Run: n.bypassLoop},
 		run.Task{Name: "template", Run: n.makeTemplate},

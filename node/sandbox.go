@@ -54,9 +54,12 @@ type sandbox struct {
 	process *vm.Process
 	console *console
 	policy  guard.Compiled
+	before  guard.Compiled // in force until policy was
 	env     []string
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
+
+	trail trailOf
 }
 
 func (s *sandbox) Exited() <-chan int    { return s.exited }
@@ -81,7 +84,7 @@ func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error)
 	if err != nil {
 		return launched{}, &RefusalError{"AddressInvalid", err}
 	}
-	if err := s.openConsole(); err != nil {
+	if err := errors.Join(s.openConsole(), s.openTrail(i)); err != nil {
 		return launched{}, err
 	}
 	spare := s.g.takeSpare(i)
@@ -240,7 +243,7 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 	}
 	s.mu.Lock()
 	before := s.policy
-	s.policy = c // first, so that no event of the new policy is unknown
+	s.before, s.policy = before, c // first, so that no event of the new policy is unknown
 	s.mu.Unlock()
 	reply, err := s.channel.GuardPolicy(ctx, c.Generation, c.Blob)
 	var applied guard.Applied
@@ -271,6 +274,9 @@ func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
 		return wire.GuardHeartbeat{}, err
 	}
 	st, err := guard.DecodeStatus(raw)
+	if err == nil {
+		s.tally(st.Tallies)
+	}
 	return wire.GuardHeartbeat{At: time.Now().UTC(), Generation: st.Generation, Digest: st.Digest,
 		Programs: st.Programs, Sequence: st.Sequence, Lost: st.Lost}, err
 }
@@ -285,28 +291,6 @@ func (s *sandbox) hear(ctx context.Context) error {
 		a.heard(h)
 	}
 	return nil
-}
-
-// record turns a record of the Guard into a report. What was allowed is not
-// reported.
-func (s *sandbox) record(raw []byte) {
-	e, err := guard.DecodeEvents(raw)
-	if err != nil {
-		s.g.n.note(fmt.Errorf("event of %s: %w", s.id, err))
-		return
-	}
-	a, ok := s.g.n.find(s.id)
-	if !ok || e.Verdict == guard.Allowed {
-		return
-	}
-	s.mu.Lock()
-	r, known := s.policy.Rule(e.Rule)
-	s.mu.Unlock()
-	if !known {
-		r = guard.Rule{Policy: "unknown", Text: fmt.Sprintf("rule %d", e.Rule), Severity: spec.SeverityCritical}
-	}
-	s.g.n.violation(a, wire.Report{Severity: r.Severity, Cause: "guard", Rule: r.String(), Detail: e.String(),
-		Sequence: e.Sequence, Lost: e.Lost, Denied: e.Verdict != guard.Reported, Observed: time.Now().UTC()})
 }
 
 // spawn makes the container and starts its first process.
@@ -386,7 +370,7 @@ func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := s.openConsole(); err != nil {
+	if err := errors.Join(s.openConsole(), s.openTrail(e.Instance)); err != nil {
 		return err
 	}
 	s.own(m)
@@ -488,5 +472,6 @@ func (s *sandbox) Stop(ctx context.Context, grace time.Duration) error {
 	if s.console != nil {
 		errs = append(errs, s.console.close())
 	}
+	errs = append(errs, s.closeTrail())
 	return errors.Join(errs...)
 }

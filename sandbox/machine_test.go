@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"hauberk.dev/guard/trail"
 	"hauberk.dev/internal/stage"
 	"hauberk.dev/sandbox"
 )
@@ -82,6 +83,7 @@ func TestSandbox(t *testing.T) {
 		Args: []string{"sh", "-c", `echo up; echo wrong >&2; while read l; do echo "got $l"; done; sleep 1000`}})
 	t.Run("streams", w.testStreams)
 	t.Run("exec", w.testExec)
+	t.Run("events", w.testEvents)
 	t.Run("look", w.testLook)
 	t.Run("files", w.testFiles)
 	t.Run("pause", w.testPause)
@@ -91,6 +93,22 @@ func TestSandbox(t *testing.T) {
 	t.Run("not run", w.testNotRun)
 	t.Run("shim killed", w.testShimKilled)
 	t.Run("example", w.testExample)
+}
+
+// testEvents reads what the Guard told of what ran before.
+func (w *world) testEvents(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), callTime)
+	defer cancel()
+	found := errors.New("found")
+	err := w.box.Events(ctx, true, func(r trail.Record) error {
+		if r.Op == "started" && r.Verdict == "allowed" && strings.HasSuffix(r.Process.Exe, "busybox") && r.Sandbox.ID == w.box.ID() && r.Process.Container != "" {
+			return found
+		}
+		return nil
+	})
+	if !errors.Is(err, found) {
+		t.Errorf("%v; want a record of the first program", err)
+	}
 }
 
 // start makes and starts a sandbox. With the test it goes.

@@ -3,7 +3,6 @@ package shim
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -78,6 +77,8 @@ type pod struct {
 
 	// relaxed is the policy in force once there was a privileged container.
 	relaxed atomic.Pointer[guard.Compiled]
+
+	told tellings
 }
 
 // inForce is the policy that the guest has, or is to have.
@@ -110,6 +111,7 @@ func (p *pod) open(ctx context.Context) (err error) {
 	p.created = time.Now()
 	p.box.Store(b)
 	go p.watch(b)
+	go p.heed(b)
 	return nil
 }
 
@@ -189,24 +191,8 @@ func (p *pod) replace(ctx context.Context) (*box, error) {
 	}
 	p.box.Store(b)
 	go p.watch(b)
+	go p.heed(b)
 	return b, nil
-}
-
-// record logs what the Guard refused.
-func (p *pod) record(raw []byte) {
-	e, err := guard.DecodeEvents(raw)
-	if err != nil {
-		p.log.Error("event of the Guard", "err", err)
-		return
-	}
-	if e.Verdict == guard.Allowed {
-		return
-	}
-	text := fmt.Sprintf("rule %d", e.Rule)
-	if r, ok := p.inForce().Rule(e.Rule); ok {
-		text = r.String()
-	}
-	p.log.Warn("guard", "event", e.String(), "rule", text, "sequence", e.Sequence, "lost", e.Lost)
 }
 
 // end kills the machine and lets go of what the pod had. It may be called

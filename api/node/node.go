@@ -36,8 +36,9 @@ const (
 
 // Paths on the node's door, called by the control plane.
 const (
-	PathExec = "/v1/exec" // upgraded to a stream of Frames
-	PathLogs = "/v1/logs" // chunked text
+	PathExec   = "/v1/exec"   // upgraded to a stream of Frames
+	PathLogs   = "/v1/logs"   // chunked text
+	PathEvents = "/v1/events" // chunked records of guard/trail, one a line; ?instance=&follow=
 )
 
 // Hello introduces a node.

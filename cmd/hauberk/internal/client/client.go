@@ -147,6 +147,15 @@ func (c *Client) Logs(ctx context.Context, namespace, workload, instance string,
 	return c.stream(ctx, http.MethodGet, admin.PathLogs, q, "", nil)
 }
 
+// Events is what the Guard of an instance told, one record a line.
+func (c *Client) Events(ctx context.Context, namespace, instance string, follow bool) (io.ReadCloser, error) {
+	q := query("namespace", namespace, "instance", instance)
+	if follow {
+		q.Set("follow", "true")
+	}
+	return c.stream(ctx, http.MethodGet, admin.PathEvents, q, "", nil)
+}
+
 func (c *Client) get(ctx context.Context, path string, q url.Values, into any) error {
 	return c.ask(ctx, http.MethodGet, path, q, "", nil, into)
 }
