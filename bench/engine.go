@@ -95,6 +95,7 @@ address = %q
 	e.cmd.Stdout, e.cmd.Stderr = log, log
 	e.cmd.Env = append(os.Environ(), "PATH="+l.bin+":"+l.rivals+":"+os.Getenv("PATH"),
 		"HAUBERK_SHIM_STATE="+e.path("s"), "HAUBERK_SHIM_RUN="+e.path("r"), "HAUBERK_SHIM_START="+r.start)
+	e.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is for us: containers end before it does
 	if err := e.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -151,7 +152,7 @@ func (e *engine) ctr(ctx context.Context, args ...string) (string, error) {
 }
 
 // id gives names of one length that no other engine has: runsc takes a name for
-// any that begins with it, and all of a host keep their state in one directory.
+// any that begins with it.
 func (e *engine) id() string {
 	e.made++
 	return fmt.Sprintf("b%s-%05d", strings.TrimPrefix(filepath.Base(e.dir), "hb-"), e.made)
@@ -160,6 +161,9 @@ func (e *engine) id() string {
 // begin is the start of a command that runs a container.
 func (e *engine) begin(flags ...string) []string {
 	args := []string{"run", "--runtime", e.shim}
+	if e.shim == runcV2 { // its own, or all of the host share one
+		args = append(args, "--runc-root", e.path("runc"))
+	}
 	if e.runsc {
 		args = append(args, "--runc-binary", e.path("runsc"))
 	}
