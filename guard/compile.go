@@ -101,6 +101,7 @@ type compiler struct {
 	execs        execLists
 	lists        []list // of addresses: what is allowed must be on each of its kind
 	destinations map[destination]allowance
+	domains      map[string]map[uint16]allowance // by name or "*." and one
 	sections     []section
 	auditRate    uint32
 }

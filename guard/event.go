@@ -49,6 +49,7 @@ const (
 	OpConnected  Op = 65
 	OpListening  Op = 70
 	OpAccepted   Op = 71
+	OpNames      Op = 72 // a message of DNS
 	// OpRepeated is the agent's: a record of denials was repeated.
 	OpRepeated Op = 120
 )
@@ -97,6 +98,7 @@ type Event struct {
 	// Truncated: the path is longer, and begins with "...".
 	Truncated bool           `json:"truncated,omitempty"`
 	Target    netip.AddrPort `json:"target,omitzero"`
+	Names     *Names         `json:"names,omitempty"`
 	Args      []string       `json:"args,omitempty"`
 	Detail    uint64         `json:"detail,omitempty"`
 	// Series is the sequence of the first of records about the same: one rule
@@ -159,8 +161,11 @@ func DecodeEvents(record []byte) (Event, error) {
 		Lost: le.Uint64(record[48:]), Detail: le.Uint64(record[56:]), Command: cString(record[64:80]),
 	}
 	want := eventSize
-	if e.Op == OpStarted {
+	switch e.Op {
+	case OpStarted:
 		want = startedSize
+	case OpNames:
+		want += min(int(uint32(e.Detail)), namesShown)
 	}
 	// The ring rounds nothing up, so a record has exactly its size.
 	if len(record) != want || e.Verdict > Killed {
@@ -174,6 +179,11 @@ func DecodeEvents(record []byte) (Event, error) {
 	if e.Op == OpStarted {
 		e.Args = arguments(record[eventSize:], e.Detail, le.Uint16(record[6:]))
 		e.Detail = 0
+	}
+	if e.Op == OpNames {
+		if err := e.names(record[eventSize:], le.Uint16(record[6:])); err != nil {
+			return Event{}, err
+		}
 	}
 	return e, nil
 }
@@ -315,6 +325,14 @@ func (e Event) what() string {
 		return fmt.Sprintf("started %q with arguments %q", e.Path, e.Args)
 	case OpConnected:
 		return fmt.Sprintf("connected to %s", e.Target)
+	case OpNames:
+		if e.Names == nil {
+			return "exchanged names with " + e.Target.String()
+		}
+		if e.Why != 0 {
+			return fmt.Sprintf("heard from %s %s", e.Target, e.Names)
+		}
+		return fmt.Sprintf("asked %s for %s", e.Target, e.Names)
 	case OpListening:
 		return fmt.Sprintf("listens at %s", e.Target)
 	case OpAccepted:

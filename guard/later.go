@@ -18,12 +18,6 @@ func (c *compiler) later(p spec.GuardPolicy) {
 		said["exec.scripts"] = e.Scripts != nil
 		said["exec.preload"] = e.Preload == "deny"
 	}
-	if n := p.Net; n != nil {
-		said["net.dns.audit"] = n.DNS != nil && n.DNS.Audit
-		for i, e := range n.Egress {
-			said[fmt.Sprintf("net.egress[%d].name", i)] = e.Name != ""
-		}
-	}
 	for field, is := range said {
 		if is {
 			c.faults = append(c.faults, fmt.Errorf("policy %q: %s: this is not held yet", c.name, field))

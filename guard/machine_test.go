@@ -37,7 +37,7 @@ var prepare = sync.OnceValues(func() (*machine, error) {
 	}
 	scratch = dir
 	m := &machine{dir: dir, init: dir + "/init", attack: dir + "/attack"}
-	if m.kernel, err = kernel.Prepare(dir+"/cache", found, "virtio_pci", "virtio_blk", "erofs", "overlay", "vsock"); err != nil {
+	if m.kernel, err = kernel.Prepare(dir+"/cache", found, "virtio_pci", "virtio_blk", "erofs", "overlay", "vsock", "tun"); err != nil {
 		return nil, err
 	}
 	if m.bundle, err = linkFor(m.kernel); err != nil {

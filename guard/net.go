@@ -2,10 +2,12 @@ package guard
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"maps"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,7 +22,11 @@ const (
 	to     kind = 0     // whom the workload may reach
 	from   kind = 0x100 // who may reach it, at a port of its own
 	atPort kind = 0x200 // ports that somebody may reach
+	toName kind = 0x300 // whom the workload may reach by a name, whose number stands for the address
 )
+
+// sectionDomains is the section of the names that lists allow.
+const sectionDomains = 48
 
 // destination is a range of addresses and a port; port 0 is all.
 type destination struct {
@@ -68,6 +74,9 @@ func (c *compiler) net(n *spec.GuardNet) {
 	var servers []netip.Addr
 	if n.DNS != nil {
 		servers = c.dns(n)
+		if n.DNS.Audit {
+			c.fixed[dnsAudit] = 1
+		}
 	}
 	if n.Egress != nil {
 		c.egress(n, servers)
@@ -159,6 +168,10 @@ func (c *compiler) egress(n *spec.GuardNet, servers []netip.Addr) {
 	bit := c.list("net.egress", "only the listed destinations may be reached", n, list{kind: to, own: len(servers) > 0})
 	for i, e := range n.Egress {
 		field := fmt.Sprintf("net.egress[%d]", i)
+		if e.Name != "" && e.Service == "" && e.CIDR == "" {
+			c.domain(field, e, bit)
+			continue
+		}
 		prefix, ok := c.prefix(field, e)
 		if !ok {
 			continue
@@ -174,6 +187,85 @@ func (c *compiler) egress(n *spec.GuardNet, servers []netip.Addr) {
 	for _, a := range servers {
 		c.permit(to, netip.PrefixFrom(a, a.BitLen()), dnsPort, allowance{tcp: bit, udp: bit})
 	}
+}
+
+var domainPattern = regexp.MustCompile(`^(\*\.)?([a-z0-9_]([-a-z0-9_]*[a-z0-9])?\.)*[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+
+// domain allows what a name turns out to stand for.
+func (c *compiler) domain(field string, e spec.GuardEgress, bit uint32) {
+	const longest, longestLabel = 253, 63
+	long := func(label string) bool { return len(label) > longestLabel }
+	if !domainPattern.MatchString(e.Name) || len(e.Name) > longest || slices.ContainsFunc(strings.Split(e.Name, "."), long) {
+		c.fault(field+".name", e.Name, "want a name such as api.example in small letters, or *. and one for all below it")
+		return
+	}
+	ports := c.ports(field, e.Ports)
+	if len(e.Ports) == 0 {
+		ports = []uint16{0}
+	}
+	if c.domains == nil {
+		c.domains = map[string]map[uint16]allowance{}
+	}
+	if c.domains[e.Name] == nil {
+		c.domains[e.Name] = map[uint16]allowance{}
+	}
+	a := c.protocol(field, e.Protocol, e.Ports, bit)
+	for _, p := range ports {
+		c.domains[e.Name][p] = c.domains[e.Name][p].and(a)
+	}
+}
+
+// covers says whether all that a pattern's names are is below another's.
+func covers(wide, name string) bool {
+	rest, ok := strings.CutPrefix(wide, "*")
+	return ok && wide != name && strings.HasSuffix(name, rest)
+}
+
+// finishDomains gives each name the ports of those that cover it, for the kernel
+// finds only the longest, and writes the section that finds them.
+func (c *compiler) finishDomains() {
+	if len(c.domains) == 0 {
+		return
+	}
+	c.fixed[hasNames] = 1
+	le := binary.LittleEndian
+	names := slices.Sorted(maps.Keys(c.domains))
+	data := le.AppendUint32(nil, uint32(len(names)))
+	for _, name := range names {
+		id := domainNumber(name)
+		var addr [16]byte
+		copy(addr[:], id[:])
+		prefix := netip.PrefixFrom(netip.AddrFrom16(addr), 128)
+		for _, of := range names {
+			if of != name && !covers(of, name) {
+				continue
+			}
+			for port, a := range c.domains[of] {
+				c.permit(toName, prefix, port, a)
+			}
+		}
+		data = append(data, id[:]...)
+		data = appendText(data, turned(name))
+	}
+	c.sections = append(c.sections, section{sectionDomains, data})
+}
+
+// domainNumber is the same in every generation.
+func domainNumber(name string) (id [8]byte) {
+	sum := sha256.Sum256([]byte(name))
+	copy(id[:], sum[:])
+	return id
+}
+
+// turned is a name the wrong way round: what is below it begins with it.
+func turned(name string) string {
+	name, below := strings.CutPrefix(name, "*.")
+	b := []byte(name)
+	slices.Reverse(b)
+	if below {
+		return string(b) + "."
+	}
+	return string(b) + "\x00"
 }
 
 // ingress opens ports to peers. A port is open as soon as one peer may reach it;
@@ -207,8 +299,8 @@ func (c *compiler) ingress(n *spec.GuardNet) {
 // allowed nothing until it is.
 func (c *compiler) prefix(field string, e spec.GuardEgress) (netip.Prefix, bool) {
 	switch {
-	case (e.Service == "") == (e.CIDR == ""):
-		c.fault(field, e.Service+e.CIDR, "set exactly one of service and cidr")
+	case (e.Service == "") == (e.CIDR == "") || e.Name != "":
+		c.fault(field, e.Service+e.CIDR+e.Name, "set exactly one of service, cidr and name")
 		return netip.Prefix{}, false
 	case e.Service == "":
 		return c.cidr(field, e.CIDR)
@@ -253,6 +345,7 @@ func (c *compiler) always() {
 			c.permit(from, p, 0, everyList)
 		}
 	}
+	c.finishDomains()
 	if a := c.facts.Gateway.Unmap(); a.IsValid() {
 		lists := allLists
 		for i, l := range c.lists {
@@ -320,11 +413,11 @@ func (c *compiler) appendDestinations(b []byte) []byte {
 func appendKey(b []byte, d destination) []byte {
 	const ahead = 32 // bits of family and port
 	family, bits := uint16(6), d.prefix.Bits()
-	if d.prefix.Addr().Is4() {
-		family, bits = 4, bits+96
-	}
-	if d.kind == atPort {
+	switch {
+	case d.kind == atPort:
 		family = 0
+	case d.prefix.Addr().Is4():
+		family, bits = 4, bits+96
 	}
 	addr := d.prefix.Addr().As16()
 	b = binary.LittleEndian.AppendUint32(b, uint32(ahead+bits))

@@ -89,6 +89,8 @@ const (
 	ingressDeny  = capsReported + 2 // masks of lists, as the rest
 	ingressAudit = ingressDeny + 1
 	dnsLists     = ingressDeny + 2
+	hasNames     = ingressDeny + 3
+	dnsAudit     = ingressDeny + 4
 )
 
 // operations says what each name of a policy's sys.deny stands for.

@@ -98,7 +98,7 @@ func (c *cursor) count(n, most uint32) int {
 
 func (c *cursor) shape() mapShape {
 	m := mapShape{c.u32(), c.u32(), c.u32(), c.u32(), c.u32()}
-	if m.max > maxMapEntries || m.key > 512 || m.value > 4096 {
+	if m.max > maxMapEntries || m.key > 512 || m.value > 16<<10 {
 		c.bad = true
 	}
 	return m

@@ -119,7 +119,7 @@ func (g *Guard) createMaps(b *bundle, types int) (err error) {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "filesets", "trusted", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "domains", "filesets", "trusted", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}
@@ -134,7 +134,7 @@ func (g *Guard) load(p *bundleProgram, maps []bundleMap, types int) error {
 	}
 	fd, err := loadProgram(p, types, nil)
 	if err != nil {
-		log := make([]byte, 64<<10)
+		log := make([]byte, 4<<20)
 		_, _ = loadProgram(p, types, log)
 		return fail("load guard program", p.name, &Error{errnoOf(err), err.Error() + ": " + lastLines(log)})
 	}

@@ -40,6 +40,7 @@ type policy struct {
 	egress     []byte // entries of destSize+listsSize
 	execs      []byte // struct exec_lists
 	entries    []programEntry
+	domains    []domain
 
 	auditPerSecond uint32
 }
@@ -85,6 +86,8 @@ func (p *policy) section(tag uint16, data []byte) error {
 			return fail("read", "guard policy's lists of programs", syscall.EBADMSG)
 		}
 		return nil
+	case sectionDomains:
+		return p.parseDomains(data)
 	case sectionPrograms:
 		return p.parsePrograms(data)
 	case sectionLimits:
@@ -270,7 +273,7 @@ type next struct {
 	refused bool
 	sets    uint32 // of names
 	opened  []int  // descriptors of inner maps
-	inner   struct{ policy, egress, names, filesets, trusted, listed, kin, execs int }
+	inner   struct{ policy, egress, names, filesets, trusted, listed, kin, execs, domains int }
 }
 
 func (n *next) close() {
@@ -341,6 +344,9 @@ func (n *next) fillMaps() (err error) {
 	if err := n.fillFiles(); err != nil {
 		return err
 	}
+	if err := n.fillDomains(); err != nil {
+		return err
+	}
 	return n.fillPrograms()
 }
 
@@ -365,6 +371,7 @@ func (n *next) swap() error {
 	}{
 		{"egress", n.slot, n.inner.egress},
 		{"names", n.slot, n.inner.names},
+		{"domains", n.slot, n.inner.domains},
 		{"filesets", n.slot, n.inner.filesets},
 		{"trusted", n.slot, n.inner.trusted},
 		{"listed", n.slot, n.inner.listed},

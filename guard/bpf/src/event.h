@@ -41,6 +41,7 @@ enum op {
 	OP_CONNECTED,
 	OP_LISTENING = 70,
 	OP_ACCEPTED,
+	OP_NAMES, /* a message of DNS: its size stands in detail, itself behind the event */
 	OP_REPEATED = 120, /* the agent's: how often a record of a series was repeated */
 	OPS = 128,
 };

@@ -128,9 +128,34 @@ static __always_inline __u32 missing_ref(const struct policy *p, __u32 deny, __u
 	return DENY | RULE_NO_POLICY;
 }
 
+/* The lists that allow the names which an address was learnt by. */
+static __attribute__((noinline)) __u32 allowed_names(const struct policy *p, const struct destination *to, __u32 protocol)
+{
+	struct learnt *l = bpf_map_lookup_elem(&learnt, to->addr);
+	struct destination key = {.prefix = 160, .family = TO_NAME, .port = to->port};
+	__u64 now = bpf_ktime_get_boot_ns();
+	__u32 lists = 0;
+
+	if (!l)
+		return 0;
+	for (int i = 0; i < LEARNT_NAMES; i++) {
+		__u64 name = l->of[i].name;
+
+		if (l->of[i].until < now || !name)
+			continue;
+		__builtin_memcpy(key.addr, &name, sizeof(name));
+		lists |= allowed(p, &key, protocol);
+	}
+	return lists;
+}
+
 static __always_inline __u32 egress_ref(const struct policy *p, const struct destination *to, __u32 protocol)
 {
-	return missing_ref(p, p->egress_deny, p->egress_audit, allowed(p, to, protocol));
+	__u32 lists = allowed(p, to, protocol);
+
+	if (p->rule[HAS_NAMES] && (p->egress_deny | p->egress_audit) & ~lists)
+		lists |= allowed_names(p, to, protocol);
+	return missing_ref(p, p->egress_deny, p->egress_audit, lists);
 }
 
 static __always_inline bool has_egress(const struct policy *p)
@@ -380,6 +405,7 @@ int BPF_PROG(on_socket_create, int family, int type, int protocol, int kern, int
 struct packet {
 	struct destination peer;
 	__u16 port; /* our own, in the machine's order */
+	__u16 payload; /* where what it carries begins */
 	__u8 protocol;
 	bool opens; /* a connection, or it is a datagram */
 };
@@ -388,7 +414,7 @@ struct packet {
 static __always_inline bool read_ports(struct __sk_buff *skb, __u32 at, bool out, struct packet *k)
 {
 	__u16 ports[2];
-	__u8 flags = 0;
+	__u8 flags[2] = {};
 
 	if (k->protocol != IPPROTO_TCP && k->protocol != IPPROTO_UDP)
 		return true;
@@ -397,9 +423,12 @@ static __always_inline bool read_ports(struct __sk_buff *skb, __u32 at, bool out
 	k->peer.port = out ? ports[1] : ports[0];
 	k->port = bpf_ntohs(out ? ports[0] : ports[1]);
 	if (k->protocol == IPPROTO_TCP) {
-		if (bpf_skb_load_bytes(skb, at + 13, &flags, 1))
+		if (bpf_skb_load_bytes(skb, at + 12, flags, 2))
 			return false;
-		k->opens = (flags & 0x12) == 0x02; /* SYN without ACK */
+		k->opens = (flags[1] & 0x12) == 0x02; /* SYN without ACK */
+		k->payload = at + (flags[0] >> 4) * 4;
+	} else {
+		k->payload = at + 8;
 	}
 	return true;
 }
@@ -565,7 +594,7 @@ int on_packet_out(struct __sk_buff *skb)
 	ref = has_egress(p) ? egress_ref(p, &k.peer, k.protocol) : 0;
 	if (ref && !(k.protocol == IPPROTO_UDP && talked(&k.peer, k.port)) && !judge_packet(p, ref, OP_EGRESS, &k.peer, k.port))
 		return 0;
-	if (k.protocol == IPPROTO_UDP && has_ingress(p))
+	if (k.protocol == IPPROTO_UDP && (has_ingress(p) || p->rule[HAS_NAMES]))
 		note_talk(&k.peer, k.port);
 	return 1;
 }
@@ -592,5 +621,7 @@ int on_packet_in(struct __sk_buff *skb)
 		note_talk(&k.peer, k.port);
 	return 1;
 }
+
+#include "dns.h"
 
 #endif

@@ -65,6 +65,8 @@ enum rule_index {
 	INGRESS_DENY = CAPS_REPORTED + 2, /* lists that must all allow who connects */
 	INGRESS_AUDIT,
 	DNS_LISTS, /* lists that open the ports of DNS only to whom they name */
+	HAS_NAMES, /* nonzero: some list has names */
+	DNS_AUDIT, /* nonzero: answers are recorded, too */
 
 	RULE_INDEXES = 64,
 };
@@ -194,6 +196,7 @@ enum {
 	FROM_4 = 0x104, /* who may reach it, at a port of its own */
 	FROM_6 = 0x106,
 	AT_PORT = 0x200, /* ports that anybody may reach */
+	TO_NAME = 0x306, /* its number stands where the address would */
 };
 
 struct destination {
@@ -457,6 +460,47 @@ struct {
 	__type(value, __u32);
 } devices SEC(".maps");
 
+/* A name the wrong way round, so that what is below it begins with it: one that
+   is meant itself ends in NUL, one that only those below belong to in a dot. */
+#define DOMAIN_SIZE 256
+struct domain {
+	__u32 prefix;
+	__u8 text[DOMAIN_SIZE];
+};
+
+struct domain_map {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(struct domain));
+	__uint(value_size, sizeof(__u64));
+};
+
+/* The number of a name is of its text, and so the same in all generations:
+   what was learnt under one holds under the next, if that has the name. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, 2);
+	__type(key, __u32);
+	__array(values, struct domain_map);
+} domains SEC(".maps");
+
+/* What names an address was given for, and until when. */
+#define LEARNT_NAMES 4
+struct learnt {
+	struct {
+		__u64 name;
+		__u64 until;
+	} of[LEARNT_NAMES];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__uint(key_size, 16);
+	__type(value, struct learnt);
+} learnt SEC(".maps");
+
 /* Who has exchanged datagrams with a port of ours, as a list allowed one way:
    the other way is then open, too. */
 struct talk {
@@ -471,6 +515,14 @@ struct {
 	__type(key, struct talk);
 	__type(value, __u32);
 } talks SEC(".maps");
+
+/* Questions that were asked: the number of one stands for the peer's port. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct talk);
+	__type(value, __u32);
+} asked SEC(".maps");
 
 static __always_inline const struct policy *policy_now(void)
 {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"net"
+	"strings"
 	"syscall"
 	"time"
 	"unsafe"
@@ -19,6 +20,8 @@ var peerAttacks = map[string]func([]string) error{
 	"vsock":        func([]string) error { return socket(40, syscall.SOCK_STREAM, 0) },
 	"udplite":      func([]string) error { return socket(syscall.AF_INET, syscall.SOCK_DGRAM, 136) },
 	"mptcp":        multipath,
+	"resolve":      resolve,
+	"unasked":      unasked,
 	"tcp6":         func(a []string) error { return dialFrom("::1", a[0]) },
 }
 
@@ -181,4 +184,54 @@ func ringConnect(a []string) error {
 		return syscall.Errno(-result)
 	}
 	return nil
+}
+
+// question is a message that asks for the addresses of a name, in which a
+// backslash makes a dot part of a label.
+func question(name string) []byte {
+	b := []byte{0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0}
+	for label := range strings.SplitSeq(strings.ReplaceAll(name, "\\.", "\x00"), ".") {
+		label = strings.ReplaceAll(label, "\x00", ".")
+		b = append(append(b, byte(len(label))), label...)
+	}
+	return append(b, 0, 0, 1, 0, 1)
+}
+
+// resolve asks for a name and connects at once to an address of it.
+func resolve(a []string) error {
+	c, err := net.Dial("udp4", "10.9.0.53:53")
+	if err != nil {
+		return void(err)
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		return void(err)
+	}
+	if _, err := c.Write(question(a[0])); err != nil {
+		return void(err)
+	}
+	if _, err := c.Read(make([]byte, 4096)); err != nil {
+		return void(err)
+	}
+	return connect("udp4", a[1])
+}
+
+// unasked gets an answer that it never asked for: to a port from which it spoke
+// to the server of something else.
+func unasked(a []string) error {
+	c, err := net.Dial("udp4", "10.9.0.53:53")
+	if err != nil {
+		return void(err)
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		return void(err)
+	}
+	if _, err := c.Write([]byte("unasked")); err != nil {
+		return void(err)
+	}
+	if _, err := c.Read(make([]byte, 4096)); err != nil {
+		return void(err)
+	}
+	return connect("udp4", a[0])
 }

@@ -227,6 +227,8 @@ func address(i int, addr string) error {
 
 func step(g *guard.Guard, words []string) error {
 	switch words[0] {
+	case "network": // beyond this machine
+		return network()
 	case "policy":
 		return policy(g, words[1], 1)
 	case "run":
