@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"hauberk.dev/api/spec"
 	"hauberk.dev/vm"
 )
 
@@ -74,8 +75,12 @@ func account(t *testing.T, st Status, told []Event) {
 func TestFullRingStillRefuses(t *testing.T) {
 	files := imageFiles()
 	files[".strict"] = compileForTest(t, 1, strict()).Blob
+	limited := strict()
+	limited.Limits = &spec.GuardLimits{AuditPerSecond: 1}
+	files[".limited"] = compileForTest(t, 2, limited).Blob
 	o := boot(t, true, files, "policy .strict", "hold denystorm 2000", "hold flood /etc/app 2000 1000", "hold drop /tmp/x", "hold execs 260",
-		"status", "drain", "recount", "run drop=2 /tmp/x", "recount", "status")
+		"status", "drain", "recount", "run drop=2 /tmp/x",
+		"policy .limited", "run execs=2 40", "recount", "status")
 	for _, a := range []string{"denystorm", "flood", "drop", "drop=2"} {
 		if got := o.ran[a]; !strings.HasPrefix(got, "exit 10 ") {
 			t.Errorf("%s: %s; want it refused", a, got)
@@ -93,6 +98,9 @@ func TestFullRingStillRefuses(t *testing.T) {
 	}
 	if st.Lost == 0 || st.AuditLost == 0 {
 		t.Errorf("status %+v; want losses of both rings", st)
+	}
+	if n := o.status[1].Tallies[OpStarted]; n.Held == 0 {
+		t.Errorf("programs started: %+v; want some held back by the limit of one in a second", n)
 	}
 	var told []Event
 	for _, events := range o.events {

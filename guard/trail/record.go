@@ -86,7 +86,8 @@ var names = map[guard.Op]string{
 	guard.OpModule: "module", guard.OpPtrace: "ptrace", guard.OpMount: "mount", guard.OpMknod: "mknod", guard.OpIOUring: "iouring",
 	guard.OpUserNS: "userns", guard.OpAgent: "agent", guard.OpDevice: "device", guard.OpSetting: "setting", guard.OpHelper: "helper",
 	guard.OpUnlisted: "unlisted", guard.OpPreload: "preload", guard.OpScript: "script", guard.OpInline: "inline",
-	guard.OpOperation: "operation", guard.OpCapability: "capability", guard.OpStarted: "started", guard.OpConnected: "connected",
+	guard.OpOperation: "operation", guard.OpCapability: "capability", guard.OpIngress: "ingress", guard.OpBind: "bind", guard.OpHost: "host",
+	guard.OpStarted: "started", guard.OpConnected: "connected", guard.OpListening: "listening", guard.OpAccepted: "accepted",
 }
 
 // OpName is the word for an operation.

@@ -6,6 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -280,6 +283,33 @@ func TestHistoryIsFollowed(t *testing.T) {
 	})
 	if !errors.Is(err, done) {
 		t.Errorf("read to %d, %v; want all %d", seen, err, all)
+	}
+}
+
+// Each operation of the Guard has a word, and no two the same.
+func TestEveryOperationHasAName(t *testing.T) {
+	f, err := parser.ParseFile(token.NewFileSet(), "../event.go", nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	constants := map[string]bool{}
+	for _, d := range f.Decls {
+		g, ok := d.(*ast.GenDecl)
+		if !ok || g.Tok != token.CONST {
+			continue
+		}
+		for _, s := range g.Specs {
+			if name := s.(*ast.ValueSpec).Names[0].Name; strings.HasPrefix(name, "Op") && name != "OpRepeated" {
+				constants[name] = true
+			}
+		}
+	}
+	words := map[string]bool{}
+	for _, n := range names {
+		words[n] = true
+	}
+	if len(constants) < 20 || len(words) != len(names) || len(names) != len(constants) {
+		t.Errorf("%d operations, %d names, %d words: give each operation one in names", len(constants), len(names), len(words))
 	}
 }
 
