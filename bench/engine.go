@@ -243,5 +243,7 @@ func (e *engine) close(context.Context) error {
 			<-e.exited
 		}
 	}
+	// runsc leaves a mount of an empty network namespace beside its containers.
+	_ = syscall.Unmount(e.path("runc/default/null-netns"), syscall.MNT_DETACH) // there is none of the others
 	return errors.Join(stage.EndKeeper(filepath.Join(e.bin, "containerd-shim-hauberk-v2"), e.path("r")), os.RemoveAll(e.dir))
 }
