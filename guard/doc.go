@@ -19,6 +19,16 @@
 //   - a file that was open for writing before the rule that protects it came;
 //   - another file system mounted, by the agent, below a protected directory;
 //   - a listed program that was copied, where the origin of programs is "any";
+//   - a connection or flow of datagrams that stood before the policy which has no
+//     room for it: only its beginning is judged;
+//   - an answer over TCP that lies in more than one packet, or a name with more
+//     than 159 labels and records in its answer: nothing, or not all, is learnt;
+//   - who decides where a listed name leads: whoever speaks for the name, and
+//     whoever can pretend to be the name server on the sandbox's own link. No
+//     name opens this machine or its link (127.0.0.0/8, 169.254.0.0/16, ::1,
+//     fe80::/10); private ranges it can;
+//   - sockets among the containers of one sandbox: they are peers like any other
+//     by address, and free by loopback;
 //   - what a container's root does to its own container short of the above:
 //     policy is one for the whole sandbox.
 package guard
