@@ -237,6 +237,7 @@ func (c *Control) policyState(n rollout.Name) admin.GuardPolicy {
 			sel = p.Next.Spec.Select
 		}
 		out.Eligible, out.Applied = w.applied(n, sel)
+		out.Settled = w.settled(n, sel, c.rollouts.State())
 	}
 	for _, v := range p.Past {
 		out.Past = append(out.Past, v.Number)
@@ -246,6 +247,18 @@ func (c *Control) policyState(n rollout.Name) admin.GuardPolicy {
 			Percent: int(s.Percents[s.Index]), Instances: s.Instances, Waiting: len(s.Held), Message: s.Message()}
 	}
 	return out
+}
+
+// settled tells whether every instance was given what the book says now.
+func (w world) settled(n rollout.Name, sel spec.GuardSelect, now rollout.State) bool {
+	for k, i := range w.instances {
+		wl, ok := w.workloads[key{k.Namespace, i.workload}]
+		of := w.subject(k, i, wl)
+		if ok && !i.deleting && rollout.Selects(n, sel, of) && i.guardDigest != guardDigest(w.guard(of, now)) {
+			return false
+		}
+	}
+	return true
 }
 
 // applied counts the instances a policy holds for, and those whose guest has

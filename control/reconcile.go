@@ -17,6 +17,7 @@ import (
 	"hauberk.dev/api/spec"
 	"hauberk.dev/api/v1alpha1"
 	"hauberk.dev/contain"
+	"hauberk.dev/control/rollout"
 	"hauberk.dev/evidence"
 	"hauberk.dev/kube"
 	"hauberk.dev/plan"
@@ -237,6 +238,9 @@ func (w world) dangling(k key, wl workload) (reason, message string) {
 	for n, name := range wl.spec.GuardPolicies {
 		if _, ok := w.guards[key{k.Namespace, name}]; !ok {
 			return "GuardPolicyNotFound", fmt.Sprintf("spec.guardPolicies[%d]: %q does not exist in namespace %s: create the GuardPolicy or correct the name", n, name, k.Namespace)
+		}
+		if !w.book.Has(rollout.Name{Namespace: k.Namespace, Name: name}) {
+			return "GuardPolicyRefused", fmt.Sprintf("spec.guardPolicies[%d]: nothing of %q is in force: its Accepted condition says what to correct", n, name)
 		}
 	}
 	return "", ""

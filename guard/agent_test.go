@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -214,6 +215,7 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 	if err != nil || st.Generation != 2 || st.Digest != open.Digest || st.Programs < 40 {
 		t.Errorf("status %+v %v; want generation 2, digest %s", st, err, open.Digest)
 	}
+	wantTags(t, st.Tags)
 	s.devices(t, ctx)
 	s.remount(t, ctx, create, first, box)
 	used, err := s.c.Stats(ctx)
@@ -238,6 +240,25 @@ func (s *sandbox) hasLineage(t *testing.T) {
 		}
 	}
 	t.Error("no record of /bin/tool being run")
+}
+
+// wantTags compares the names the kernel gives to what is loaded with those that
+// the host reads out of the bundle.
+func wantTags(t *testing.T, got []string) {
+	t.Helper()
+	made, err := prepare()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := ReadManifest(made.bundle)
+	if err != nil || len(got) == 0 || len(got) > len(m.Programs) {
+		t.Fatalf("%d tags of %d programs, %v", len(got), len(m.Programs), err)
+	}
+	for _, tag := range got {
+		if !slices.ContainsFunc(m.Programs, func(p Program) bool { return p.Tag == tag }) {
+			t.Errorf("tag %s is of no program of the bundle", tag)
+		}
+	}
 }
 
 // remount gives the root up and mounts it again: the Guard must let go of it,

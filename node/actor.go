@@ -86,6 +86,8 @@ type actor struct {
 	held      bool   // by this process: it is certain that nothing does
 	receipted bool   // this process has given the receipt of its containment
 	asked     uint64 // newest policy generation handed to want
+	refused   uint64 // policy generation last refused, 0 once another is in force
+	why       string // it was refused
 }
 
 func newActor(n *Node, e entry, b body) *actor {
@@ -125,7 +127,11 @@ func (a *actor) status() wire.InstanceStatus {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	e := a.entry
-	return wire.InstanceStatus{ID: e.Instance.ID, Phase: e.Phase, Reason: e.Reason, Message: e.Message,
+	var unsupported []string
+	if b, ok := a.body.(interface{ Unsupported() []string }); ok {
+		unsupported = b.Unsupported()
+	}
+	return wire.InstanceStatus{Refused: a.refused, RefusedReason: a.why, Unsupported: unsupported, ID: e.Instance.ID, Phase: e.Phase, Reason: e.Reason, Message: e.Message,
 		StartedAt: e.StartedAt, ExitCode: e.ExitCode, ReadyMillis: e.ReadyMillis, Serial: a.serial, Guard: a.heartbeat}
 }
 
@@ -243,12 +249,12 @@ func (a *actor) live(ctx context.Context) error {
 				continue // nothing moves in there; a new policy has no meaning
 			}
 			if err := a.body.Enforce(ctx, g); err != nil {
-				a.n.note(fmt.Errorf("enforce policy on %s: %w", a.id, err))
+				a.refuse(g.Generation, err)
 				a.n.violation(a, wire.Report{Severity: spec.SeverityWarning, Cause: "guard", Rule: "policy",
 					Detail: fmt.Sprintf("policy generation %d was refused and the one before stays in force: %v", g.Generation, err)})
 				continue
 			}
-			a.n.note(a.set(func(e *entry) { e.Instance.Guard = g }))
+			a.n.note(a.set(func(e *entry) { e.Instance.Guard, a.refused, a.why = g, 0, "" }))
 			a.beat(ctx, &missed)
 		case <-beat.C:
 			a.beat(ctx, &missed)
@@ -260,6 +266,23 @@ func (a *actor) live(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// refuse notes that policies were not put in force; what held before holds on.
+func (a *actor) refuse(generation uint64, why error) {
+	a.n.note(fmt.Errorf("enforce policy on %s: %w", a.id, why))
+	a.mu.Lock()
+	a.refused, a.why = generation, why.Error()
+	a.mu.Unlock()
+	a.n.said()
+}
+
+// MismatchError is a heartbeat that says another thing is in force than what
+// was sent.
+type MismatchError struct{ What, Got, Want string }
+
+func (e *MismatchError) Error() string {
+	return fmt.Sprintf("the Guard's %s is %s, not %s as it was sent", e.What, e.Got, e.Want)
 }
 
 // beat asks the Guard how it is. Two silences in a row are a violation: what
@@ -278,6 +301,10 @@ func (a *actor) beat(ctx context.Context, missed *int) {
 		case <-a.ice:
 			return
 		default:
+		}
+		if wrong := (*MismatchError)(nil); errors.As(err, &wrong) {
+			a.n.violation(a, wire.Report{Severity: spec.SeverityCritical, Cause: "guard", Rule: "heartbeat", Denied: true, Detail: wrong.Error()})
+			return
 		}
 		if *missed++; *missed == 2 {
 			a.n.violation(a, wire.Report{Severity: spec.SeverityCritical, Cause: "guard", Rule: "heartbeat", Denied: true,

@@ -12,6 +12,7 @@ import (
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
+	"hauberk.dev/guard"
 	"hauberk.dev/guard/bpf"
 	"hauberk.dev/image"
 	"hauberk.dev/internal/netns"
@@ -31,6 +32,7 @@ var standard = spec.Sandbox{Class: "vm", MemoryMiB: 160, CPUs: 1}
 type guests struct {
 	n           *Node
 	guest       *boot.Guest
+	manifest    guard.Manifest // of the Guard's bundle; empty without it
 	measurement wire.Measurement
 	spares      *pool.Pool
 
@@ -65,8 +67,22 @@ func openGuests(ctx context.Context, n *Node) (*guests, error) {
 		n.slog.Warn(g.guest.Notice)
 	}
 	g.measurement = g.guest.Measurement()
+	if bundle := g.guest.Bundle(); bundle != nil {
+		if g.manifest, err = guard.ReadManifest(bundle); err != nil {
+			return nil, errors.Join(err, g.guest.Close())
+		}
+	}
 	g.spares = pool.New(pool.Config{Make: g.makeSpare, PerSize: n.conf.Spares, Sizes: spareSizes, Failed: n.note})
 	return g, nil
+}
+
+// facts are what a policy can be held by here.
+func (g *guests) facts() wire.GuestFacts {
+	f := wire.GuestFacts{Kernel: g.guest.Kernel.Release}
+	for _, p := range g.manifest.Programs {
+		f.Programs = append(f.Programs, p.Name)
+	}
+	return f
 }
 
 func (g *guests) accelerator() string { return string(g.guest.Accelerator) }

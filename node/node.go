@@ -231,7 +231,7 @@ func (n *Node) watchLoop(ctx context.Context) error {
 
 func (n *Node) hello() wire.Hello {
 	return wire.Hello{Version: wire.Version, Node: n.conf.Name, Door: n.conf.Door, Gateway: n.conf.Gateway,
-		Accelerator: n.guests.accelerator(), Measurement: n.guests.measurement}
+		Accelerator: n.guests.accelerator(), Measurement: n.guests.measurement, Guest: n.guests.facts()}
 }
 
 // apply makes a new order true: revocations first, then the end of what is
@@ -264,8 +264,11 @@ func (n *Node) apply(ctx context.Context, d wire.Desired) {
 			a.end()
 			continue
 		}
-		if i.Guard.Generation != a.guardWanted() {
+		switch had := a.guardWanted(); {
+		case i.Guard.Generation > had:
 			a.want(i.Guard)
+		case i.Guard.Generation < had:
+			a.refuse(i.Guard.Generation, fmt.Errorf("policy generation %d is older than %d, which was asked for before: refused", i.Guard.Generation, had))
 		}
 		delete(wanted, i.ID)
 	}

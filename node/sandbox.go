@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -55,6 +56,8 @@ type sandbox struct {
 	console *console
 	policy  guard.Compiled
 	before  guard.Compiled // in force until policy was
+	unsure  guard.Compiled // sent, and nobody knows whether it arrived
+	unheld  []string       // of the policy, in words
 	env     []string
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
@@ -237,6 +240,9 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 	if s.g.n.conf.WithoutGuard {
 		return nil
 	}
+	if g.Kernel != "" && g.Kernel != s.g.measurement.Kernel {
+		return fmt.Errorf("policy generation %d was checked for guests with kernel %.12s, those of this node have %.12s: refused", g.Generation, g.Kernel, s.g.measurement.Kernel)
+	}
 	c, err := guard.Compile(g, guard.CompileFacts{Gateway: netns.Gateway})
 	if err != nil {
 		return err
@@ -252,17 +258,63 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 	}
 	if err != nil {
 		s.mu.Lock()
-		s.policy = before
+		s.policy, s.unsure = before, c
 		s.mu.Unlock()
 		return fmt.Errorf("put policy generation %d in force: %w", g.Generation, err)
 	}
+	unheld := slices.Clone(c.Unsupported)
 	for _, text := range c.Unsupported {
 		s.g.n.slog.Warn("policy cannot be held as written; more is refused instead", "instance", s.id, "rule", text)
 	}
 	for _, l := range applied.Lost {
 		s.g.n.slog.Warn("rule is not held", "instance", s.id, "rule", c.Why(l))
+		unheld = append(unheld, c.Why(l))
+	}
+	s.mu.Lock()
+	s.unheld = unheld[:min(len(unheld), maxUnheld)]
+	s.mu.Unlock()
+	return nil
+}
+
+// maxUnheld bounds how much of what is not held a node tells.
+const maxUnheld = 32
+
+// Unsupported says what of the policy in force is not held as written.
+func (s *sandbox) Unsupported() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.unheld
+}
+
+// compare finds what a Guard says it has and was not sent. Before the first
+// policy there is nothing to compare.
+func (s *sandbox) compare(st guard.Status) error {
+	s.mu.Lock()
+	if s.unsure.Generation != 0 && st.Generation == s.unsure.Generation && st.Digest == s.unsure.Digest {
+		s.policy = s.unsure // its answer was lost
+	}
+	sent := s.policy
+	s.mu.Unlock()
+	for _, tag := range st.Tags {
+		if !slices.ContainsFunc(s.g.manifest.Programs, func(p guard.Program) bool { return p.Tag == tag }) {
+			return &MismatchError{"program", tag, "any of the bundle"}
+		}
+	}
+	switch {
+	case sent.Generation == 0:
+	case st.Generation != sent.Generation:
+		return &MismatchError{"policy generation", strconv.FormatUint(st.Generation, 10), strconv.FormatUint(sent.Generation, 10)}
+	case st.Digest != sent.Digest:
+		return &MismatchError{"policy", orNone(st.Digest), sent.Digest}
 	}
 	return nil
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "none"
+	}
+	return s
 }
 
 func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
@@ -276,9 +328,10 @@ func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
 	st, err := guard.DecodeStatus(raw)
 	if err == nil {
 		s.tally(st.Tallies)
+		err = s.compare(st)
 	}
 	return wire.GuardHeartbeat{At: time.Now().UTC(), Generation: st.Generation, Digest: st.Digest,
-		Programs: st.Programs, Sequence: st.Sequence, Lost: st.Lost}, err
+		Programs: st.Programs, Sequence: st.Sequence, Lost: st.Lost, AuditSequence: st.AuditSequence, AuditLost: st.AuditLost}, err
 }
 
 // hear takes the first heartbeat, without which there is no identity.

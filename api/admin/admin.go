@@ -202,6 +202,8 @@ type GuardPolicy struct {
 	Message    string `json:"message,omitempty"` // why not, if not
 	Eligible   int    `json:"eligible"`
 	Applied    int    `json:"applied"`
+	// Settled means that every instance was given what is meant for it now.
+	Settled bool `json:"settled"`
 	// Past generations that can be rolled back to, the newest first.
 	Past    []uint64      `json:"past,omitempty"`
 	Rollout *GuardRollout `json:"rollout,omitempty"`

@@ -56,9 +56,10 @@ const Cluster = "cluster"
 
 // Name of a policy: its namespace, or Cluster, and its own.
 type Name struct {
-	Namespace, Name string
+	Namespace string `json:"namespace,omitempty"`
+	Name      string `json:"name"`
 	// Floor is true of a ClusterGuardPolicy. A namespace may be called cluster.
-	Floor bool
+	Floor bool `json:"floor,omitempty"`
 }
 
 // String is how verdicts and people name the policy.

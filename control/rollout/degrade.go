@@ -233,6 +233,11 @@ func (p Policy) version(instance string) *Version {
 	return p.Current
 }
 
+// Has tells whether any content of a policy is in force or going out.
+func (s State) Has(n Name) bool {
+	return slices.ContainsFunc(s.Policies, func(p Policy) bool { return p.Name == n })
+}
+
 // With is the state in which a content is in force, as if it had been accepted,
 // and nothing is lowered.
 func (s State) With(n Name, content spec.ClusterGuardPolicy) State {

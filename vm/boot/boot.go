@@ -141,6 +141,9 @@ func (g *Guest) Measurement() node.Measurement {
 	}
 }
 
+// Bundle is the Guard's bundle; empty if guests boot without it.
+func (g *Guest) Bundle() []byte { return g.bundle }
+
 func digest(b []byte) string {
 	sum := sha256.Sum256(b)
 	return hex.EncodeToString(sum[:])
