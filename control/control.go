@@ -83,6 +83,7 @@ type Control struct {
 	lastAddress netip.Addr
 	numbers     map[key]map[string]uint64 // generation of each content of a workload's policies
 	given       map[key]wire.Guard        // to instances, with its number
+	loads       map[key]load              // of instances' Guards
 	indexes     map[string]*image.Index   // of images, as the pre-check needs them
 	refusals    map[rollout.Name]refusal  // what the pre-check last said
 	shown       map[string]int            // receipts of an incident its resource shows, plus one
@@ -107,7 +108,7 @@ func Open(ctx context.Context, c Config) (_ *Control, err error) {
 		wake: make(chan struct{}, 1), filled: make(chan struct{}), retries: map[key]retry{},
 		orders: map[string]planGeneration{}, booted: map[string]bool{},
 		shown: map[string]int{}, owned: map[key]string{},
-		numbers: map[key]map[string]uint64{}, refusals: map[rollout.Name]refusal{}, indexes: map[string]*image.Index{}, given: map[key]wire.Guard{},
+		numbers: map[key]map[string]uint64{}, refusals: map[rollout.Name]refusal{}, indexes: map[string]*image.Index{}, given: map[key]wire.Guard{}, loads: map[key]load{},
 	}
 	kube.SetLog(p.slog)
 	p.hub = newHub(c.Now, p.look)

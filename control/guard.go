@@ -100,6 +100,7 @@ func (c *Control) syncGuards(ctx context.Context, w *world) error {
 	if _, err := c.rollouts.Expire(ctx); err != nil {
 		errs = append(errs, err)
 	}
+	errs = append(errs, c.offload(ctx, *w))
 	names := map[rollout.Name]bool{}
 	for _, k := range sortedKeys(w.guards) {
 		n, p := rollout.Name{Namespace: k.Namespace, Name: k.Name}, w.guards[k]
@@ -243,7 +244,7 @@ func (c *Control) anomaly(w world, s rollout.Stage, now time.Time) string {
 			return fmt.Sprintf("%s: its node %s is not heard", k.Name, i.node)
 		}
 	}
-	window := min(max(now.Sub(s.Began), tick), time.Minute)
+	window := min(now.Sub(s.Began), time.Minute)
 	if seen := c.meter.seen(s.Instances, now.Add(-window), now); seen > s.Allowed+s.Before*float64(len(s.Instances)) {
 		return fmt.Sprintf("%.0f denials within a minute in %d instances; before the change they had %.1f, and %.0f more are allowed", seen, len(s.Instances), s.Before*float64(len(s.Instances)), s.Allowed)
 	}

@@ -20,7 +20,7 @@ type meter struct {
 	counts map[string][]tally
 }
 
-// tally is the count of one tick.
+// tally is the count of a tick, from its first denial on.
 type tally struct {
 	at time.Time
 	n  int
@@ -39,8 +39,7 @@ func (m *meter) count(instance string, now time.Time) {
 			return
 		}
 	}
-	at := now.Truncate(tick)
-	if n := len(list); n > 0 && list[n-1].at.Equal(at) {
+	if n := len(list); n > 0 && now.Sub(list[n-1].at) < tick {
 		list[n-1].n++
 		return
 	}
@@ -48,7 +47,7 @@ func (m *meter) count(instance string, now time.Time) {
 	if old < 0 {
 		old = len(list)
 	}
-	m.counts[instance] = append(list[old:], tally{at, 1})
+	m.counts[instance] = append(list[old:], tally{now, 1})
 }
 
 func (m *meter) pruneLocked(now time.Time) {
@@ -65,7 +64,7 @@ func (m *meter) seen(instances []string, from, to time.Time) (n float64) {
 	defer m.mu.Unlock()
 	for _, name := range instances {
 		for _, t := range m.counts[name] {
-			if !t.at.Before(from.Truncate(tick)) && !t.at.After(to) {
+			if !t.at.Before(from) && !t.at.After(to) {
 				n += float64(t.n)
 			}
 		}

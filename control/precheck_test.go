@@ -30,7 +30,7 @@ func TestPreCheckNamesFieldValueAndFix(t *testing.T) {
 		"sound":         {spec.GuardPolicy{Files: []spec.GuardFile{{Path: "/etc", Deny: "w"}}}, nil},
 		"path":          {spec.GuardPolicy{Files: []spec.GuardFile{{Path: "/etc/../x", Deny: "w"}}}, []string{`"web"`, "files[0].path", `"/etc/../x"`, `write it as "/x"`}},
 		"every fault":   {spec.GuardPolicy{Files: []spec.GuardFile{{Path: "a", Deny: "w"}, {Path: "/b*", Deny: "w"}}}, []string{"files[0].path", "files[1].path"}},
-		"many":          {spec.GuardPolicy{Net: &spec.GuardNet{Egress: cidrs(10000)}}, []string{"net.egress", "name ranges rather than addresses"}},
+		"many":          {spec.GuardPolicy{Net: &spec.GuardNet{Egress: cidrs(10000)}}, []string{"10000", "name ranges rather than addresses"}},
 		"unknown words": {spec.GuardPolicy{Sys: &spec.GuardSys{Deny: []spec.GuardOperation{"teleport"}}}, []string{"sys.deny[0]", `"teleport"`}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,7 @@ type fakeBody struct {
 	mu       sync.Mutex
 	beat     wire.GuardHeartbeat
 	silent   bool
+	wrong    error // of the heartbeat
 	enforced []uint64
 	stopErr  []error // of the first stops
 	stops    int
@@ -58,6 +60,9 @@ func (b *fakeBody) Heartbeat(context.Context) (wire.GuardHeartbeat, error) {
 	defer b.mu.Unlock()
 	if b.silent {
 		return wire.GuardHeartbeat{}, errors.New("no answer")
+	}
+	if b.wrong != nil {
+		return wire.GuardHeartbeat{}, b.wrong
 	}
 	return b.beat, nil
 }
@@ -167,6 +172,10 @@ func TestActorEnds(t *testing.T) {
 			b.set(func() { b.silent = true })
 			time.Sleep(2*heartbeatEvery + time.Millisecond)
 		}, phase: wire.PhaseContained, reason: "Contained"},
+		"another policy": {play: func(b *fakeBody) {
+			b.set(func() { b.wrong = &MismatchError{"policy", "ab", "cd"} })
+			time.Sleep(heartbeatEvery + time.Millisecond)
+		}, phase: wire.PhaseContained, reason: "Contained"},
 		"programs vanish": {beat: wire.GuardHeartbeat{Programs: 9}, play: func(b *fakeBody) {
 			b.set(func() { b.beat.Programs = 8 })
 			time.Sleep(heartbeatEvery + time.Millisecond)
@@ -189,6 +198,34 @@ func TestActorEnds(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRefusedPolicyIsTold: what was not put in force is said with the reason,
+// until another is; an older one never is.
+func TestRefusedPolicyIsTold(t *testing.T) {
+	b := &fakeBody{}
+	stage(t, entry{Phase: wire.PhasePending, Instance: wire.Instance{Guard: wire.Guard{Generation: 3}}}, b, false, func(n *Node, a *actor) {
+		n.actors[a.id] = a
+		order := func(generation uint64) wire.InstanceStatus {
+			i := a.current().Instance
+			i.Guard = wire.Guard{Generation: generation}
+			n.apply(t.Context(), wire.Desired{Instances: []wire.Instance{i}})
+			synctest.Wait()
+			return a.status()
+		}
+		b.set(func() { b.enforce = errors.New("no such hook") })
+		if s := order(4); s.Refused != 4 || s.RefusedReason != "no such hook" {
+			t.Errorf("told %+v", s)
+		}
+		b.set(func() { b.enforce = nil })
+		if s := order(5); s.Refused != 0 || s.RefusedReason != "" || len(b.enforced) != 1 {
+			t.Errorf("told %+v, enforced %v", s, b.enforced)
+		}
+		if s := order(2); s.Refused != 2 || !strings.Contains(s.RefusedReason, "older") || len(b.enforced) != 1 {
+			t.Errorf("an older generation: %+v, enforced %v", s, b.enforced)
+		}
+		delete(n.actors, a.id)
+	})
 }
 
 func TestStoppedWhileLaunching(t *testing.T) {

@@ -63,6 +63,9 @@ type sandbox struct {
 	wg      sync.WaitGroup
 
 	trail trailOf
+
+	// Of heartbeats, whose caller is one at a time.
+	beats, agentKiB int
 }
 
 func (s *sandbox) Exited() <-chan int    { return s.exited }
@@ -317,6 +320,9 @@ func orNone(s string) string {
 	return s
 }
 
+// weighEvery is how many heartbeats pass until the agent is asked what it takes.
+const weighEvery = 10
+
 func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
 	if s.g.n.conf.WithoutGuard {
 		return wire.GuardHeartbeat{At: time.Now().UTC()}, s.channel.Ping(ctx)
@@ -330,7 +336,12 @@ func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
 		s.tally(st.Tallies)
 		err = s.compare(st)
 	}
-	return wire.GuardHeartbeat{At: time.Now().UTC(), Generation: st.Generation, Digest: st.Digest,
+	if s.beats++; s.beats%weighEvery == 1 {
+		if used, err := s.channel.Stats(ctx); err == nil { // the next time will do
+			s.agentKiB = int(used.AgentPrivate >> 10)
+		}
+	}
+	return wire.GuardHeartbeat{AgentKiB: s.agentKiB, At: time.Now().UTC(), Generation: st.Generation, Digest: st.Digest,
 		Programs: st.Programs, Sequence: st.Sequence, Lost: st.Lost, AuditSequence: st.AuditSequence, AuditLost: st.AuditLost}, err
 }
 

@@ -191,6 +191,8 @@ type GuardHeartbeat struct {
 	// AuditSequence and AuditLost count the records of what was allowed.
 	AuditSequence uint64 `json:"auditSequence,omitempty"`
 	AuditLost     uint64 `json:"auditLost,omitempty"`
+	// AgentKiB is the agent's private memory, as last asked for.
+	AgentKiB int `json:"agentKiB,omitempty"`
 }
 
 // CSR asks for an identity. The key never leaves the mesh process.
