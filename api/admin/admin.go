@@ -21,7 +21,7 @@ const (
 	PathRelease   = "/v1/release"       // POST, tar of an OCI layout with its evidence; ?namespace=&application=&image=
 	PathExec      = "/v1/exec"          // POST Exec; upgraded to the stream of package admin
 	PathLogs      = "/v1/logs"          // ?namespace=&workload=&instance=&follow=
-	PathEvents    = "/v1/events"     // ?namespace=&workload=&instance=&follow= : records of guard/trail, one a line
+	PathEvents    = "/v1/events"        // ?namespace=&workload=&instance=&follow= : records of guard/trail, one a line
 	PathRestart   = "/v1/restart"       // POST ?namespace=&workload= : replace every instance
 	PathLedger    = "/v1/ledger"        // ?from=&limit= : LedgerEntry list
 	PathJoin      = "/v1/join"          // POST Join, by root on this machine

@@ -178,4 +178,3 @@ func interval(v []float64) (low, high float64) {
 	at := func(x float64) float64 { return s[min(max(int(x), 0), len(s)-1)] }
 	return at(n/2 - d), at(n/2 + d)
 }
-
