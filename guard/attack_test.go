@@ -202,6 +202,9 @@ func imageFiles() map[string][]byte {
 	for i := range 20 {
 		files[fmt.Sprint("etc/app/", i)] = []byte("kept")
 	}
+	for _, name := range []string{"vault/x", "vault/open/y", "vault/open/closed/z", "key", "own", "trap/coin", "secret/a", "secret/b", "secret/c", "secret/d"} {
+		files["srv/"+name] = []byte("kept")
+	}
 	return files
 }
 

@@ -41,6 +41,7 @@ func scenarios() []scenario {
 			attacks: all[:len(all)-2], spoils: all[len(all)-2:], benign: benign, quiet: quiet,
 		},
 		{name: "programs", policy: programsPolicy(), attacks: programsAttempts(), benign: programsBenign},
+		filesScenario(),
 		netScenario(),
 	}, callScenarios()...)
 }

@@ -17,7 +17,11 @@
 //   - a shell whose socket is relayed through a pipe or terminal by a program
 //     of the image;
 //   - a file that was open for writing before the rule that protects it came;
-//   - another file system mounted, by the agent, below a protected directory;
+//   - what is in a volume, or in another file system mounted by the agent below a
+//     protected directory: rules for files are about the root file system;
+//   - a file that a directory's rule keeps from being read, and that has another
+//     name elsewhere already, in the image or since before the rule;
+//   - a file that a program may read, once that program gives it away;
 //   - a listed program that was copied, where the origin of programs is "any";
 //   - a connection or flow of datagrams that stood before the policy which has no
 //     room for it: only its beginning is judged;

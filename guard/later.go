@@ -18,6 +18,9 @@ func (c *compiler) later(p spec.GuardPolicy) {
 		said["exec.scripts"] = e.Scripts != nil
 		said["exec.preload"] = e.Preload == "deny"
 	}
+	for i, f := range p.Files {
+		said[fmt.Sprintf("files[%d].fim", i)] = f.FIM
+	}
 	for field, is := range said {
 		if is {
 			c.faults = append(c.faults, fmt.Errorf("policy %q: %s: this is not held yet", c.name, field))

@@ -193,6 +193,9 @@ func buildImage(t *testing.T, m *machine, files map[string][]byte, steps []strin
 	files["attack"], files["bin/tool"] = attack, attack
 	files[".steps"] = []byte(strings.Join(steps, "\n") + "\n")
 	for name, data := range files {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
 		if err := os.WriteFile(filepath.Join(root, name), data, 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -210,11 +210,11 @@ type GuardScripts struct {
 // +kubebuilder:validation:XValidation:rule="has(self.deny) || has(self.allow) || (has(self.fim) && self.fim) || (has(self.bait) && self.bait)",message="set deny, allow, fim or bait"
 // +kubebuilder:validation:XValidation:rule="!has(self.by) || has(self.allow)",message="by says who has what allow says: set allow"
 type GuardFile struct {
-	// Path in the container, absolute; a directory covers what is below it, with
-	// what is mounted there; but /proc, /sys and /dev only if it is one of them or
-	// below. In one policy the rules of the deepest path decide; of several with
-	// that path each denies what it denies, and what any of those with allow allows
-	// is allowed by all of them.
+	// Path in the container's root file system, absolute; a directory covers what
+	// is below it. What is in a volume, or in another file system that is mounted
+	// there, is not covered. In one policy the rules of the deepest path decide; of
+	// several with that path each denies what it denies, and what any of those
+	// with allow allows is allowed by all of them.
 	// +kubebuilder:validation:Pattern=`^/`
 	// +kubebuilder:validation:MaxLength=4095
 	Path string `json:"path"`
@@ -225,8 +225,8 @@ type GuardFile struct {
 	// +optional
 	Deny string `json:"deny,omitempty"`
 	// By lists the programs, by absolute path in the image, that may do what
-	// Allow names; if it is not set, all may. A script is its interpreter. Whoever
-	// is on a list is traced by nobody, and runs no code but the image's.
+	// Allow names; if it is not set, all may. A script is its interpreter. No
+	// other process traces one that is on a list.
 	// +optional
 	// +kubebuilder:validation:MinItems=1
 	// +kubebuilder:validation:MaxItems=16

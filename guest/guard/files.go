@@ -383,6 +383,7 @@ func (n *next) setBytes(s fileSet) []byte {
 // trust finds the programs that rules name, in a root's image.
 func (n *next) trust(root guardedRoot) error {
 	for i, list := range n.p.lists {
+		ref := n.strongest(uint16(i + 1))
 		for _, path := range list {
 			key, err := n.find(root, path)
 			if err != nil {
@@ -392,8 +393,9 @@ func (n *next) trust(root guardedRoot) error {
 				n.noteList(uint16(i + 1))
 				continue
 			}
-			n.trusted[trustedKey(uint32(i+1), key)] = true
-			n.trusted[trustedKey(0, key)] = true
+			for _, k := range [...]string{trustedKey(0, key), trustedKey(uint32(i+1), key)} {
+				n.trusted[k] = stronger(n.trusted[k], ref)
+			}
 		}
 	}
 	return nil
@@ -407,6 +409,16 @@ func (n *next) noteList(list uint16) {
 			n.note(r.ref, absentName, 0)
 		}
 	}
+}
+
+// strongest is the rule that a list's programs are guarded by.
+func (n *next) strongest(list uint16) (ref uint32) {
+	for i := range n.p.files {
+		if r := &n.p.files[i]; r.list == list {
+			ref = stronger(ref, r.ref)
+		}
+	}
+	return ref
 }
 
 // trustedKey is struct listed_program of guard/bpf/src/policy.h.
@@ -439,8 +451,8 @@ func (n *next) fillFiles() (err error) {
 	if n.inner.trusted, err = n.create("trusted", len(n.trusted)); err != nil {
 		return err
 	}
-	for key := range n.trusted {
-		if err := updateMap(n.inner.trusted, []byte(key), []byte{1, 0, 0, 0}); err != nil {
+	for key, ref := range n.trusted {
+		if err := updateMap(n.inner.trusted, []byte(key), append32(nil, ref)); err != nil {
 			return fail("trust", "program", err)
 		}
 	}

@@ -264,8 +264,8 @@ type next struct {
 	names  map[string]*holding // by key of the names map
 	groups map[string]*group
 	setIDs map[string]uint32 // struct fileset -> its key
-	// Keys of the trusted map.
-	trusted map[string]bool
+	// Key of the trusted map -> the rule that trusts.
+	trusted map[string]uint32
 	listed  map[string]*program // key of the listed map
 	kin     map[string]uint32   // key of the kin map -> lists
 	absent  []absent
@@ -285,7 +285,7 @@ func (n *next) close() {
 
 func (n *next) prepare() error {
 	n.held, n.names, n.groups, n.noted = map[*mark]*holding{}, map[string]*holding{}, map[string]*group{}, map[absent]bool{}
-	n.setIDs, n.trusted, n.listed, n.kin = map[string]uint32{}, map[string]bool{}, map[string]*program{}, map[string]uint32{}
+	n.setIDs, n.trusted, n.listed, n.kin = map[string]uint32{}, map[string]uint32{}, map[string]*program{}, map[string]uint32{}
 	for _, m := range n.g.marks {
 		m.slot[n.slot] = meaning{} // left by a policy that did not get through
 	}

@@ -145,21 +145,22 @@ static __always_inline void look(const struct policy *p, struct dentry *d, struc
 	u->lost = w.u.lost | !w.done | nothing;
 }
 
-/* Whether the program of a task is on a list. */
-static __always_inline bool is_trusted(const struct policy *p, struct task_struct *task, __u32 list)
+/* The rule that has the program of a task on a list; 0 if there is none. */
+static __always_inline __u32 trusted_ref(const struct policy *p, struct task_struct *task, __u32 list)
 {
 	struct task_label *l = bpf_task_storage_get(&labels, task, 0, 0);
 	struct listed_program key = {.list = list};
-	__u32 slot = p->slot & 1;
+	__u32 slot = p->slot & 1, *ref;
 	void *inner;
 
 	/* One that was told to load more than itself is another's. */
 	if (!l || l->origin != FROM_IMAGE || l->flags & LABEL_PRELOADED)
-		return false;
+		return 0;
 	key.dev = l->exe.dev;
 	key.ino = l->exe.ino;
 	inner = bpf_map_lookup_elem(&trusted, &slot);
-	return inner && bpf_map_lookup_elem(inner, &key);
+	ref = inner ? bpf_map_lookup_elem(inner, &key) : NULL;
+	return ref ? *ref : 0;
 }
 
 /* What the sets say to the current task. */
@@ -186,7 +187,7 @@ static long weigh_exception(__u32 i, struct weighing *w)
 	asm volatile("" : "+r"(at));
 	at &= EXCEPTIONS - 1;
 	e = &w->s->except[at];
-	if (is_trusted(w->p, bpf_get_current_task_btf(), e->programs))
+	if (trusted_ref(w->p, bpf_get_current_task_btf(), e->programs))
 		w->may |= e->may;
 	closed = -e->ends;
 	w->ref = stronger(w->ref, e->write & w->writes & closed & -(~w->may & 1));

@@ -348,6 +348,9 @@ int BPF_PROG(on_ptrace, struct task_struct *target, unsigned int mode, int prev)
 		return err;
 	p = policy_now();
 	ref = ref_of(p, ON_PTRACE);
+	/* What rules for files let a program do, no other does in its name. */
+	if (p && p->files && !(ref & DENY))
+		ref = stronger(ref, trusted_ref(p, target, 0));
 	/* Who may write another's memory can make it run anything. */
 	if (p && !(ref & DENY) && (!ref || p->rule[ON_MEMORY] & DENY))
 		ref = p->rule[ON_MEMORY];

@@ -18,6 +18,7 @@ var systemAttacks = map[string]func([]string) error{
 	"delmodule":  func([]string) error { return module(176, "overlay") },
 	"newmodule":  newModule,
 	"ptrace":     ptraceChild,
+	"traceother": func(a []string) error { return traceOther(a[0]) },
 	"traceme":    traceMe,
 	"vmwrite":    vmWrite,
 	"mount":      func([]string) error { return syscall.Mount("tmpfs", "/mnt", "tmpfs", 0, "") },
@@ -119,8 +120,10 @@ func newModule([]string) error {
 	return reached(errno)
 }
 
-func sleeper() (*exec.Cmd, error) {
-	cmd := exec.Command("/attack", "killown")
+func sleeper() (*exec.Cmd, error) { return sleeperOf("/attack") }
+
+func sleeperOf(path string) (*exec.Cmd, error) {
+	cmd := exec.Command(path, "killown")
 	cmd.Env = []string{"WAIT=1"}
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -154,6 +157,17 @@ func killOwn([]string) error {
 
 func ptraceChild([]string) error {
 	cmd, err := sleeper()
+	if err != nil {
+		return err
+	}
+	defer cmd.Process.Kill()
+	runtime.LockOSThread()
+	return syscall.PtraceAttach(cmd.Process.Pid)
+}
+
+// traceOther takes over a process of another program.
+func traceOther(path string) error {
+	cmd, err := sleeperOf(path)
 	if err != nil {
 		return err
 	}
