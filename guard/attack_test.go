@@ -48,6 +48,8 @@ func attempts() []attempt {
 		{"script", image, OpExec, "P1 B12 T1059"},
 		{"exec=1 /bin/curl", "/bin/curl may not run", OpListed, "P2 B3 T1059"},
 		{"exec=2 /bin/curl-too", "/bin/curl may not run", OpListed, "P2 B3 T1059"},
+		{"exec=digest /bin/digested", "what has the digest sha256:a1", OpListed, "P2 B7 T1036"},
+		{"exec=digest2 /opt/digested", "what has the digest sha256:a1", OpListed, "P2 B7 T1036"},
 		{"maplisted", "/bin/curl may not run", OpListed, "P2 B8 T1574"},
 		{"revshell", "network socket as its input", OpShell, "P3 T1059.004"},
 
@@ -167,7 +169,7 @@ func allOperations() []spec.GuardOperation { return slices.Sorted(maps.Keys(oper
 func strict() spec.GuardPolicy {
 	return spec.GuardPolicy{
 		Mode: "enforce",
-		Exec: &spec.GuardExec{Origin: "image", AnonymousMemory: "deny", ShellOnSocket: "deny", Deny: []string{"/bin/curl"}, Severity: spec.SeverityCritical},
+		Exec: &spec.GuardExec{Origin: "image", AnonymousMemory: "deny", ShellOnSocket: "deny", Deny: []string{"/bin/curl", "sha256:" + digestForTest}, Severity: spec.SeverityCritical},
 		Files: []spec.GuardFile{
 			{Path: "/etc/app", Deny: "w", Severity: spec.SeverityWarning},
 			{Path: "/srv/bait", Deny: "rw", Severity: spec.SeverityCritical},
@@ -189,12 +191,19 @@ func compileForTest(t testing.TB, generation uint64, policies ...spec.GuardPolic
 	for i, p := range policies {
 		g.Policies = append(g.Policies, node.NamedGuardPolicy{Name: fmt.Sprint("policy-", i), Spec: p})
 	}
-	c, err := Compile(g, CompileFacts{Gateway: netip.MustParseAddr("192.0.2.1")})
+	c, err := Compile(g, CompileFacts{Gateway: netip.MustParseAddr("192.0.2.1"), FilesWith: filesForTest})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return c
 }
+
+// filesForTest knows one digest, of two programs of the image.
+func filesForTest([]string) (map[string][]string, error) {
+	return map[string][]string{digestForTest: {"/bin/digested", "/opt/digested"}}, nil
+}
+
+var digestForTest = strings.Repeat("a1", 32)
 
 // imageFiles are what the attempts find in the image.
 func imageFiles() map[string][]byte {

@@ -21,6 +21,11 @@ type CompileFacts struct {
 	// Gateway answers DNS; it is always allowed on port 53. The zero address
 	// allows none.
 	Gateway netip.Addr
+	// FilesWith gives the paths of the files of the image that have one of some
+	// digests, SHA-256 in lower-case hexadecimal. It is asked only for a policy
+	// that names one. Where the image is not known it is nil, and such a policy is
+	// refused.
+	FilesWith func(digests []string) (map[string][]string, error)
 }
 
 // Compiled is what the guest's agent puts in force, and what its events mean.
@@ -66,6 +71,7 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 	if g.Generation == 0 {
 		c.faults = append(c.faults, errors.New("guard generation 0: generations start at 1"))
 	}
+	c.findDigests(policies, facts)
 	for i, p := range policies {
 		c.policy(i, p)
 	}
@@ -102,6 +108,7 @@ type compiler struct {
 	lists        []list // of addresses: what is allowed must be on each of its kind
 	destinations map[destination]allowance
 	domains      map[string]map[uint16]allowance // by name or "*." and one
+	digests      map[string][]string             // paths in the image
 	sections     []section
 	auditRate    uint32
 }

@@ -43,6 +43,8 @@ func scenarios() []scenario {
 		{name: "programs", policy: programsPolicy(), attacks: programsAttempts(), benign: programsBenign},
 		filesScenario(),
 		netScenario(),
+		{name: "interpreters", policy: interpretersPolicy(), attacks: interpretersAttempts(), benign: interpretersBenign},
+		{name: "volumes", policy: volumesPolicy(), attacks: volumesAttempts(), benign: volumesBenign},
 	}, callScenarios()...)
 }
 

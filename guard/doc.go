@@ -11,11 +11,17 @@
 // A verdict rests on identity (an inode, a task, a file system), never on a
 // name, and without a policy a workload may do nothing. What the programs do
 // not hold:
-//   - an interpreter of the image that is handed code to interpret: sh script,
-//     sh -c, python file. Only its libraries and a script run by its own name
-//     must come from the image;
-//   - a shell whose socket is relayed through a pipe or terminal by a program
-//     of the image;
+//   - code that an interpreter reads from its standard input, or that stands in
+//     its arguments behind the first that is no option. What else is handed to
+//     one that a policy lists must come from the image (exec.scripts);
+//   - several programs in one file, such as busybox: what is said of one is said
+//     of all of them;
+//   - a program of the image that an allowed one maps and runs as its own;
+//   - a shell whose socket is relayed by a process that is neither above it nor
+//     at the other end of its input, or by a descriptor beyond the 48th; or
+//     through a terminal to which the socket came after the shell;
+//   - what the workload itself writes to a volume that may hold programs: mount
+//     it read-only;
 //   - a file that was open for writing before the rule that protects it came;
 //   - what is in a volume, or in another file system mounted by the agent below a
 //     protected directory: rules for files are about the root file system;

@@ -36,20 +36,22 @@ const (
 	OpDevice
 	OpSetting
 	OpHelper
-	OpUnlisted   Op = 40
-	OpPreload    Op = 41
-	OpScript     Op = 42
-	OpInline     Op = 43
-	OpOperation  Op = 50 // one of a policy's sys.deny
-	OpCapability Op = 51
-	OpIngress    Op = 52 // somebody tried to reach the workload
-	OpBind       Op = 53
-	OpHost       Op = 54
-	OpStarted    Op = 64
-	OpConnected  Op = 65
-	OpListening  Op = 70
-	OpAccepted   Op = 71
-	OpNames      Op = 72 // a message of DNS
+	OpUnlisted    Op = 40
+	OpPreload     Op = 41
+	OpScript      Op = 42
+	OpInline      Op = 43
+	OpIntoVolume  Op = 44
+	OpOperation   Op = 50 // one of a policy's sys.deny
+	OpCapability  Op = 51
+	OpIngress     Op = 52 // somebody tried to reach the workload
+	OpBind        Op = 53
+	OpHost        Op = 54
+	OpStarted     Op = 64
+	OpConnected   Op = 65
+	OpListening   Op = 70
+	OpAccepted    Op = 71
+	OpNames       Op = 72 // a message of DNS
+	OpEnvironment Op = 80 // the loader's variables
 	// OpRepeated is the agent's: a record of denials was repeated.
 	OpRepeated Op = 120
 )
@@ -98,9 +100,11 @@ type Event struct {
 	// Truncated: the path is longer, and begins with "...".
 	Truncated bool           `json:"truncated,omitempty"`
 	Target    netip.AddrPort `json:"target,omitzero"`
-	Names     *Names         `json:"names,omitempty"`
-	Args      []string       `json:"args,omitempty"`
-	Detail    uint64         `json:"detail,omitempty"`
+	// Value is an argument or variable that a program was given.
+	Value  string   `json:"value,omitempty"`
+	Names  *Names   `json:"names,omitempty"`
+	Args   []string `json:"args,omitempty"`
+	Detail uint64   `json:"detail,omitempty"`
 	// Series is the sequence of the first of records about the same: one rule
 	// and verdict, one program, one target. Count is how many such acts there
 	// were so far; many have no record of their own. 0: of no series.
@@ -140,6 +144,7 @@ const (
 	textPath   = 1
 	textNames  = 2
 	textTarget = 3
+	textValue  = 4
 )
 
 var errRecord = errors.New("not a record of the guard")
@@ -234,6 +239,8 @@ func (e *Event) text(kind byte, text []byte) error {
 		var addr [16]byte
 		copy(addr[:], text[8:24])
 		e.Target = netip.AddrPortFrom(netip.AddrFrom16(addr).Unmap(), binary.BigEndian.Uint16(text[6:]))
+	case textValue:
+		e.Value = cString(text)
 	default:
 		return fmt.Errorf("decode event with text of kind %d: %w", kind, errRecord)
 	}
@@ -289,6 +296,9 @@ func arguments(b []byte, size uint64, count uint16) (args []string) {
 	return args
 }
 
+// relayed says why a shell was refused: by what stands between it and a socket.
+const relayed = 2
+
 // Why an exec or mapping was refused, and why memory was.
 var (
 	originWhy = map[uint8]string{
@@ -323,6 +333,8 @@ func (e Event) what() string {
 		return fmt.Sprintf("did the same %d times in all: %s", e.Count, again.what())
 	case OpStarted:
 		return fmt.Sprintf("started %q with arguments %q", e.Path, e.Args)
+	case OpEnvironment:
+		return fmt.Sprintf("started with %q in its environment", e.Value)
 	case OpConnected:
 		return fmt.Sprintf("connected to %s", e.Target)
 	case OpNames:
@@ -356,9 +368,20 @@ func (e Event) attempt() string {
 		return "execute memory"
 	case OpListed:
 		return fmt.Sprintf("run %q, which may not run", e.Path)
+	case OpPreload:
+		return fmt.Sprintf("start with %q in its environment", e.Value)
+	case OpScript:
+		return fmt.Sprintf("have an interpreter read %q%s", e.Path, originWhy[e.Why])
+	case OpInline:
+		return fmt.Sprintf("have an interpreter run what follows %q", e.Value)
+	case OpIntoVolume:
+		return fmt.Sprintf("give a file from elsewhere the name %q in a volume that may hold programs", e.Path)
 	case OpUnlisted:
 		return fmt.Sprintf("run %q, which is not on the list", e.Path)
 	case OpShell:
+		if e.Why == relayed {
+			return fmt.Sprintf("relay a network socket to an interpreter %q", e.Path)
+		}
 		return fmt.Sprintf("run %q with a network socket as input or output", e.Path)
 	case OpWrite:
 		return fmt.Sprintf("change %q", e.Path)

@@ -10,14 +10,6 @@ import (
 // leaves this list with the commit that holds it.
 func (c *compiler) later(p spec.GuardPolicy) {
 	said := map[string]bool{"mode learn": p.Mode == "learn"}
-	if e := p.Exec; e != nil {
-		said["exec.volumes"] = e.Volumes != nil
-		for i, a := range e.Allow {
-			said[fmt.Sprintf("exec.allow[%d].sha256", i)] = a.SHA256 != ""
-		}
-		said["exec.scripts"] = e.Scripts != nil
-		said["exec.preload"] = e.Preload == "deny"
-	}
 	for i, f := range p.Files {
 		said[fmt.Sprintf("files[%d].fim", i)] = f.FIM
 	}

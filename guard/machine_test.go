@@ -181,7 +181,7 @@ func buildImage(t *testing.T, m *machine, files map[string][]byte, steps []strin
 	if err := os.Chmod(root, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for _, d := range []string{"bin", "etc/app", "proc", "sys", "dev", "shm", "tmp", "srv/bait/deep/er", "opt", "mnt"} {
+	for _, d := range []string{"bin", "etc/app", "proc", "sys", "dev", "shm", "tmp", "srv/bait/deep/er", "opt", "mnt/plugins"} {
 		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -200,7 +200,7 @@ func buildImage(t *testing.T, m *machine, files map[string][]byte, steps []strin
 			t.Fatal(err)
 		}
 	}
-	for alias, of := range map[string]string{"bin/curl": "bin/tool", "bin/jit": "bin/tool", "bin/parent": "bin/tool"} {
+	for alias, of := range map[string]string{"bin/curl": "bin/tool", "bin/jit": "bin/tool", "bin/parent": "bin/tool", "bin/sh": "bin/tool", "bin/python3": "bin/tool", "bin/perl": "bin/tool", "bin/digested": "bin/tool", "opt/digested": "bin/tool"} {
 		if err := os.WriteFile(filepath.Join(root, alias), files[of], 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -60,6 +60,21 @@ func guardNoDevices(cgroup int) {
 	}
 }
 
+// guardMount tells of what is mounted in the container of a cgroup; fd is the
+// Guard's then.
+func guardMount(cgroup int, path string, fd int) error {
+	if attached == nil {
+		_ = syscall.Close(fd)
+		return nil
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(cgroup, &st); err != nil {
+		_ = syscall.Close(fd)
+		return fail("stat", "cgroup", err)
+	}
+	return fromGuard(attached.Mounted(st.Ino, path, fd))
+}
+
 // guardPolicy puts a policy in force.
 func guardPolicy(generation uint64, blob []byte) (reply []byte, err error) {
 	if attached == nil {

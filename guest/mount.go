@@ -178,6 +178,27 @@ func (c *container) mountAll() error {
 	return nil
 }
 
+// sayMounts tells PID 1 what may be meant by a place that may hold programs.
+func (c *container) sayMounts() error {
+	for i := range c.Mounts {
+		m := &c.Mounts[i]
+		switch m.Kind {
+		case guestproto.MountPod, guestproto.MountShare, guestproto.MountDisk:
+		default:
+			continue
+		}
+		fd, err := c.in.open(m.Target, asPath)
+		if err == nil {
+			err = syscall.Sendmsg(setupSocket, append([]byte{wordMount}, m.Target...), syscall.UnixRights(fd), nil, 0)
+			_ = syscall.Close(fd)
+		}
+		if err != nil {
+			return fail("tell of mount at", strconv.Quote(m.Target), err)
+		}
+	}
+	return nil
+}
+
 // mountFS mounts a file system of the kernel.
 func (c *container) mountFS(m *guestproto.Mount) error {
 	known := false

@@ -83,6 +83,7 @@ const (
 const (
 	wordTake  = 'T' // to the spare, with its descriptors: standard three, spec, cgroup
 	wordGive  = 'D' // from the setup stage: kind, u32 major, u32 minor of a device that the container was given
+	wordMount = 'M' // from the setup stage, with a descriptor: path of a mount that the container has
 	wordReady = 'R' // from the setup stage, with the terminal's master if there is one
 	wordGo    = 'G' // to it: exec now
 	wordError = 'E' // from it: u32 errno, text
@@ -428,7 +429,7 @@ func (a *agent) setupReady(p *process) {
 // hearSetup takes one word, and says whether there is more to come before the
 // one that matters.
 func (a *agent) hearSetup(p *process) bool {
-	var msg [1024]byte
+	var msg [4096 + 1]byte
 	var oob [32]byte
 	n, oobn, _, _, err := syscall.Recvmsg(p.setup, msg[:], oob[:], syscall.MSG_DONTWAIT|syscall.MSG_CMSG_CLOEXEC)
 	switch {
@@ -438,6 +439,12 @@ func (a *agent) hearSetup(p *process) bool {
 		a.setupLeft(p)
 	case msg[0] == wordGive && n == giveSize && p.container == p:
 		err := p.give(msg[1:n])
+		if err != nil {
+			a.setupFailed(p, err)
+		}
+		return err == nil
+	case msg[0] == wordMount && oobn > 0 && p.container == p:
+		err := p.mounted(string(msg[1:n]), oob[:oobn])
 		if err != nil {
 			a.setupFailed(p, err)
 		}
@@ -482,6 +489,19 @@ func (p *process) give(b []byte) error {
 	}
 	at := func(b []byte) uint32 { return uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 | uint32(b[3])<<24 }
 	return guardDevice(p.cgroup, kind, at(b[1:]), at(b[5:]))
+}
+
+// mounted tells the Guard what lies where in a container.
+func (p *process) mounted(path string, oob []byte) error {
+	messages, err := syscall.ParseSocketControlMessage(oob)
+	if err != nil || len(messages) != 1 {
+		return fail("take", "mount at "+strconv.Quote(path), syscall.EBADMSG)
+	}
+	fds, err := syscall.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return fail("take", "mount at "+strconv.Quote(path), syscall.EBADMSG)
+	}
+	return guardMount(p.cgroup, path, fds[0])
 }
 
 // setupLeft is the end of a setup stage.

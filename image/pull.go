@@ -148,7 +148,7 @@ func Prune(ctx context.Context, cacheDir string, keep []string) error {
 			continue
 		}
 		// The record goes first: a file without one is made again.
-		for _, name := range []string{strings.TrimSuffix(p, ".erofs") + ".json", p} {
+		for _, name := range []string{strings.TrimSuffix(p, ".erofs") + ".json", indexOf(p), p} {
 			if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				errs = append(errs, err)
 			}

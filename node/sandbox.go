@@ -58,6 +58,7 @@ type sandbox struct {
 	before  guard.Compiled // in force until policy was
 	unsure  guard.Compiled // sent, and nobody knows whether it arrived
 	unheld  []string       // of the policy, in words
+	from    wire.Instance  // whose image it runs
 	env     []string
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
@@ -98,6 +99,7 @@ func (s *sandbox) Launch(ctx context.Context, i wire.Instance) (launched, error)
 		return launched{}, err
 	}
 	began := time.Now()
+	s.from = i
 	if err := s.boot(ctx, i, img, address, spare); err != nil {
 		return launched{}, err
 	}
@@ -246,7 +248,13 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 	if g.Kernel != "" && g.Kernel != s.g.measurement.Kernel {
 		return fmt.Errorf("policy generation %d was checked for guests with kernel %.12s, those of this node have %.12s: refused", g.Generation, g.Kernel, s.g.measurement.Kernel)
 	}
-	c, err := guard.Compile(g, guard.CompileFacts{Gateway: netns.Gateway})
+	c, err := guard.Compile(g, guard.CompileFacts{Gateway: netns.Gateway, FilesWith: func(digests []string) (map[string][]string, error) {
+		img, err := s.g.pull(ctx, s.from)
+		if err != nil {
+			return nil, err
+		}
+		return image.FilesWith(ctx, img.Path, digests)
+	}})
 	if err != nil {
 		return err
 	}
@@ -438,6 +446,7 @@ func (s *sandbox) Adopt(ctx context.Context, e entry) (err error) {
 		return err
 	}
 	s.own(m)
+	s.from = e.Instance
 	if e.Contained {
 		return m.Pause(ctx)
 	}

@@ -28,4 +28,5 @@ func (g *Guard) TakeBack(cgroup uint64) {
 		_ = deleteMap(g.maps["devices"].fd, key[:])
 	}
 	g.given = kept
+	g.unmounted(cgroup)
 }

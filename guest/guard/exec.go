@@ -104,6 +104,9 @@ func (n *next) find(root guardedRoot, path string) (key string, err error) {
 // entry says of the program that a path leads to what the entry says. A program
 // that is not there needs no leave to run.
 func (n *next) entry(root guardedRoot, e *programEntry) error {
+	if e.kind == entryVolume {
+		return nil // of a container, not of a root
+	}
 	key, err := n.find(root, e.path)
 	if err != nil {
 		return err

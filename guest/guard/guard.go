@@ -24,6 +24,8 @@ type Guard struct {
 	lastMark   uint32
 	given      [][deviceKey]byte // devices of containers
 	repeats    repeats
+	mounts     []mounted // of containers
+	volumes    []string  // of the policy in force
 }
 
 // guardedRoot is a container's root and the image below it.
@@ -119,7 +121,7 @@ func (g *Guard) createMaps(b *bundle, types int) (err error) {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "domains", "filesets", "trusted", "listed", "kin", "execs", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "domains", "filesets", "trusted", "listed", "kin", "execs", "written", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}

@@ -59,6 +59,18 @@ func seedFiles() []byte {
 	return b
 }
 
+// seedPrograms is a small policy with what only some have.
+func seedPrograms() []byte {
+	b := append32(append16(seedPolicy(), sectionExecLists), execListsSize)
+	b = append(b, make([]byte, execListsSize)...)
+	text := func(b []byte, s string) []byte { return append(append16(b, uint16(len(s))), s...) }
+	e := append32(append32(append16(append32(nil, 2), entryLimited), 3), 19|denies)
+	e = text(append16(text(append(e, make([]byte, 16)...), "/bin/sh"), 1), "/bin/x")
+	e = append32(append32(append16(e, entryVolume), 1), 20)
+	e = append16(text(append(e, make([]byte, 16)...), "/opt"), 0)
+	return append(append32(append16(b, sectionPrograms), uint32(len(e))), e...)
+}
+
 func TestParseBundle(t *testing.T) {
 	got, err := parseBundle(seedBundle())
 	if err != nil || got.kernel != "aa55" || len(got.maps) != 1 || len(got.programs) != 1 || len(got.programs[0].code) != 16 {
@@ -100,6 +112,25 @@ func TestParsePolicy(t *testing.T) {
 	}
 }
 
+func TestParsePrograms(t *testing.T) {
+	b := seedPrograms()
+	p, err := parsePolicy(b)
+	if err != nil || len(p.execs) != execListsSize || len(p.entries) != 2 || p.entries[0].parents[0] != "/bin/x" || p.entries[0].rule != 19|denies ||
+		p.entries[1].kind != entryVolume || p.entries[1].lists != 1 || p.entries[1].path != "/opt" {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	whole := map[int]bool{len(seedPolicy()): true, len(seedPolicy()) + 6 + execListsSize: true} // ends of sections
+	for n := len(seedPolicy()); n < len(b); n++ {
+		if _, err := parsePolicy(b[:n]); err == nil && !whole[n] {
+			t.Errorf("a policy cut after %d of %d bytes was read", n, len(b))
+		}
+	}
+	b[len(seedPolicy())+6+execListsSize+6+4] = 99 // kind of the first
+	if _, err := parsePolicy(b); err == nil {
+		t.Error("a policy that says what nobody knows of a program was read")
+	}
+}
+
 func FuzzParseBundle(f *testing.F) {
 	f.Add(seedBundle())
 	f.Add([]byte(bundleMagic))
@@ -120,13 +151,14 @@ func FuzzParseBundle(f *testing.F) {
 
 func FuzzParsePolicy(f *testing.F) {
 	f.Add(seedPolicy())
+	f.Add(seedPrograms())
 	f.Add([]byte(policyMagic))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p, err := parsePolicy(b)
 		if err != nil {
 			return
 		}
-		if len(p.fixed) != policySize || len(p.egress)%(destSize+listsSize) != 0 || len(p.files)+len(p.programs) > len(b) {
+		if len(p.fixed) != policySize || len(p.egress)%(destSize+listsSize) != 0 || len(p.files)+len(p.programs)+len(p.entries) > len(b) {
 			t.Errorf("more was read than there is: %d rules in %d bytes", len(p.files)+len(p.programs), len(b))
 		}
 	})

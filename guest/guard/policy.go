@@ -186,6 +186,12 @@ func (g *Guard) apply(blob []byte) (*next, error) {
 	}
 	g.slot, g.generation, g.digest, g.blob = n.slot, p.generation, p.digest, blob
 	g.forget()
+	g.volumes = g.volumes[:0]
+	for _, e := range p.entries {
+		if e.kind == entryVolume {
+			g.volumes = append(g.volumes, e.path)
+		}
+	}
 	return n, nil
 }
 
@@ -304,6 +310,13 @@ func (n *next) prepare() error {
 		for i := range n.p.entries {
 			if err := n.entry(root, &n.p.entries[i]); err != nil {
 				return fail("list program", strconv.Quote(n.p.entries[i].path), err)
+			}
+		}
+	}
+	for i := range n.p.entries {
+		if e := &n.p.entries[i]; e.kind == entryVolume {
+			if err := n.volume(e); err != nil {
+				return err
 			}
 		}
 	}

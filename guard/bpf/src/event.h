@@ -32,6 +32,7 @@ enum op {
 	OP_PRELOAD,
 	OP_SCRIPT,
 	OP_INLINE,
+	OP_INTO_VOLUME,
 	OP_OPERATION = 50, /* detail: index of its rule */
 	OP_CAPABILITY,     /* detail: which */
 	OP_INGRESS,
@@ -42,6 +43,7 @@ enum op {
 	OP_LISTENING = 70,
 	OP_ACCEPTED,
 	OP_NAMES, /* a message of DNS: its size stands in detail, itself behind the event */
+	OP_ENVIRONMENT = 80, /* a variable that tells the loader what to do */
 	OP_REPEATED = 120, /* the agent's: how often a record of a series was repeated */
 	OPS = 128,
 };
@@ -58,6 +60,7 @@ enum text_kind {
 	TEXT_PATH,   /* absolute, as the task sees it */
 	TEXT_NAMES,  /* components, innermost first, each ending in NUL */
 	TEXT_TARGET, /* a struct destination */
+	TEXT_VALUE,  /* of an argument or variable of a program */
 };
 
 #define TEXT_SIZE 256
@@ -235,6 +238,7 @@ struct about {
 	struct path *path;
 	struct dentry *dentry;
 	const struct destination *target;
+	unsigned long value; /* address of a string of the task's own */
 };
 
 static __always_inline struct counters *counters_now(void)
@@ -396,7 +400,10 @@ static __attribute__((noinline)) void tell(const struct policy *p, __u32 ref, __
 			e->series = sequence;
 		e->count = __sync_fetch_and_add(&s->count, 1) + 1;
 	}
-	if (a->target) {
+	if (a->value) {
+		if (bpf_probe_read_user_str(e->text, TEXT_SIZE, (void *)a->value) > 0)
+			e->text_kind = TEXT_VALUE;
+	} else if (a->target) {
 		__builtin_memcpy(e->text, a->target, sizeof(*a->target));
 		e->text_kind = TEXT_TARGET;
 	} else if (a->path && bpf_d_path(a->path, e->text, TEXT_SIZE) > 0) {

@@ -84,6 +84,18 @@ static __always_inline const struct program *program_of(const struct policy *p, 
 	return inner ? bpf_map_lookup_elem(inner, o) : NULL;
 }
 
+/* Counts the zeros below the first one: without a loop, of which the verifier
+   would follow every end. */
+static __always_inline __u32 first_bit(__u32 bits)
+{
+	__u32 x = (bits & -bits) - 1;
+
+	x -= x >> 1 & 0x55555555;
+	x = (x & 0x33333333) + (x >> 2 & 0x33333333);
+	x = (x + (x >> 4)) & 0x0f0f0f0f;
+	return x * 0x01010101 >> 24;
+}
+
 /* The rule of the first list that lifts nothing here; lifted are those that
    do. */
 static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u32 lifted)
@@ -102,10 +114,7 @@ static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u3
 		missing = l->audit & ~lifted;
 	if (!missing)
 		return 0;
-	for (__u32 i = 0; i < EXEC_LISTS; i++)
-		if (missing & (1u << i))
-			return l->rule[i];
-	return DENY | RULE_NO_POLICY;
+	return l->rule[first_bit(missing) & (EXEC_LISTS - 1)];
 }
 
 static __always_inline __u32 denied_ref(const struct policy *p, struct inode *inode, const struct program *program)
@@ -127,6 +136,62 @@ static __always_inline __u32 volume_lists(const struct policy *p, struct file *f
 	__u32 slot = p->slot & 1;
 
 	return m && m->slot[slot].generation == p->generation ? m->slot[slot].volume : 0;
+}
+
+#define VOLUME_DEPTH 64
+
+/* The lists that let the files of the volume run in which the dentry is. One
+   that lies too deep is in none. */
+static __always_inline __u32 volume_above(const struct policy *p, struct dentry *d)
+{
+	__u32 slot = p->slot & 1, lists = p->slot >> 1; /* none, which the verifier shall not know */
+
+	for (int i = 0; i < VOLUME_DEPTH; i++) {
+		struct mark *m = bpf_inode_storage_get(&marks, d->d_inode, 0, 0);
+		struct dentry *parent = d->d_parent;
+
+		if (m && m->slot[slot].generation == p->generation)
+			lists |= m->slot[slot].volume;
+		if (parent == d)
+			break;
+		d = parent;
+	}
+	return lists;
+}
+
+/* A file that is not in a volume gets no name in it, though another mount of
+   the same file system lies above both. */
+static __always_inline int into_volume(struct dentry *old, struct dentry *d)
+{
+	struct about a = {.op = OP_INTO_VOLUME, .dentry = d};
+	const struct policy *p;
+	__u32 more;
+
+	if (!is_workload())
+		return 0;
+	p = policy_now();
+	if (!p || !(p->listed & LISTED_VOLUMES) || !p->rule[ON_ORIGIN])
+		return 0;
+	more = volume_above(p, d->d_parent);
+	if (!more)
+		return 0;
+	more &= ~volume_above(p, old->d_parent);
+	return more ? decide(p, list_ref(p, ASPECT_ORIGIN, ~more), &a) : 0;
+}
+
+SEC("lsm/inode_link")
+int BPF_PROG(on_link_into, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
+{
+	return prev ? prev : into_volume(old, d);
+}
+
+SEC("lsm/inode_rename")
+int BPF_PROG(on_rename_into, struct inode *old_dir, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
+{
+	int err = prev ? prev : into_volume(old, d);
+
+	/* They may change places. */
+	return err ? err : into_volume(d, old);
 }
 
 static __always_inline __u32 origin_ref(const struct policy *p, struct file *file, enum origin from)
@@ -193,6 +258,21 @@ static __always_inline bool is_agent_program(struct inode *inode)
 	return m && m->kind == KIND_AGENT;
 }
 
+/* All ones if the two are the same, else 0: without a branch, which the verifier
+   would follow at every step of a walk. */
+static __always_inline __u64 same(__u64 a, __u64 b)
+{
+	__u64 x = a ^ b, y;
+
+	/* Nor shall the compiler see what this is and make one. */
+	asm volatile("" : "+r"(x));
+	y = -x;
+	asm volatile("" : "+r"(y));
+	y = (y | x) >> 63;
+	asm volatile("" : "+r"(y));
+	return y - 1;
+}
+
 /* Whether standard input, output or error will be a network socket. */
 static __always_inline bool on_socket(void)
 {
@@ -219,6 +299,225 @@ static __always_inline bool on_socket(void)
 	return false;
 }
 
+/* The other end of what a process has as its input. */
+struct end {
+	__u64 object; /* what identifies it; 0 is none */
+	__u64 number; /* of the inode, of a pipe */
+};
+
+/* Descriptors that are looked at of each process, and how many processes. */
+#define MAX_HELD 48
+#define MAX_RELAYS 3
+
+static __always_inline struct sock *socket_of(struct file *file)
+{
+	struct socket *sock = BPF_CORE_READ(file, private_data);
+
+	return BPF_CORE_READ(sock, sk);
+}
+
+static __always_inline struct tty_struct *terminal_of(struct file *file)
+{
+	struct tty_file_private *of = BPF_CORE_READ(file, private_data);
+
+	return BPF_CORE_READ(of, tty);
+}
+
+static __always_inline void input_end(struct end *end, __u64 nothing)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct file *file = NULL, **fds = BPF_CORE_READ(task, files, fdt, fd);
+	struct tty_struct *terminal;
+	struct inode *inode;
+	struct sock *sock;
+
+	end->object = end->number = nothing;
+	if (bpf_probe_read_kernel(&file, sizeof(file), fds) || !file)
+		return;
+	inode = BPF_CORE_READ(file, f_inode);
+	switch (BPF_CORE_READ(inode, i_mode) & S_IFMT) {
+	case S_IFIFO:
+		end->object = (__u64)inode;
+		end->number = BPF_CORE_READ(inode, i_ino);
+		break;
+	case S_IFSOCK:
+		sock = socket_of(file);
+		if (BPF_CORE_READ(sock, __sk_common.skc_family) == AF_UNIX)
+			end->object = (__u64)BPF_CORE_READ((struct unix_sock *)sock, peer);
+		break;
+	case S_IFCHR:
+		if (BPF_CORE_READ(inode, i_rdev) >> 20 < 136 || BPF_CORE_READ(inode, i_rdev) >> 20 > 143)
+			break;
+		terminal = terminal_of(file);
+		end->object = (__u64)BPF_CORE_READ(terminal, link);
+		break;
+	}
+}
+
+/* What a process holds. */
+struct held {
+	__u64 net; /* a socket that reaches, or could reach, another machine */
+	__u64 end; /* the end that is looked for */
+};
+
+/* Reads through variables of its own, which were all written before: the
+   verifier tells two ways apart by what they left unwritten. */
+struct looked {
+	struct file **fds, *file;
+	struct inode *inode;
+	void *private;
+	struct sock *sk;
+	__u64 max, mode, fmode, family, state, rdev;
+};
+
+static __always_inline void look_at(struct task_struct *task, const struct end *end, struct held *held, struct looked *v, __u64 nothing)
+{
+	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
+
+	bpf_core_read(&v->fds, sizeof(v->fds), &fdt->fd);
+	bpf_core_read(&v->max, sizeof(fdt->max_fds), &fdt->max_fds);
+	for (__u32 i = 0; i < MAX_HELD; i++) {
+		__u64 is, pipe, sock, terminal;
+		struct tty_file_private *tty;
+		struct socket *socket;
+		struct inode *inode;
+		struct file *file;
+		struct sock *sk;
+
+		if (i >= v->max || bpf_probe_read_kernel(&v->file, sizeof(v->file), v->fds + i))
+			break;
+		file = v->file;
+		if (!file)
+			continue;
+		/* What cannot be read stays zero, and is nothing that is looked for. */
+		bpf_core_read(&v->inode, sizeof(v->inode), &file->f_inode);
+		inode = v->inode;
+		bpf_core_read(&v->mode, sizeof(inode->i_mode), &inode->i_mode);
+		bpf_core_read(&v->rdev, sizeof(inode->i_rdev), &inode->i_rdev);
+		bpf_core_read(&v->fmode, sizeof(file->f_mode), &file->f_mode);
+		bpf_core_read(&v->private, sizeof(v->private), &file->private_data);
+		socket = v->private;
+		tty = v->private;
+		bpf_core_read(&v->sk, sizeof(v->sk), &socket->sk);
+		sk = v->sk;
+		bpf_core_read(&v->family, sizeof(sk->__sk_common.skc_family), &sk->__sk_common.skc_family);
+		bpf_core_read(&v->state, sizeof(sk->__sk_common.skc_state), &sk->__sk_common.skc_state);
+		is = v->mode & S_IFMT;
+		pipe = same(is, S_IFIFO) & same(v->fmode & FMODE_WRITE, FMODE_WRITE) & same((__u64)v->inode, end->object);
+		sock = same(is, S_IFSOCK);
+		held->net |= sock & (same(v->family, AF_INET) | same(v->family, AF_INET6)) & ~same(v->state, TCP_LISTEN);
+		sock &= same((__u64)v->sk, end->object);
+		bpf_core_read(&v->private, sizeof(v->private), &tty->tty);
+		terminal = same(is, S_IFCHR) & same(v->rdev, 5 << 20 | 2) & same((__u64)v->private, end->object); /* ptmx */
+		held->end |= pipe | sock | terminal;
+	}
+}
+
+/* Pipes that are the input of an interpreter, or that a process with a socket
+   can write to. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct end);
+	__type(value, __u64);
+} inputs SEC(".maps");
+
+enum input {
+	INPUT_OF_INTERPRETER = 1,
+	INPUT_FROM_SOCKET = 2,
+};
+
+/* Whether what an interpreter is to read comes from a process that holds a
+   network socket: the one that starts it, or one of those above it; or any, if
+   it goes through one pipe. */
+static __attribute__((noinline)) bool relayed(__u64 nothing)
+{
+	__u64 found = INPUT_OF_INTERPRETER, *input;
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct looked v = {};
+	struct end end = {};
+
+	input_end(&end, nothing);
+	if (!end.object)
+		return false;
+	if (end.number) {
+		input = bpf_map_lookup_elem(&inputs, &end);
+		if (input && *input & INPUT_FROM_SOCKET)
+			return true;
+	}
+	for (int i = 0; i < MAX_RELAYS; i++) {
+		struct held held = {.net = nothing, .end = nothing};
+
+		look_at(task, &end, &held, &v, nothing);
+		if (held.net & held.end)
+			return true;
+		task = BPF_CORE_READ(task, real_parent);
+		if (BPF_CORE_READ(task, tgid) <= 1)
+			break;
+	}
+	if (end.number)
+		bpf_map_update_elem(&inputs, &end, &found, BPF_ANY);
+	return false;
+}
+
+/* Whether a process that gets a socket can write to what an interpreter reads
+   from. */
+static __always_inline int gets_socket(const struct policy *p)
+{
+	struct about a = {.op = OP_SHELL, .why = 2};
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
+	struct file **fds = BPF_CORE_READ(fdt, fd), *file;
+	__u32 max = BPF_CORE_READ(fdt, max_fds);
+
+	for (__u32 i = 0; i < MAX_HELD; i++) {
+		__u64 found = INPUT_FROM_SOCKET, *input;
+		struct inode *inode;
+		struct end end = {};
+
+		file = NULL;
+		if (i >= max || bpf_probe_read_kernel(&file, sizeof(file), fds + i))
+			break;
+		if (!file || !(BPF_CORE_READ(file, f_mode) & FMODE_WRITE))
+			continue;
+		inode = BPF_CORE_READ(file, f_inode);
+		if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) != S_IFIFO)
+			continue;
+		end.object = (__u64)inode;
+		end.number = BPF_CORE_READ(inode, i_ino);
+		input = bpf_map_lookup_elem(&inputs, &end);
+		if (input && *input & INPUT_OF_INTERPRETER)
+			return decide(p, p->rule[ON_SHELL], &a);
+		bpf_map_update_elem(&inputs, &end, &found, BPF_ANY);
+	}
+	return 0;
+}
+
+static __always_inline int new_connection(struct socket *sock)
+{
+	__u32 family = BPF_CORE_READ(sock, sk, __sk_common.skc_family);
+	const struct policy *p;
+
+	if ((family != AF_INET && family != AF_INET6) || !is_workload())
+		return 0;
+	p = policy_now();
+	if (!p || !(p->listed & LISTED_RELAYS))
+		return 0;
+	return gets_socket(p);
+}
+
+SEC("lsm/socket_connect")
+int BPF_PROG(on_connect_relay, struct socket *sock, struct sockaddr *address, int size, int prev)
+{
+	return prev ? prev : new_connection(sock);
+}
+
+SEC("lsm/socket_accept")
+int BPF_PROG(on_accept_relay, struct socket *sock, struct socket *new, int prev)
+{
+	return prev ? prev : new_connection(sock);
+}
+
 static __always_inline int check_program(const struct policy *p, struct file *file, struct about *a, const struct task_label *l)
 {
 	const struct program *program;
@@ -227,6 +526,15 @@ static __always_inline int check_program(const struct policy *p, struct file *fi
 	int err;
 
 	program = program_of(p, &o);
+	if (program && program->script && p->listed & LISTED_RELAYS && relayed(p->slot >> 1)) {
+		a->op = OP_SHELL;
+		a->why = 2;
+		err = decide(p, list_ref(p, ASPECT_SHELL, ~program->script), a);
+		if (err)
+			return err;
+		a->op = OP_EXEC;
+		a->why = 0;
+	}
 	err = check_code(p, file, a, from, program);
 	if (!err && p->rule[ON_UNLISTED]) {
 		a->op = OP_UNLISTED;
@@ -322,6 +630,276 @@ int BPF_PROG(on_started, struct linux_binprm *bprm)
 	}
 	lineage_exec(bprm, label == LABEL_SETUP);
 	tell_started(policy_now(), bprm);
+	return 0;
+}
+
+/* Files that the agent wrote into a container before its first process. A
+   workload that opens one for writing makes it its own. */
+struct {
+	__uint(type, BPF_MAP_TYPE_INODE_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} written SEC(".maps");
+
+enum writer {
+	WRITER_AGENT = 1,
+	WRITER_WORKLOAD,
+};
+
+static __always_inline void note_writer(struct file *file, __u32 label)
+{
+	__u32 *who;
+
+	if ((file->f_inode->i_mode & S_IFMT) != S_IFREG)
+		return;
+	who = bpf_inode_storage_get(&written, file->f_inode, 0, label == LABEL_SETUP ? BPF_LOCAL_STORAGE_GET_F_CREATE : 0);
+	if (who)
+		*who = label == LABEL_SETUP ? WRITER_AGENT : WRITER_WORKLOAD;
+}
+
+/* What an interpreter opens for reading is as good as a program. */
+static __always_inline int read_by_interpreter(const struct policy *p, struct file *file)
+{
+	struct about a = {.op = OP_SCRIPT, .path = &file->f_path, .dentry = file->f_path.dentry};
+	struct inode *inode = file->f_inode;
+	unsigned long magic = inode->i_sb->s_magic;
+	const struct program *program;
+	struct object o = {};
+	struct task_label *l;
+	__u32 lifted = 0, *who;
+	enum origin from;
+
+	if (!(file->f_mode & FMODE_READ) || (inode->i_mode & S_IFMT) != S_IFREG || magic == PROC_SUPER_MAGIC || magic == SYSFS_MAGIC)
+		return 0;
+	l = bpf_task_storage_get(&labels, bpf_get_current_task_btf(), 0, 0);
+	if (!l)
+		return 0;
+	if (!(l->flags & LABEL_SCRIPT)) {
+		program = l->origin == FROM_IMAGE ? program_of(p, &l->exe) : NULL;
+		if (!program || !program->script)
+			return 0;
+		lifted = ~program->script;
+	}
+	from = origin_of(inode, &o);
+	if (from == FROM_IMAGE)
+		return 0;
+	if (from == FROM_CHANGE) {
+		who = bpf_inode_storage_get(&written, inode, 0, 0);
+		if (who && *who == WRITER_AGENT)
+			return 0;
+	}
+	if (from == FROM_ELSEWHERE)
+		lifted |= volume_lists(p, file);
+	a.why = from;
+	return decide(p, list_ref(p, ASPECT_SCRIPT, lifted), &a);
+}
+
+/* Variables that the dynamic loader obeys. */
+enum variable {
+	VARIABLE_PRELOAD = 1,
+	VARIABLE_AUDIT = 2,
+	VARIABLE_OTHER = 4,    /* LD_LIBRARY_PATH or GLIBC_TUNABLES */
+	VARIABLE_UNKNOWN = 16, /* there was more than could be looked at */
+};
+
+#define CODE_LOADING (VARIABLE_PRELOAD | VARIABLE_AUDIT | VARIABLE_UNKNOWN)
+
+#define MAX_PIECES 512 /* of an environment */
+#define PIECE_BITS 6 /* with what it calls a program has 512 bytes of stack */
+#define PIECE_SIZE (1 << PIECE_BITS)
+
+#define EIGHT(a, b, c, d, e, f, g, h) \
+	((__u64)(a) | (__u64)(b) << 8 | (__u64)(c) << 16 | (__u64)(d) << 24 | (__u64)(e) << 32 | (__u64)(f) << 40 | (__u64)(g) << 48 | (__u64)(h) << 56)
+
+struct environment {
+	__u32 found;
+	unsigned long at; /* one of those found; one that loads code before others */
+};
+
+/* Whether a string sets LD_PRELOAD or LD_AUDIT to something. */
+static __always_inline __u32 loads_code(const char *text)
+{
+	if (text[3] == 'A')
+		return text[8] == '=' && text[9] ? VARIABLE_AUDIT : 0;
+	return text[8] == 'A' && text[9] == 'D' && text[10] == '=' && text[11] ? VARIABLE_PRELOAD : 0;
+}
+
+/* Looks through the environment of a program that was loaded and has not run
+   yet. Nobody but the kernel has written there since. A string longer than a
+   piece is looked at in several, of which the first counts; that another begins
+   like a variable of the loader is taken for one. nothing is 0, which the
+   verifier shall not know. */
+static __always_inline void look_through(struct environment *e, unsigned long at, unsigned long end, __u64 nothing)
+{
+	char text[PIECE_SIZE] __attribute__((aligned(8))) = {};
+	__u64 codes = nothing, code_at = nothing, other_at = nothing;
+
+	e->found = 0;
+	for (int i = 0; i < MAX_PIECES; i++) {
+		__u64 word, code, other;
+		long n;
+
+		if (at >= end)
+			goto done;
+		n = bpf_probe_read_user_str(text, sizeof(text), (void *)at);
+		if (n < 0)
+			break;
+		word = *(__u64 *)text;
+		code = same(word, EIGHT('L', 'D', '_', 'P', 'R', 'E', 'L', 'O')) | same(word, EIGHT('L', 'D', '_', 'A', 'U', 'D', 'I', 'T'));
+		other = same(word, EIGHT('L', 'D', '_', 'L', 'I', 'B', 'R', 'A')) | same(word, EIGHT('G', 'L', 'I', 'B', 'C', '_', 'T', 'U'));
+		codes -= code;
+		code_at ^= (code_at ^ at) & code;
+		other_at ^= (other_at ^ at) & other;
+		/* All of a piece: it may go on. Of an empty one n is 0. */
+		at += n - (n >> PIECE_BITS) + (same(n, 0) & 1);
+	}
+	e->found = VARIABLE_UNKNOWN;
+	code_at = code_at ? code_at : at;
+done:
+	if (codes > 1) {
+		e->found |= VARIABLE_PRELOAD | VARIABLE_AUDIT; /* of which one may be empty */
+	} else if (codes && bpf_probe_read_user_str(text, sizeof(text), (void *)code_at) > 0) {
+		e->found |= loads_code(text);
+	}
+	if (other_at)
+		e->found |= VARIABLE_OTHER;
+	e->at = e->found & CODE_LOADING ? code_at : other_at;
+}
+
+static __always_inline void tell_environment(const struct policy *p, const struct environment *e)
+{
+	struct event *event = begin_audit(p, OP_ENVIRONMENT, sizeof(*event));
+
+	if (!event)
+		return;
+	event->detail = e->found;
+	if (bpf_probe_read_user_str(event->text, TEXT_SIZE, (void *)e->at) > 0)
+		event->text_kind = TEXT_VALUE;
+	bpf_ringbuf_submit(event, 0);
+}
+
+/* The program is loaded: what it was given cannot change any more, and it can
+   only be killed. */
+static __always_inline bool kill(const struct policy *p, __u32 ref, const struct about *a)
+{
+	if (!ref)
+		return false;
+	if (ref & DENY)
+		bpf_send_signal(9);
+	tell(p, ref, ref & DENY ? VERDICT_KILLED : VERDICT_REPORTED, a);
+	return true;
+}
+
+#define MAX_OPTIONS 16 /* and pieces of them */
+#define OPTION_SIZE 32
+
+/* Bit 0 is 'A'; 0 is none. */
+static __always_inline __u64 letter_bit(char c)
+{
+	__u64 n = (__u8)(c - 'A'), small;
+
+	asm volatile("" : "+r"(n));
+	small = n - 58;
+	asm volatile("" : "+r"(small));
+	return (1ull << (n & 63)) & -(small >> 63);
+}
+
+/* The address of the first option that brings code, or 0. Letters are those
+   of its dialect. */
+static __always_inline unsigned long inline_code(const struct program *program, unsigned long at, unsigned long end, __u64 nothing)
+{
+	char text[OPTION_SIZE] __attribute__((aligned(8))) = {};
+	__u64 skip = nothing + 1; /* the program's own name, then values of options */
+	__u64 code = program->code, value = program->value;
+	long n;
+
+	for (int i = 0; i < MAX_OPTIONS; i++) {
+		__u64 bits = 0, alive = -1ull;
+
+		if (at >= end)
+			return 0;
+		n = bpf_probe_read_user_str(text, sizeof(text), (void *)at);
+		if (n < 0)
+			return 0;
+		if (skip) {
+			skip = nothing;
+			goto next;
+		}
+		if (text[0] == '+')
+			goto next;
+		if (text[0] != '-')
+			return 0;
+		if (text[1] == '-') {
+			/* --eval and --print of node, but neither -- nor --experimental... */
+			if (!text[2])
+				return 0;
+			if (text[2] == 'e' && text[3] == 'v')
+				return at;
+			if (text[2] == 'p' && text[3] == 'r' && text[4] == 'i')
+				return at;
+			goto next;
+		}
+		if (!text[1]) /* the input */
+			return code ? at : 0;
+		for (int j = 1; j < 7; j++) {
+			__u64 letter = letter_bit(text[j]) & alive;
+
+			bits |= letter;
+			/* What follows one that takes a value is its value. */
+			alive &= same(letter & value, 0) & ~same(text[j], 0);
+			skip |= ~same(letter & value, 0) & same(text[j + 1], 0);
+		}
+		if (bits & code)
+			return at;
+next:
+		/* One that is longer goes on, and what goes on is looked over. */
+		skip |= n >> 5;
+		at += n - (n >> 5) + (same(n, 0) & 1);
+	}
+	return 0;
+}
+
+static __always_inline void check_inline(const struct policy *p, const struct task_label *l, struct mm_struct *mm)
+{
+	struct about a = {.op = OP_INLINE};
+	const struct program *program;
+
+	if (!p->rule[ON_INLINE] || l->origin != FROM_IMAGE)
+		return;
+	program = program_of(p, &l->exe);
+	if (!program || !program->inlined)
+		return;
+	a.value = inline_code(program, mm->arg_start, mm->arg_end, p->slot >> 1);
+	if (a.value)
+		kill(p, list_ref(p, ASPECT_INLINE, ~program->inlined), &a);
+}
+
+SEC("fentry/finalize_exec")
+int BPF_PROG(on_loaded, struct linux_binprm *bprm)
+{
+	struct about a = {.op = OP_PRELOAD};
+	struct task_struct *task = bpf_get_current_task_btf();
+	const struct policy *p = policy_now();
+	struct environment e;
+	struct task_label *l;
+
+	if (!p || label_of(task) != LABEL_WORKLOAD)
+		return 0;
+	l = bpf_task_storage_get(&labels, task, 0, 0);
+	if (!l)
+		return 0;
+	look_through(&e, task->mm->env_start, task->mm->env_end, p->slot >> 1);
+	if (e.found & CODE_LOADING)
+		l->flags |= LABEL_PRELOADED;
+	if (e.found & CODE_LOADING && p->rule[ON_PRELOAD]) {
+		a.value = e.at;
+		a.why = e.found;
+		kill(p, p->rule[ON_PRELOAD], &a);
+	} else if (e.found) {
+		tell_environment(p, &e);
+	}
+	check_inline(p, l, task->mm);
 	return 0;
 }
 

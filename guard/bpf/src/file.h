@@ -4,7 +4,7 @@
 #ifndef FILE_H
 #define FILE_H
 
-#include "event.h"
+#include "exec.h"
 
 /* Deeper than this below a file system's root nothing can be decided; with
    file rules in force it is refused. */
@@ -517,12 +517,17 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	struct about a = {.path = &file->f_path, .dentry = file->f_path.dentry};
 	const struct policy *p;
 	struct inode *inode;
-	__u32 type, want = 0;
+	__u32 type, want = 0, label;
 	int err;
 
 	/* NOACCOUNT is the overlay opening the file below one already checked. */
-	if (prev || file->f_mode & FMODE_NOACCOUNT || !is_workload())
+	if (prev || file->f_mode & FMODE_NOACCOUNT)
 		return prev;
+	label = label_now();
+	if (file->f_mode & FMODE_WRITE && label >= LABEL_SETUP)
+		note_writer(file, label);
+	if (label < LABEL_WORKLOAD)
+		return 0;
 	p = policy_now();
 	inode = file->f_inode;
 	type = inode->i_mode & S_IFMT;
@@ -540,6 +545,11 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	a.op = want ? OP_WRITE : OP_READ;
 	if (!p)
 		return decide(p, DENY | RULE_NO_POLICY, &a);
+	if (p->rule[ON_SCRIPT]) {
+		err = read_by_interpreter(p, file);
+		if (err)
+			return err;
+	}
 	if (file->f_mode & FMODE_READ && p->reads)
 		want |= WANT_READ;
 	if (!p->files || !want)

@@ -104,7 +104,15 @@ struct css_set {
 	struct cgroup *dfl_cgrp;
 };
 
+struct mm_struct {
+	unsigned long arg_start;
+	unsigned long arg_end;
+	unsigned long env_start;
+	unsigned long env_end;
+};
+
 struct task_struct {
+	struct mm_struct *mm;
 	struct css_set *cgroups;
 	struct thread_info thread_info;
 	const struct cred *real_cred;
@@ -144,6 +152,7 @@ struct sock_common {
 	unsigned short skc_family;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
+	unsigned char skc_state;
 };
 
 struct sock {
@@ -152,8 +161,20 @@ struct sock {
 	__u16 sk_protocol;
 };
 
+struct unix_sock {
+	struct sock *peer;
+};
+
 struct socket {
 	struct sock *sk;
+};
+
+struct tty_struct {
+	struct tty_struct *link; /* the other end of a terminal */
+};
+
+struct tty_file_private {
+	struct tty_struct *tty;
 };
 
 struct msghdr {
@@ -223,6 +244,8 @@ union bpf_attr;
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define S_IFBLK 0060000
+#define S_IFIFO 0010000
+#define S_IFREG 0100000
 #define S_IFCHR 0020000
 
 #define FMODE_READ 0x1
@@ -236,6 +259,8 @@ union bpf_attr;
 #define MAP_PRIVATE 0x02
 #define VM_WRITE 0x2
 #define READ_IMPLIES_EXEC 0x0400000
+
+#define TCP_LISTEN 10
 
 #define AF_UNSPEC 0
 #define AF_UNIX 1

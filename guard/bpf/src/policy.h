@@ -88,6 +88,8 @@ struct policy {
 /* Bits of policy.listed. */
 #define LISTED_DENIED 1 /* some programs may not run */
 #define LISTED_KNOWN 2  /* something else is said of some */
+#define LISTED_VOLUMES 4 /* some mounts may hold programs */
+#define LISTED_RELAYS 8 /* some interpreters may have no socket relayed to them */
 
 /* What may be lifted for some programs or places, by policies of which each has
    a list of its own: what one refuses another's list does not allow. */

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -19,6 +20,10 @@ var execAttacks = map[string]func([]string) error{
 	"exec":       func(a []string) error { return spawn(a[0]) },
 	"as":         func(a []string) error { return as(nil, a) },
 	"env":        func(a []string) error { return as(a[:1], a[1:]) },
+	"manyenv":    func(a []string) error { return as(append(manyVariables(), a[0]), a[1:]) },
+	"args":       args,
+	"readown":    readOwn,
+	"readmemfd":  readMemfd,
 	"drop":       drop,
 	"memfd":      memfd,
 	"unlinked":   unlinked,
@@ -76,6 +81,48 @@ func as(env, args []string) error {
 		return fmt.Errorf("%w %s", err, out)
 	}
 	return nil
+}
+
+// manyVariables hide one among them.
+func manyVariables() (env []string) {
+	for i := range 300 {
+		env = append(env, fmt.Sprintf("VARIABLE_%d=%s", i, strings.Repeat("x", i%40)))
+	}
+	return env
+}
+
+// args starts an interpreter with options. What stands in for it looks at its
+// last argument but those that begin with a dash; "path=name" gives it a name
+// of its own.
+func args(a []string) error {
+	path, name, ok := strings.Cut(a[0], "=")
+	if !ok {
+		name = path
+	}
+	cmd := exec.Command(path, a[1:]...)
+	cmd.Args[0] = name
+	cmd.Env = append(os.Environ(), "OPTIONS=1")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%w %s", err, out)
+	}
+	return nil
+}
+
+// readOwn reads what it wrote.
+func readOwn(a []string) error {
+	if err := void(os.WriteFile(a[0], []byte("echo"), 0o644)); err != nil {
+		return err
+	}
+	return read(a)
+}
+
+// readMemfd reads what lies in memory only, by its name in proc.
+func readMemfd([]string) error {
+	fd, err := newMemfd()
+	if err != nil {
+		return void(err)
+	}
+	return read([]string{fmt.Sprintf("/proc/self/fd/%d", fd)})
 }
 
 func copySelf(to string) error {

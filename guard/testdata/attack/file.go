@@ -10,27 +10,34 @@ import (
 )
 
 var fileAttacks = map[string]func([]string) error{
-	"write":    func(a []string) error { return write(a[0]) },
-	"read":     read,
-	"truncate": func(a []string) error { return os.Truncate(a[0], 0) },
-	"chmod":    func(a []string) error { return os.Chmod(a[0], 0o777) },
-	"chown":    func(a []string) error { return os.Chown(a[0], 1, 1) },
-	"utimes":   func(a []string) error { return syscall.Utimes(a[0], []syscall.Timeval{{}, {}}) },
-	"unlink":   func(a []string) error { return syscall.Unlink(a[0]) },
-	"rmdir":    func(a []string) error { return syscall.Rmdir(a[0]) },
-	"mkdir":    func(a []string) error { return syscall.Mkdir(a[0], 0o755) },
-	"symlink":  func(a []string) error { return syscall.Symlink("/tmp", a[0]) },
-	"rename":   func(a []string) error { return syscall.Rename(a[0], a[1]) },
-	"exchange": func(a []string) error { return rename2(a[0], a[1], 2) },
-	"over":     over,
-	"link":     func(a []string) error { return syscall.Link(a[0], a[1]) },
-	"linkdrop": linkdrop,
-	"mkfifo":   func(a []string) error { return syscall.Mkfifo(a[0], 0o644) },
-	"setxattr": func(a []string) error { return syscall.Setxattr(a[0], "trusted.x", []byte("y"), 0) },
-	"chattr":   chattr,
-	"deep":     deep,
-	"chroot":   chrootWrite,
-	"bindover": bindOver,
+	"write":      func(a []string) error { return write(a[0]) },
+	"read":       read,
+	"truncate":   func(a []string) error { return os.Truncate(a[0], 0) },
+	"chmod":      func(a []string) error { return os.Chmod(a[0], 0o777) },
+	"chown":      func(a []string) error { return os.Chown(a[0], 1, 1) },
+	"utimes":     func(a []string) error { return syscall.Utimes(a[0], []syscall.Timeval{{}, {}}) },
+	"unlink":     func(a []string) error { return syscall.Unlink(a[0]) },
+	"rmdir":      func(a []string) error { return syscall.Rmdir(a[0]) },
+	"mkdir":      func(a []string) error { return syscall.Mkdir(a[0], 0o755) },
+	"symlink":    func(a []string) error { return syscall.Symlink("/tmp", a[0]) },
+	"rename":     func(a []string) error { return syscall.Rename(a[0], a[1]) },
+	"exchange":   func(a []string) error { return rename2(a[0], a[1], 2) },
+	"over":       over,
+	"link":       func(a []string) error { return syscall.Link(a[0], a[1]) },
+	"linkdrop":   linkdrop,
+	"mkfifo":     func(a []string) error { return syscall.Mkfifo(a[0], 0o644) },
+	"setxattr":   func(a []string) error { return syscall.Setxattr(a[0], "trusted.x", []byte("y"), 0) },
+	"chattr":     chattr,
+	"deep":       deep,
+	"chroot":     chrootWrite,
+	"bindover":   bindOver,
+	"linkinto":   func(a []string) error { return into(a, syscall.Link) },
+	"renameinto": func(a []string) error { return into(a, syscall.Rename) },
+	"exchangeinto": func(a []string) error {
+		return into(a, func(from, to string) error { return rename2(from, to, 2) })
+	},
+	"tmpfsover": tmpfsOver,
+	"bindrun":   bindRun,
 	"securityxattr": func(a []string) error {
 		return asNobody(func() error { return syscall.Setxattr(a[0], "security.x", []byte("y"), 0) })
 	},
@@ -133,6 +140,38 @@ func bindOver(a []string) error {
 		return void(err)
 	}
 	return syscall.Mount("/tmp/cover", a[0], "", syscall.MS_BIND, "")
+}
+
+// into writes a program and gives it another name.
+func into(a []string, name func(from, to string) error) error {
+	if err := copySelf(a[0]); err != nil {
+		return err
+	}
+	return name(a[0], a[1])
+}
+
+// tmpfsOver covers a path with a file system of its own and runs what it puts
+// there.
+func tmpfsOver(a []string) error {
+	if err := os.MkdirAll(a[0], 0o755); err != nil {
+		return void(err)
+	}
+	if err := syscall.Mount("tmpfs", a[0], "tmpfs", 0, ""); err != nil {
+		return void(err)
+	}
+	return drop([]string{a[0] + "/x"})
+}
+
+// bindRun covers a path with another directory of the same file system and runs
+// what it put there.
+func bindRun(a []string) error {
+	if err := os.MkdirAll("/shm/cover", 0o755); err != nil {
+		return void(err)
+	}
+	if err := syscall.Mount("/shm/cover", a[0], "", syscall.MS_BIND, ""); err != nil {
+		return void(err)
+	}
+	return drop([]string{a[0] + "/x"})
 }
 
 // asNobody runs f in a thread without root's rights.

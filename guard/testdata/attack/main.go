@@ -24,7 +24,7 @@ func void(err error) error {
 // all gives every attack by its name.
 func all() map[string]func([]string) error {
 	attacks := map[string]func([]string) error{"named": named, "thread": inThread}
-	for _, more := range []map[string]func([]string) error{execAttacks, memoryAttacks, fileAttacks, netAttacks, systemAttacks, callAttacks, peerAttacks} {
+	for _, more := range []map[string]func([]string) error{execAttacks, memoryAttacks, fileAttacks, netAttacks, relayAttacks, systemAttacks, callAttacks, peerAttacks} {
 		for name, f := range more {
 			attacks[name] = f
 		}
@@ -49,6 +49,10 @@ func do(words []string) error {
 }
 
 func main() {
+	if os.Getenv("OPTIONS") != "" { // as an interpreter: what it is told lies among them
+		fmt.Println("worked")
+		return
+	}
 	switch err := do(os.Args[1:]); {
 	case errors.Is(err, errVoid):
 		fmt.Println(err)

@@ -24,6 +24,7 @@ var memoryAttacks = map[string]func([]string) error{
 	"protectimage":   func([]string) error { return mapFile("/bin/tool", false, r, r|x) },
 	"rwximage":       func([]string) error { return mapFile("/bin/tool", false, r|w|x, 0) },
 	"protectrwx":     func([]string) error { return mapFile("/bin/tool", false, r, r|w|x) },
+	"mapother":       func(a []string) error { return mapFile(a[0], false, r|x, 0) },
 	"maplisted":      func([]string) error { return mapFile("/bin/curl", false, r|x, 0) },
 	"anonymous":      anonymous,
 	"rwx":            rwx,

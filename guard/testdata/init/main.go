@@ -84,6 +84,9 @@ func run() error {
 	if err := fillRoot(); err != nil {
 		return err
 	}
+	if err := fillVolume(g); err != nil {
+		return fmt.Errorf("fill volume: %w", err)
+	}
 	steps, err := os.ReadFile(image + "/.steps")
 	if err != nil {
 		return err
@@ -196,6 +199,35 @@ func address6(addr string) error {
 		return errno
 	}
 	return nil
+}
+
+// fillVolume mounts a directory of a file system, which is mounted elsewhere
+// too, as a volume with a program.
+func fillVolume(g *guard.Guard) error {
+	if err := os.Mkdir(root+"/shm/plugins", 0o755); err != nil {
+		return err
+	}
+	if err := syscall.Mount(root+"/shm/plugins", root+"/mnt/plugins", "", syscall.MS_BIND, ""); err != nil {
+		return err
+	}
+	program, err := os.ReadFile(image + "/attack")
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"tool", "lib"} {
+		if err := os.WriteFile(root+"/mnt/plugins/"+name, program, 0o755); err != nil {
+			return err
+		}
+	}
+	if g == nil {
+		return nil
+	}
+	const asPath = 0x200000
+	fd, err := syscall.Open(root+"/mnt/plugins", asPath|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	return g.Mounted(1, "/mnt/plugins", fd)
 }
 
 // address gives the loopback interface one more address.
