@@ -153,7 +153,7 @@ func (m *fakeMachine) hear(h guestproto.Header, b []byte) {
 		m.conn.Write(q.Nonce[:])
 		m.say(h.ID, guestproto.VerbReply, (&guestproto.Hello{Version: guestproto.Version, Guard: guestproto.GuardAttached}).Append(nil))
 	case guestproto.VerbGuardPolicy:
-		reply(append([]byte{1}, make([]byte, 10)...))
+		reply(append([]byte{2}, make([]byte, 11)...))
 	case guestproto.VerbMountRoot:
 		reply((&guestproto.MountedRoot{}).Append(nil))
 	case guestproto.VerbCreate:
