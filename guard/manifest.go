@@ -26,7 +26,7 @@ var errBundle = errors.New("not a bundle of the guard")
 
 // ReadManifest reads a bundle that package guard/bpf linked.
 func ReadManifest(bundle []byte) (Manifest, error) {
-	const magic, shape, instruction, use = "HBGUARD\x01", 5 * 4, 8, 2 * 4
+	const magic, shape, instruction, use = "HBGUARD\x02", 5 * 4, 8, 2 * 4
 	c := bundleCursor{b: bundle}
 	if string(c.take(len(magic))) != magic {
 		return Manifest{}, fmt.Errorf("read bundle of %d bytes: %w", len(bundle), errBundle)
@@ -47,9 +47,10 @@ func ReadManifest(bundle []byte) (Manifest, error) {
 		p := Program{Name: c.text()}
 		c.text()      // licence
 		c.take(4 * 4) // kind, attachment, flags, hook
-		instructions, uses := c.u32(), c.u32()
+		instructions, uses, functions := c.u32(), c.u32(), c.u32()
 		code := c.take(int(instructions) * instruction)
 		c.take(int(uses) * use)
+		c.take(int(functions) * use)
 		if c.bad {
 			break
 		}

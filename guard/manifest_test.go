@@ -8,15 +8,15 @@ import (
 // oneProgram is a bundle with a map that has an inner one, and a program of
 // one instruction.
 func oneProgram() []byte {
-	b := []byte("HBGUARD\x01\x02\x00id\x03\x00\x00\x00abc\x01\x00\x01\x00m")
+	b := []byte("HBGUARD\x02\x02\x00id\x03\x00\x00\x00abc\x01\x00\x01\x00m")
 	b = append(b, make([]byte, 28)...)
 	b = append(b, 1, 0)
 	b = append(b, make([]byte, 20)...)
 	b = append(b, "\x01\x00\x01\x00p\x03\x00GPL"...)
 	b = append(b, make([]byte, 16)...)
-	b = append(b, 1, 0, 0, 0, 1, 0, 0, 0)
+	b = append(b, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0)
 	b = append(b, "\x95\x00\x00\x00\x00\x00\x00\x00"...)
-	return append(b, make([]byte, 8)...)
+	return append(b, make([]byte, 2*8)...)
 }
 
 func TestReadManifest(t *testing.T) {
