@@ -25,7 +25,7 @@ var peerAttacks = map[string]func([]string) error{
 	"tcp6":         func(a []string) error { return dialFrom("::1", a[0]) },
 }
 
-const patience = 2 * time.Second
+const patience = 6 * time.Second
 
 // dialFrom is a peer that connects, and who listens for it.
 func dialFrom(own, at string) error {
