@@ -44,21 +44,26 @@ func papers(fsys fs.FS) (findings []string, err error) {
 			tests[path.Join(module, path.Dir(f.path))+"."+name] = true
 		}
 	}
-	threats, err := fs.ReadFile(fsys, "THREATS.md")
-	if err != nil {
-		return nil, err
-	}
-	named := namedTest.FindAllStringSubmatch(string(threats), -1)
-	if len(named) == 0 {
-		return nil, errors.New("THREATS.md names no test")
-	}
-	for _, n := range named {
-		pkg := module
-		if n[1] != module {
-			pkg = path.Join(module, n[1])
+	for i, name := range []string{"THREATS.md", "docs/guard.md"} {
+		raw, err := fs.ReadFile(fsys, name)
+		if errors.Is(err, fs.ErrNotExist) && i > 0 {
+			continue
 		}
-		if !tests[pkg+"."+n[2]] {
-			findings = append(findings, fmt.Sprintf("THREATS.md names %s.%s, which is no test", n[1], n[2]))
+		if err != nil {
+			return nil, err
+		}
+		named := namedTest.FindAllStringSubmatch(string(raw), -1)
+		if len(named) == 0 {
+			return nil, errors.New(name + " names no test")
+		}
+		for _, n := range named {
+			pkg := module
+			if n[1] != module {
+				pkg = path.Join(module, n[1])
+			}
+			if !tests[pkg+"."+n[2]] {
+				findings = append(findings, fmt.Sprintf("%s names %s.%s, which is no test", name, n[1], n[2]))
+			}
 		}
 	}
 	more, err := documents(fsys)

@@ -54,7 +54,7 @@ func attempts() []attempt {
 		{"revshell", "network socket as its input", OpShell, "P3 T1059.004"},
 
 		{"mapwritten", image, OpMap, "P1 B8 T1574"},
-		{"protectwritten", image, OpMap, "P1 B9 T1055"},
+		{"protectwritten", image, OpMap, "B24 P1 B9 T1055"},
 		{"mapshm", image, OpMap, "B10 T1574"},
 		{"mapzero", image, OpMap, "B9 T1620"},
 		{"memfdmap", image, OpMap, "P6 B10 T1620"},
