@@ -44,7 +44,7 @@ func papers(fsys fs.FS) (findings []string, err error) {
 			tests[path.Join(module, path.Dir(f.path))+"."+name] = true
 		}
 	}
-	for i, name := range []string{"THREATS.md", "docs/guard.md"} {
+	for i, name := range []string{"THREATS.md", "docs/guard.md", "docs/guard-beside.md"} {
 		raw, err := fs.ReadFile(fsys, name)
 		if errors.Is(err, fs.ErrNotExist) && i > 0 {
 			continue
