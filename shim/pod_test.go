@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"io"
@@ -153,7 +154,11 @@ func (m *fakeMachine) hear(h guestproto.Header, b []byte) {
 		m.conn.Write(q.Nonce[:])
 		m.say(h.ID, guestproto.VerbReply, (&guestproto.Hello{Version: guestproto.Version, Guard: guestproto.GuardAttached}).Append(nil))
 	case guestproto.VerbGuardPolicy:
-		reply(append([]byte{2}, make([]byte, 11)...))
+		p, err := guestproto.ParseGuardPolicy(b)
+		if err != nil {
+			m.t.Error(err)
+		}
+		reply(append(binary.LittleEndian.AppendUint64([]byte{2}, p.Generation), 0, 0, 0))
 	case guestproto.VerbMountRoot:
 		reply((&guestproto.MountedRoot{}).Append(nil))
 	case guestproto.VerbCreate:
