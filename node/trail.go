@@ -5,11 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -43,6 +47,7 @@ func (s *sandbox) openTrail(i wire.Instance) error {
 	if err != nil {
 		return err
 	}
+	s.g.n.note(s.g.forgetHistories(historiesKept, s.id))
 	s.trail.mu.Lock()
 	defer s.trail.mu.Unlock()
 	s.trail.history = h
@@ -50,6 +55,35 @@ func (s *sandbox) openTrail(i wire.Instance) error {
 		Namespace: i.Namespace, Workload: i.Workload, Application: i.Spec.Application}
 	s.trail.trail.Container = func(uint32) string { return i.ID } // there is one
 	return nil
+}
+
+// forgetHistories removes those of instances that are gone, but for the newest
+// and that of the one that begins.
+func (g *guests) forgetHistories(keep int, begins string) error {
+	entries, err := os.ReadDir(g.histories)
+	if err != nil {
+		return fmt.Errorf("forget histories: %w", err)
+	}
+	gone := map[string]time.Time{} // when its history was last written
+	for _, e := range entries {
+		id, _, ok := strings.Cut(e.Name(), ".jsonl")
+		if _, lives := g.n.find(id); lives || !ok || id == begins {
+			continue
+		}
+		if info, err := e.Info(); err == nil && info.ModTime().After(gone[id]) {
+			gone[id] = info.ModTime()
+		}
+	}
+	oldest := slices.SortedFunc(maps.Keys(gone), func(a, b string) int { return gone[a].Compare(gone[b]) })
+	var errs []error
+	for _, id := range oldest[:max(0, len(oldest)-keep)] {
+		for _, path := range []string{g.historyOf(id), g.historyOf(id) + ".1"} {
+			if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				errs = append(errs, fmt.Errorf("forget history: %w", err))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }
 
 func (s *sandbox) closeTrail() error {
@@ -115,7 +149,12 @@ var instancePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]{0,253}$`)
 // events gives the history of an instance, line by line.
 func (n *Node) events(w http.ResponseWriter, r *http.Request) {
 	id := r.FormValue("instance")
-	if _, err := os.Stat(n.guests.historyOf(id)); !instancePattern.MatchString(id) || err != nil {
+	known := instancePattern.MatchString(id)
+	if known {
+		_, err := os.Stat(n.guests.historyOf(id))
+		known = err == nil
+	}
+	if !known {
 		refuse(w, http.StatusNotFound, "NoEvents", fmt.Errorf("instance %q left no events on %s", id, n.conf.Name))
 		return
 	}

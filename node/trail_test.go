@@ -3,11 +3,16 @@ package node
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
@@ -24,6 +29,33 @@ func told() []byte {
 	binary.LittleEndian.PutUint64(b[24:], 999)
 	b[40] = byte(guard.OpExec)
 	return b
+}
+
+// Histories of instances that are gone are kept as long as they are among the
+// newest; one of an instance that lives is kept in any case.
+func TestOldHistoriesGo(t *testing.T) {
+	n := &Node{slog: slog.New(slog.DiscardHandler), actors: map[string]*actor{"lives": {}}}
+	n.guests = &guests{n: n, histories: t.TempDir()}
+	for i, name := range []string{"lives.jsonl", "begins.jsonl", "old.jsonl", "old.jsonl.1", "newer.jsonl", "newest.jsonl", "other"} {
+		path := filepath.Join(n.guests.histories, name)
+		at := time.Unix(int64(i)*1000, 0)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, at, at)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := n.guests.forgetHistories(2, "begins"); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob(n.guests.histories + "/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range left {
+		left[i] = filepath.Base(left[i])
+	}
+	if want := []string{"begins.jsonl", "lives.jsonl", "newer.jsonl", "newest.jsonl", "other"}; !slices.Equal(left, want) {
+		t.Errorf("%q are left, want %q", left, want)
+	}
 }
 
 // What the Guard told is kept, given out and counted, with the node's own word
