@@ -341,9 +341,12 @@ func (s *Store) Record(ctx context.Context, about Object, warning bool, reason, 
 	if warning {
 		kind = corev1.EventTypeWarning
 	}
-	now := time.Now()
+	now, namespace := time.Now(), about.GetNamespace()
+	if namespace == "" {
+		namespace = metav1.NamespaceDefault // where Kubernetes keeps events of what is in none
+	}
 	err = s.live.Create(ctx, &corev1.Event{
-		ObjectMeta: metav1.ObjectMeta{Namespace: about.GetNamespace(), Name: fmt.Sprintf("%.200s.%x", about.GetName(), now.UnixNano())},
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: fmt.Sprintf("%.200s.%x", about.GetName(), now.UnixNano())},
 		InvolvedObject: corev1.ObjectReference{
 			APIVersion: gvk.GroupVersion().String(), Kind: gvk.Kind, Namespace: about.GetNamespace(), Name: about.GetName(),
 			UID: about.GetUID(), ResourceVersion: about.GetResourceVersion(),
