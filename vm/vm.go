@@ -84,9 +84,10 @@ type TemplateSpec struct {
 	TrustDomain string
 }
 
-// Bounds on a machine.
+// Bounds on a machine. In less memory a kernel's verifier has no room for the
+// Guard's programs.
 const (
-	MinMemoryMiB = 96
+	MinMemoryMiB = 128
 	MaxMemoryMiB = 1 << 20
 	MaxCPUs      = 64
 	MaxNetworks  = 4

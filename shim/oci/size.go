@@ -68,7 +68,7 @@ func (c *Config) Size(o Options, processors int) (Size, error) {
 	}
 	s := Size{MemoryMiB: o.MemoryMiB, Processors: o.Processors}
 	if s.MemoryMiB == 0 && memory > 0 {
-		s.MemoryMiB = int((memory+1<<20-1)>>20) + ownMiB
+		s.MemoryMiB = max(vm.MinMemoryMiB, int((memory+1<<20-1)>>20)+ownMiB)
 	}
 	if s.MemoryMiB == 0 {
 		s.MemoryMiB = defaultMemoryMiB
