@@ -45,6 +45,7 @@ type Machine struct {
 
 	done    chan struct{} // closed when the process has ended
 	watched chan struct{} // closed when the machine watches it no more
+	bound   sync.WaitGroup
 	copied  sync.WaitGroup
 
 	mu     sync.Mutex
@@ -77,7 +78,7 @@ func NewMachine(ctx context.Context, p Parts) (*Machine, error) {
 	}
 	m.copied.Go(func() { keepConsole(m.console, m.dir) })
 	go m.watch()
-	go m.boundLog()
+	m.bound.Go(m.boundLog)
 	return m, nil
 }
 
@@ -403,5 +404,6 @@ func (m *Machine) Release() error {
 	}
 	<-m.watched
 	m.copied.Wait()
+	m.bound.Wait() // or it would look into a directory that is closed
 	return errors.Join(err, m.dir.Close())
 }
