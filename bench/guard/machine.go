@@ -101,8 +101,8 @@ func (m *machine) image(ctx context.Context, policy []byte, steps []string) (str
 		files[fmt.Sprint("etc/rules/", i)] = nil
 		files[fmt.Sprint("opt/programs/", i)] = append(nothing, byte(i), byte(i>>8))
 	}
-	for _, d := range []string{"proc", "sys", "dev", "shm", "tmp"} {
-		if err := os.Mkdir(filepath.Join(root, d), 0o755); err != nil {
+	for _, d := range []string{"proc", "sys", "dev", "shm", "tmp", "mnt/plugins"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
 			return "", err
 		}
 	}
