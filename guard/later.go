@@ -6,16 +6,12 @@ import (
 	"hauberk.dev/api/spec"
 )
 
-// later refuses what a policy may say and the programs cannot hold yet. A field
+// later refuses what a policy may say and the programs cannot hold yet, besides mode learn. A field
 // leaves this list with the commit that holds it.
 func (c *compiler) later(p spec.GuardPolicy) {
-	said := map[string]bool{"mode learn": p.Mode == "learn"}
 	for i, f := range p.Files {
-		said[fmt.Sprintf("files[%d].fim", i)] = f.FIM
-	}
-	for field, is := range said {
-		if is {
-			c.faults = append(c.faults, fmt.Errorf("policy %q: %s: this is not held yet", c.name, field))
+		if f.FIM {
+			c.fault(fmt.Sprintf("files[%d].fim", i), "true", "changes are not recorded yet: deny w, or leave it out")
 		}
 	}
 }

@@ -29,7 +29,7 @@ func swapTimes(t *testing.T) int {
 func TestSwapLeavesNoGap(t *testing.T) {
 	files := imageFiles()
 	files[".strict"] = compileForTest(t, 1, strict()).Blob
-	// A file has one of the swapped blob's generation, and the status the last's.
+	// Generations only rise, so the second run begins above the first's.
 	again := compileForTest(t, 1_000_000, strict()).Blob
 	if got := binary.LittleEndian.Uint64(again[8:]); got != 1_000_000 {
 		t.Fatalf("generation %d stands elsewhere in a blob", got)

@@ -5,8 +5,9 @@ package spec
 // default; several policies on one workload intersect, and a list of what is
 // allowed refuses only what its own section is about.
 type GuardPolicy struct {
-	// Mode: enforce denies, audit only reports, learn reports and gathers what
-	// a policy that allows just this would say. A policy in learn or audit never
+	// Mode: enforce denies, audit only reports, learn, which is
+	// refused so far, reports and gathers what a policy that allows just this would
+	// say. A policy in learn or audit never
 	// weakens another that enforces.
 	// +kubebuilder:validation:Enum=learn;audit;enforce
 	// +kubebuilder:default=enforce
@@ -238,7 +239,7 @@ type GuardFile struct {
 	// +kubebuilder:validation:Enum=r;w;rw
 	// +optional
 	Allow string `json:"allow,omitempty"`
-	// FIM records every change of what the path covers, with the digest of small
+	// FIM is refused so far. It records every change of what the path covers, with the digest of small
 	// files before and after.
 	// +optional
 	FIM bool `json:"fim,omitempty"`
