@@ -127,7 +127,7 @@ type GuardExec struct {
 	// Allow lists the only programs that may run.
 	// +optional
 	// +kubebuilder:validation:MaxItems=512
-	Allow []GuardProgram `json:"allow,omitempty"`
+	Allow []GuardProgram `json:"allow,omitzero"`
 	// Deny lists programs, by absolute path in the image or as "sha256:" and the
 	// digest of the file in lower-case hexadecimal, that may not run whatever they
 	// are called or linked as. A program with the digest is denied where it is
@@ -265,12 +265,12 @@ type GuardNet struct {
 	// "service".
 	// +optional
 	// +kubebuilder:validation:MaxItems=256
-	Egress []GuardEgress `json:"egress,omitempty"`
+	Egress []GuardEgress `json:"egress,omitzero"`
 	// Ingress is an allow list of who may connect in, and where: a listening
 	// port that it does not name cannot be opened.
 	// +optional
 	// +kubebuilder:validation:MaxItems=256
-	Ingress []GuardIngress `json:"ingress,omitempty"`
+	Ingress []GuardIngress `json:"ingress,omitzero"`
 	// +optional
 	DNS *GuardDNS `json:"dns,omitempty"`
 	// +kubebuilder:default=warning

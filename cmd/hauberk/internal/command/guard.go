@@ -19,11 +19,12 @@ func (s *session) guard() *cobra.Command {
 	c := &cobra.Command{
 		Use: "guard", Short: "Guard policies: what is in force, on its way, or lowered",
 		Long: `Guard shows and steers what the Guards in the sandboxes enforce. A change of a
-policy is written with apply; it goes out in stages, each confirmed by a person.`,
+policy is written with apply; it goes out in stages, each confirmed by a person.
+Ready, check, explain, diff and test ask no control plane.`,
 		Args: known,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(s.guardStatus(), s.guardRollout(), s.guardRollback(), s.guardDegrade(), s.guardRestore())
+	c.AddCommand(s.guardStatus(), s.guardRollout(), s.guardRollback(), s.guardDegrade(), s.guardRestore(), s.guardReady())
 	return c
 }
 

@@ -7,54 +7,18 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
 
 	"hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
+	"hauberk.dev/guard"
 )
 
-// ready are policies that have a name here, in the order in which they are
-// offered. None but the last is weaker than the baseline.
-var ready = []struct {
-	name, why string
-	spec      spec.GuardPolicy
-}{
-	{"baseline", "only the image's own programs run, and none does what a service does not do", spec.GuardPolicy{
-		Exec: &spec.GuardExec{Origin: "image", AnonymousMemory: "allow", ShellOnSocket: "deny"},
-		Sys:  &spec.GuardSys{Deny: everySys},
-	}},
-	{"agent", "for code that was not written by people: the image's files stay as they are, and nothing is reached", spec.GuardPolicy{
-		Exec:  &spec.GuardExec{Origin: "image", AnonymousMemory: "allow", ShellOnSocket: "deny", Severity: spec.SeverityCritical},
-		Files: protect("w", "/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc", "/boot", "/opt"),
-		Net:   &spec.GuardNet{Egress: []spec.GuardEgress{{CIDR: "127.0.0.0/8"}}, Severity: spec.SeverityCritical},
-		Sys:   &spec.GuardSys{Deny: everySys, Severity: spec.SeverityCritical},
-	}},
-	{"web", "for a server: as baseline, no code is made in memory, and its programs and settings stay as they are", spec.GuardPolicy{
-		Exec:  &spec.GuardExec{Origin: "image", AnonymousMemory: "deny", ShellOnSocket: "deny"},
-		Files: protect("w", "/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc"),
-		Sys:   &spec.GuardSys{Deny: everySys},
-	}},
-	{"dev", "for trying things: what was written may run, shells on sockets too; the kernel stays out of reach", spec.GuardPolicy{
-		Exec: &spec.GuardExec{Origin: "any", AnonymousMemory: "allow", ShellOnSocket: "allow"},
-		Sys:  &spec.GuardSys{Deny: []spec.GuardOperation{"bpf", "module"}},
-	}},
-}
-
-var everySys = []spec.GuardOperation{"bpf", "module", "ptrace", "mount", "rawsocket", "mknod", "iouring", "userns"}
-
-func protect(deny string, paths ...string) (out []spec.GuardFile) {
-	for _, p := range paths {
-		out = append(out, spec.GuardFile{Path: p, Deny: deny})
-	}
-	return out
-}
-
 func policyNames() (out []string) {
-	for _, r := range ready {
-		out = append(out, r.name)
+	for _, r := range guard.Ready() {
+		out = append(out, r.Name)
 	}
 	return out
 }
@@ -66,13 +30,11 @@ const maxPolicyFile = 1 << 20
 // guest, so that the ready policies have no list of them then.
 func readPolicies(names []string, egress bool) (out []node.NamedGuardPolicy, err error) {
 	for _, name := range names {
-		i := slices.Index(policyNames(), name)
-		if i >= 0 {
-			p := node.NamedGuardPolicy{Name: name, Spec: ready[i].spec}
+		if r, ok := guard.FindReady(name); ok {
 			if egress {
-				p.Spec.Net = nil
+				r.Spec.Net = withoutEgress(r.Spec.Net)
 			}
-			out = append(out, p)
+			out = append(out, node.NamedGuardPolicy{Name: name, Spec: r.Spec})
 			continue
 		}
 		raw, err := readBounded(name)
@@ -104,50 +66,151 @@ func readBounded(name string) ([]byte, error) {
 	return raw, err
 }
 
-// parsePolicies reads GuardPolicy documents as kubectl takes them. Every field
-// must be known: what is not understood is not enforced.
+// withoutEgress takes the list of destinations away, and nothing else.
+func withoutEgress(n *spec.GuardNet) *spec.GuardNet {
+	if n == nil || n.Ingress == nil && n.DNS == nil {
+		return nil
+	}
+	rest := *n
+	rest.Egress = nil
+	return &rest
+}
+
+// policyDocument is a policy as it stands in a file.
+type policyDocument struct {
+	file      string
+	namespace string
+	name      string
+	floor     bool // a ClusterGuardPolicy
+	spec      spec.ClusterGuardPolicy
+	node      *yaml.Node // of the whole document
+}
+
+func (d *policyDocument) named() node.NamedGuardPolicy {
+	return node.NamedGuardPolicy{Name: d.name, Spec: d.spec.GuardPolicy}
+}
+
+// parsePolicies reads GuardPolicy documents as kubectl takes them.
 func parsePolicies(raw []byte) (out []node.NamedGuardPolicy, err error) {
+	docs, err := parseDocuments("", raw)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range docs {
+		if d.floor {
+			return nil, fmt.Errorf("kind %q: want GuardPolicy: a floor is the control plane's to hold", "ClusterGuardPolicy")
+		}
+		out = append(out, d.named())
+	}
+	return out, nil
+}
+
+// parseDocuments reads GuardPolicy and ClusterGuardPolicy documents. Every field
+// must be known: what is not understood is not enforced.
+func parseDocuments(file string, raw []byte) (out []policyDocument, err error) {
 	d := yaml.NewDecoder(bytes.NewReader(raw))
 	for n := 1; ; n++ {
-		var v any
-		if err := d.Decode(&v); errors.Is(err, io.EOF) {
+		var at yaml.Node
+		if err := d.Decode(&at); errors.Is(err, io.EOF) {
 			break
 		} else if err != nil {
+			return nil, fmt.Errorf("document %d: %w", n, err)
+		}
+		var v any
+		if err := at.Decode(&v); err != nil {
 			return nil, fmt.Errorf("document %d: %w", n, err)
 		}
 		if v == nil {
 			continue
 		}
-		data, err := json.Marshal(v)
+		doc, err := parseDocument(v, &at)
 		if err != nil {
 			return nil, fmt.Errorf("document %d: %w", n, err)
 		}
-		var doc struct {
-			APIVersion string `json:"apiVersion"`
-			Kind       string `json:"kind"`
-			Metadata   struct {
-				Name        string            `json:"name"`
-				Namespace   string            `json:"namespace"`
-				Labels      map[string]string `json:"labels"`
-				Annotations map[string]string `json:"annotations"`
-			} `json:"metadata"`
-			Spec spec.GuardPolicy `json:"spec"`
-		}
-		j := json.NewDecoder(bytes.NewReader(data))
-		j.DisallowUnknownFields()
-		if err := j.Decode(&doc); err != nil {
-			return nil, fmt.Errorf("document %d: %w", n, err)
-		}
-		if doc.Kind != "GuardPolicy" || !strings.HasPrefix(doc.APIVersion, "hauberk.dev/") {
-			return nil, fmt.Errorf("document %d: kind %q of %q: want GuardPolicy of hauberk.dev/v1alpha1", n, doc.Kind, doc.APIVersion)
-		}
-		if doc.Metadata.Name == "" {
-			return nil, fmt.Errorf("document %d: metadata.name: want one", n)
-		}
-		out = append(out, node.NamedGuardPolicy{Name: doc.Metadata.Name, Spec: doc.Spec})
+		doc.file, doc.node = file, &at
+		out = append(out, doc)
 	}
 	if len(out) == 0 {
 		return nil, errors.New("it holds no GuardPolicy")
 	}
 	return out, nil
+}
+
+func parseDocument(v any, at *yaml.Node) (policyDocument, error) {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return policyDocument{}, err
+	}
+	var head struct {
+		APIVersion string `json:"apiVersion"`
+		Kind       string `json:"kind"`
+	}
+	_ = json.Unmarshal(data, &head) // what it is not is said below
+	floor := head.Kind == "ClusterGuardPolicy"
+	if !floor && head.Kind != "GuardPolicy" || !strings.HasPrefix(head.APIVersion, "hauberk.dev/") {
+		return policyDocument{}, fmt.Errorf("kind %q of %q: want GuardPolicy of hauberk.dev/v1alpha1", head.Kind, head.APIVersion)
+	}
+	var doc struct {
+		APIVersion string `json:"apiVersion"`
+		Kind       string `json:"kind"`
+		Metadata   struct {
+			Name        string            `json:"name"`
+			Namespace   string            `json:"namespace"`
+			Labels      map[string]string `json:"labels"`
+			Annotations map[string]string `json:"annotations"`
+		} `json:"metadata"`
+		Spec json.RawMessage `json:"spec"`
+	}
+	if err := decodeStrict(data, &doc); err != nil {
+		return policyDocument{}, located(err, at)
+	}
+	out := policyDocument{name: doc.Metadata.Name, namespace: doc.Metadata.Namespace, floor: floor}
+	if out.name == "" {
+		return out, errors.New("metadata.name: want one")
+	}
+	if doc.Spec == nil {
+		return out, nil
+	}
+	if floor {
+		err = decodeStrict(doc.Spec, &out.spec)
+	} else {
+		err = decodeStrict(doc.Spec, &out.spec.GuardPolicy)
+	}
+	return out, located(err, at)
+}
+
+func decodeStrict(data []byte, into any) error {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	return d.Decode(into)
+}
+
+// located adds the line of the field that an error of JSON is about.
+func located(err error, at *yaml.Node) error {
+	if err == nil {
+		return nil
+	}
+	word := ""
+	if wrong := (*json.UnmarshalTypeError)(nil); errors.As(err, &wrong) {
+		word = wrong.Field[strings.LastIndexByte(wrong.Field, '.')+1:]
+	} else if _, rest, ok := strings.Cut(err.Error(), "unknown field \""); ok {
+		word, _, _ = strings.Cut(rest, `"`)
+	}
+	if line := lineOfKey(at, word); line > 0 {
+		return fmt.Errorf("line %d: %w", line, err)
+	}
+	return err
+}
+
+// lineOfKey finds where a key stands.
+func lineOfKey(at *yaml.Node, key string) int {
+	for i, c := range at.Content {
+		if at.Kind == yaml.MappingNode && i%2 == 0 && c.Value == key {
+			return c.Line
+		}
+		if line := lineOfKey(c, key); line > 0 {
+			return line
+		}
+	}
+	return 0
 }

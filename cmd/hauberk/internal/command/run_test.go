@@ -178,7 +178,7 @@ func TestPolicyFiles(t *testing.T) {
 			t.Errorf("%.60q: %v, want %q", text, err, want)
 		}
 	}
-	if _, err := readPolicies([]string{"agnet"}, false); err == nil || !strings.Contains(err.Error(), "ready are baseline, agent, web, dev") {
+	if _, err := readPolicies([]string{"agnet"}, false); err == nil || !strings.Contains(err.Error(), "ready are baseline, web, batch, agent, database, dev") {
 		t.Errorf("one that is not there: %v", err)
 	}
 }
