@@ -9,6 +9,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"hauberk.dev/mesh/http1"
@@ -102,6 +103,7 @@ type exchange struct {
 	mu      sync.Mutex
 	under   int // requests passed on whose responses are not complete
 	over    bool
+	left    atomic.Bool   // no more requests come, and none is under way
 	tunnel  bool          // another protocol is spoken; for the responses' goroutine
 	done    chan struct{} // the responses' goroutine has ended
 }
@@ -126,11 +128,14 @@ func (x *exchange) run() {
 		x.client.abort()
 	}
 	if x.server != nil {
-		if !orderly {
+		if orderly {
+			x.settle()
+			x.left.Store(true)
+			x.server.finish() // who listens to it hears its end
+		} else {
 			x.server.abort() // the responses need not be waited for
 		}
 		<-x.done
-		x.server.finish()
 	}
 	if orderly {
 		x.client.CloseWrite()
@@ -290,13 +295,28 @@ func (x *exchange) local(status int, r refusal, closing bool) error {
 	return nil
 }
 
-// responses copies responses until the requests end or one says it is the last.
+// responses copies responses until one says it is the last, or the server ends
+// the connection: it is listened to while nothing is asked, so that the client
+// knows at once and does not ask on a connection that goes nowhere.
 func (x *exchange) responses() {
 	in := http1.NewReader(x.server)
 	var err error
 	last := false
-	for req := range x.waiting {
-		if last, err = x.response(in, req); err != nil || last {
+	for served := 0; ; served++ {
+		_, end := in.R.Peek(1)
+		if x.unasked() {
+			last = !x.left.Load()
+			break
+		}
+		if ended := end == io.EOF; served > 0 && (ended || errors.Is(end, syscall.ECONNRESET)) {
+			// As without a proxy, a client that asked meanwhile sees the end of a
+			// connection that has served, and may ask again on another.
+			if last = ended; !ended {
+				err = end
+			}
+			break
+		}
+		if last, err = x.response(in, <-x.waiting); err != nil || last {
 			break
 		}
 		x.mu.Lock()
@@ -321,6 +341,16 @@ func (x *exchange) responses() {
 		time.AfterFunc(lingerTime, x.client.abort)
 		x.server.finish()
 	}
+}
+
+// unasked tells whether nothing is under way, and if so that nothing will be:
+// what a server says then, its end or worse an answer, must not become the
+// answer to the next request.
+func (x *exchange) unasked() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.over = x.under == 0
+	return x.over
 }
 
 // response copies one response. last means that there are no more.
