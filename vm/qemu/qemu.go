@@ -37,7 +37,7 @@ const (
 
 	defaultCacheMiB     = 32
 	defaultMaxTemplates = 4
-	templateDeadline    = 60 * time.Second
+	templateDeadline    = 3 * time.Minute
 	maxMonitorLog       = 1 << 20
 	maxThreads          = 256
 )
