@@ -53,7 +53,7 @@ type part struct {
 
 // parts in the order of running: what a neighbour disturbs most comes first.
 var parts = []part{
-	{"launch", launches}, {"memory", memories}, {"mesh", hops}, {"records", records}, {"system", system},
+	{"launch", launches}, {"memory", memories}, {"mesh", hops}, {"records", records}, {"system", system}, {"policy", policies},
 }
 
 // beside are the parts that need more than Debian has (scripts/bench-sandbox):
@@ -65,10 +65,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	flags.SetOutput(stderr)
 	format := flags.String("o", "table", "how figures are printed: table or json")
 	only := flags.String("only", "", "parts to run, separated by commas (default all of the first line)\n"+names(parts)+"\n"+names(beside))
-	n := flags.Int("n", 12, "launches of each kind, and violations")
+	n := flags.Int("n", 12, "launches of each kind, violations and changes of a policy")
 	bin := flags.String("programs", "bin", "directory of Hauberk's programs")
 	kernel := flags.String("kernel", "", "guest kernel of the parts launch and memory: a series such as 6.12, or an image")
-	pods := flags.Int("pods", 50, "in the part idle, how many containers are weighed together")
+	pods := flags.Int("pods", 50, "how many containers are weighed together in the part idle, and sandboxes are given a policy in the part policy")
 	grow := flags.Duration("grow", 150*time.Second, "in the part idle, start containers of each kind until they take 8 GiB or this is over; 0 computes it")
 	rivals := flags.String("rivals", "", "directory of runsc, for the parts "+names(beside))
 	if err := flags.Parse(args); err != nil {

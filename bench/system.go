@@ -29,12 +29,7 @@ func system(ctx context.Context, l *lab) (_ []figure, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
-		defer cancel()
-		_, down := in.hauberk(ctx, "down")
-		err = errors.Join(err, down)
-	}()
+	defer func() { err = in.down(ctx, err) }()
 	up, cancel := context.WithTimeout(ctx, upWithin)
 	defer cancel()
 	began := time.Now()
