@@ -3,6 +3,7 @@ package guard
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -28,27 +29,17 @@ type sandbox struct {
 	events []Event
 }
 
+// guest is what a machine with the real agent is made of.
+type guest struct {
+	image  string
+	disks  []string // with the serials w0, w1 ...
+	memory int      // MiB
+	open   bool     // without the Guard
+}
+
 func startSandbox(t *testing.T) *sandbox {
 	t.Helper()
 	m, err := prepare()
-	if err != nil {
-		t.Fatal(err)
-	}
-	agent := filepath.Join(m.dir, "agent")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "hauberk.dev/cmd/hauberk-guest")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build agent: %v\n%s", err, out)
-	}
-	found, err := kernel.Find("/", flavour())
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := kernel.Prepare(m.dir+"/cache", found, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay")
-	if err != nil {
-		t.Fatal(err)
-	}
-	initrd, err := k.Initrd(agent, m.bundle)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,18 +52,63 @@ func startSandbox(t *testing.T) *sandbox {
 	if out, err := exec.Command("mkfs.ext4", "-q", "-F", image+"0").CombinedOutput(); err != nil {
 		t.Fatalf("make file system: %v\n%s", err, out)
 	}
+	s := guest{image: image, disks: []string{image + "0", image + "1"}, memory: 256}.start(t)
+	s.disks = [2]string{image + "0", image + "1"}
+	return s
+}
+
+// agent is what the machines with the real agent boot, made once.
+var agent = sync.OnceValues(func() (*kernel.Artefacts, error) {
+	m, err := prepare()
+	if err != nil {
+		return nil, err
+	}
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(m.dir, "agent"), "hauberk.dev/cmd/hauberk-guest")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build agent: %w\n%s", err, out)
+	}
+	found, err := kernel.Find("/", flavour())
+	if err != nil {
+		return nil, err
+	}
+	return kernel.Prepare(m.dir+"/cache", found, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay")
+})
+
+// start boots the machine, and ends it with the test.
+func (g guest) start(t *testing.T) *sandbox {
+	t.Helper()
+	m, err := prepare()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := agent()
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundle, state := m.bundle, guestproto.GuardAttached
+	if g.open {
+		bundle, state = nil, guestproto.GuardAbsent
+	}
+	initrd, err := k.Initrd(filepath.Join(m.dir, "agent"), bundle)
+	if err != nil {
+		t.Fatal(err)
+	}
 	socket := filepath.Join(t.TempDir(), "agent")
-	qemu := exec.CommandContext(t.Context(), "qemu-system-x86_64",
-		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=64", "-cpu", "max", "-smp", "1", "-m", "256",
+	args := []string{
+		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=64", "-cpu", "max", "-smp", "1", "-m", fmt.Sprint(g.memory),
 		"-nodefaults", "-no-user-config", "-nographic", "-no-reboot", "-serial", "stdio",
 		"-kernel", k.Kernel, "-initrd", initrd.Path,
-		"-append", "console=ttyS0 quiet reboot=t panic=-1 lsm=lockdown,capability,landlock,yama,bpf tsc_early_khz="+tscKHz(t)+
+		"-append", "console=ttyS0 quiet reboot=t panic=-1 lsm=lockdown,capability,landlock,yama,bpf tsc_early_khz=" + tscKHz(t) +
 			" cryptomgr.notests random.trust_cpu=on audit=0 no_timer_check rcupdate.rcu_expedited=1 8250.nr_uarts=1",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=ag,path="+socket+",server=on,wait=off",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=ag,path=" + socket + ",server=on,wait=off",
 		"-device", "virtserialport,chardev=ag,name=agent.0",
-		"-drive", "if=none,id=root,format=raw,read-only=on,file="+image, "-device", "virtio-blk-pci,drive=root,serial=root0",
-		"-drive", "if=none,id=d0,format=raw,file="+image+"0", "-device", "virtio-blk-pci,drive=d0,serial=w0",
-		"-drive", "if=none,id=d1,format=raw,file="+image+"1", "-device", "virtio-blk-pci,drive=d1,serial=w1")
+		"-drive", "if=none,id=root,format=raw,read-only=on,file=" + g.image, "-device", "virtio-blk-pci,drive=root,serial=root0",
+	}
+	for i, d := range g.disks {
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=d%d,format=raw,file=%s", i, d), "-device", fmt.Sprintf("virtio-blk-pci,drive=d%d,serial=w%d", i, i))
+	}
+	qemu := exec.CommandContext(t.Context(), "qemu-system-x86_64", args...)
 	var console bytes.Buffer
 	qemu.Stdout, qemu.Stderr = &console, &console
 	if err := qemu.Start(); err != nil {
@@ -85,14 +121,14 @@ func startSandbox(t *testing.T) *sandbox {
 			t.Logf("console:\n%s", &console)
 		}
 	})
-	s := &sandbox{disks: [2]string{image + "0", image + "1"}}
+	s := &sandbox{}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	c, hello, err := vm.Dial(ctx, socket, s.hear(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if hello.Guard != guestproto.GuardAttached {
+	if hello.Guard != state {
 		t.Fatalf("guard is in state %d: %s", hello.Guard, hello.GuardText)
 	}
 	t.Cleanup(func() { c.Close() })
@@ -135,7 +171,7 @@ func (s *sandbox) told(t *testing.T, op Op, verdict Verdict) Event {
 // them to a policy that may change while they run.
 func TestAgentRunsContainersUnderGuard(t *testing.T) {
 	s := startSandbox(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute+time.Duration(floodExecs(t))*20*time.Millisecond)
 	defer cancel()
 	if _, err := s.c.MountRoot(ctx, guestproto.MountRoot{Serial: "root0"}); err != nil {
 		t.Fatal(err)

@@ -187,10 +187,16 @@ func strict() spec.GuardPolicy {
 // compileForTest compiles policies of one generation.
 func compileForTest(t testing.TB, generation uint64, policies ...spec.GuardPolicy) Compiled {
 	t.Helper()
-	g := node.Guard{Generation: generation, Services: map[string]string{"ledger": "198.51.100.7"}}
+	var named []node.NamedGuardPolicy
 	for i, p := range policies {
-		g.Policies = append(g.Policies, node.NamedGuardPolicy{Name: fmt.Sprint("policy-", i), Spec: p})
+		named = append(named, node.NamedGuardPolicy{Name: fmt.Sprint("policy-", i), Spec: p})
 	}
+	return compileNamed(t, generation, named...)
+}
+
+func compileNamed(t testing.TB, generation uint64, policies ...node.NamedGuardPolicy) Compiled {
+	t.Helper()
+	g := node.Guard{Generation: generation, Services: map[string]string{"ledger": "198.51.100.7"}, Policies: policies}
 	c, err := Compile(g, CompileFacts{Gateway: netip.MustParseAddr("192.0.2.1"), FilesWith: filesForTest})
 	if err != nil {
 		t.Fatal(err)

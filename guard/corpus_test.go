@@ -2,13 +2,13 @@ package guard
 
 import (
 	"encoding/json"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
 )
 
@@ -90,7 +90,7 @@ func policies(t *testing.T, files map[string][]byte, mode string) (by map[string
 			generation++
 			p := s.policy
 			p.Mode = mode
-			c := compileForTest(t, generation, p)
+			c := compileNamed(t, generation, node.NamedGuardPolicy{Name: s.name, Spec: p})
 			files["."+s.name+again] = c.Blob
 			by[s.name] = append(by[s.name], &c)
 		}
@@ -111,14 +111,15 @@ func TestAttacks(t *testing.T) {
 
 // row is what came of one attack or benign act.
 type row struct {
-	Name     string `json:"name"`
-	Items    string `json:"items,omitempty"`
-	Scenario string `json:"scenario"`
-	Benign   bool   `json:"benign,omitempty"`
-	Rule     string `json:"rule,omitempty"`
-	Open     string `json:"open"`
-	Audit    string `json:"audit"`
-	Enforce  string `json:"enforce"`
+	Name       string `json:"name"`
+	Items      string `json:"items,omitempty"`
+	Scenario   string `json:"scenario"`
+	Benign     bool   `json:"benign,omitempty"`
+	Rule       string `json:"rule,omitempty"`
+	Attributed bool   `json:"attributed,omitempty"` // in audit and when enforced
+	Open       string `json:"open"`
+	Audit      string `json:"audit"`
+	Enforce    string `json:"enforce"`
 }
 
 // report is what the three runs showed.
@@ -236,6 +237,7 @@ func (r *report) attack(t *testing.T, mode string, s scenario, c *Compiled, a at
 			continue
 		}
 		w.Rule = rule.Text
+		w.Attributed = attributed(t, s, a, c, e, o) && (mode == "audit" || w.Attributed)
 		want, verdict := "exit 10 ", Denied
 		if mode == "audit" && rule.Policy != builtIn {
 			want, verdict = "exit 0 ", Reported
@@ -264,22 +266,25 @@ func (r *report) benign(t *testing.T, mode string, s scenario, b string, o outco
 
 // write leaves the report where make guard-attacks looks for it.
 func (r *report) write(t *testing.T) {
-	attacks, benign := 0, 0
+	attacks, benign, known := 0, 0, 0
 	for _, w := range r.Rows {
 		if w.Benign {
 			benign++
 		} else {
 			attacks++
 		}
+		if w.Attributed {
+			known++
+		}
 	}
-	t.Logf("%s: %d attacks, %d benign acts", r.Kernel, attacks, benign)
+	t.Logf("%s: %d attacks, %d attributed, %d benign acts", r.Kernel, attacks, known, benign)
 	dir := os.Getenv("HAUBERK_ATTACKS")
 	if dir == "" {
 		return
 	}
 	raw, err := json.MarshalIndent(r, "", " ")
 	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, fmt.Sprintf("%s.json", r.Kernel)), raw, 0o644)
+		err = os.WriteFile(filepath.Join(dir, "corpus.json"), raw, 0o644)
 	}
 	if err != nil {
 		t.Error(err)

@@ -15,15 +15,21 @@ import (
 
 // floodSize is how many acts a flood has: 100,000, or what HAUBERK_TEST_FLOOD
 // says.
-func floodSize(t *testing.T) int {
+func floodSize(t *testing.T) int { return sizeOf(t, "HAUBERK_TEST_FLOOD", 100_000) }
+
+// floodExecs is how many programs a flood runs: 3,000, for each takes an emulated
+// processor some milliseconds, or what HAUBERK_TEST_EXECS says.
+func floodExecs(t *testing.T) int { return sizeOf(t, "HAUBERK_TEST_EXECS", 3_000) }
+
+func sizeOf(t *testing.T, variable string, usual int) int {
 	t.Helper()
-	text := os.Getenv("HAUBERK_TEST_FLOOD")
+	text := os.Getenv(variable)
 	if text == "" {
-		return 100_000
+		return usual
 	}
 	n, err := strconv.Atoi(text)
-	if err != nil || n < 1000 {
-		t.Fatalf("HAUBERK_TEST_FLOOD=%q: want a number, 1000 or more", text)
+	if err != nil || n < 10 {
+		t.Fatalf("%s=%q: want a number, 10 or more", variable, text)
 	}
 	return n
 }
@@ -113,9 +119,9 @@ func TestFullRingStillRefuses(t *testing.T) {
 }
 
 // flood makes a container do one forbidden thing very often, then many
-// different ones, then run many programs, while the host takes what the agent
-// sends. Nothing passes, everything is accounted for, and the agent stays as
-// small as it was.
+// different ones, run many programs and try to run one it wrote, while the host
+// takes what the agent sends. Nothing passes, everything is accounted for, and
+// the agent stays as small as it was.
 func (s *sandbox) flood(t *testing.T, ctx context.Context, box *vm.Process) {
 	t.Helper()
 	before := s.guardStatus(t, ctx)
@@ -123,9 +129,11 @@ func (s *sandbox) flood(t *testing.T, ctx context.Context, box *vm.Process) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := floodSize(t)
+	n, programs := floodSize(t), floodExecs(t)
+	refused := max(n/10, programs)
 	for run, want := range map[string]int{
-		fmt.Sprintf("flood /etc/app %d 1", n): 10, fmt.Sprintf("flood=2 /etc/app %d %d", n/10, n/10): 10, fmt.Sprintf("execs %d", n/500): 0,
+		fmt.Sprintf("flood /etc/app %d 1", n): 10, fmt.Sprintf("flood=2 /etc/app %d %d", n/10, n/10): 10,
+		fmt.Sprintf("execs %d", programs): 0, fmt.Sprintf("execstorm %d", refused): 10,
 	} {
 		if got := s.run(t, ctx, box, run); got != want {
 			t.Errorf("%s: exit %d, want %d", run, got, want)
@@ -135,10 +143,13 @@ func (s *sandbox) flood(t *testing.T, ctx context.Context, box *vm.Process) {
 	if got := after.Tallies[OpWrite].Happened - before.Tallies[OpWrite].Happened; got != uint64(n+n/10) {
 		t.Errorf("%d writes were refused, %d counted", n+n/10, got)
 	}
-	if got := after.Tallies[OpStarted].Happened - before.Tallies[OpStarted].Happened; got != uint64(n/500+3) {
-		t.Errorf("%d programs were started, %d counted", n/500+3, got)
+	if got := after.Tallies[OpStarted].Happened - before.Tallies[OpStarted].Happened; got != uint64(programs+4) {
+		t.Errorf("%d programs were started, %d counted", programs+4, got)
 	}
-	t.Logf("writes: %+v; programs: %+v", after.Tallies[OpWrite], after.Tallies[OpStarted])
+	if got := after.Tallies[OpExec].Happened - before.Tallies[OpExec].Happened; got != uint64(refused) {
+		t.Errorf("%d programs were refused, %d counted", refused, got)
+	}
+	t.Logf("writes: %+v; programs: %+v, refused: %+v", after.Tallies[OpWrite], after.Tallies[OpStarted], after.Tallies[OpExec])
 	s.awaitAccount(t, ctx)
 	now, err := s.c.Stats(ctx)
 	if err != nil {

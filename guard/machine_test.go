@@ -3,11 +3,13 @@ package guard
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -92,6 +94,8 @@ type outcome struct {
 	ran      map[string]string // by name of the attack: how it ended
 	events   map[string][]Event
 	policies []string
+	pids     map[string]uint32 // by name of the attack
+	stood    map[uint64]Status // by generation, when it was put in force
 	status   []Status
 	console  string
 }
@@ -133,7 +137,7 @@ func boot(t *testing.T, withGuard bool, files map[string][]byte, steps ...string
 
 func readOutcome(t *testing.T, console string) outcome {
 	t.Helper()
-	o := outcome{ran: map[string]string{}, events: map[string][]Event{}, console: console}
+	o := outcome{ran: map[string]string{}, events: map[string][]Event{}, pids: map[string]uint32{}, stood: map[uint64]Status{}, console: console}
 	last := ""
 	for line := range strings.Lines(console) {
 		line = strings.TrimSpace(line)
@@ -152,7 +156,14 @@ func readOutcome(t *testing.T, console string) outcome {
 				t.Fatal(err)
 			}
 			o.events[last] = append(o.events[last], e)
-		case "STATUS":
+		case "PROCESS":
+			var of string
+			var pid uint32
+			if _, err := fmt.Sscan(rest, &of, &pid); err != nil {
+				t.Fatalf("process %q: %v", rest, err)
+			}
+			o.pids[of] = pid
+		case "STATUS", "STANDS":
 			b, err := hex.DecodeString(rest)
 			if err != nil {
 				t.Fatal(err)
@@ -161,7 +172,11 @@ func readOutcome(t *testing.T, console string) outcome {
 			if err != nil {
 				t.Fatal(err)
 			}
-			o.status = append(o.status, s)
+			if word == "STATUS" {
+				o.status = append(o.status, s)
+			} else {
+				o.stood[s.Generation] = s
+			}
 		case "POLICY", "ATTACHED":
 			o.policies = append(o.policies, line)
 		case "FATAL":
@@ -190,7 +205,7 @@ func buildImage(t *testing.T, m *machine, files map[string][]byte, steps []strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	files["attack"], files["bin/tool"] = attack, attack
+	files["attack"], files["bin/tool"], files["bin/nop"] = attack, attack, nop
 	files[".steps"] = []byte(strings.Join(steps, "\n") + "\n")
 	for name, data := range files {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(root, name)), 0o755); err != nil {
@@ -217,6 +232,18 @@ func buildImage(t *testing.T, m *machine, files map[string][]byte, steps []strin
 	}
 	return path
 }
+
+// nop is the smallest program: it ends with 0.
+var nop = slices.Concat(
+	[]byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00"), // 64 bits, little endian
+	[]byte{2, 0, 62, 0, 1, 0, 0, 0},                                   // a program for amd64
+	little(0x400078), little(64), little(0), make([]byte, 4), []byte{64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0},
+	[]byte{1, 0, 0, 0, 5, 0, 0, 0}, // the one segment, to be read and run
+	little(0), little(0x400000), little(0x400000), little(0x81), little(0x81), little(0x1000),
+	[]byte{0xb8, 60, 0, 0, 0, 0x31, 0xff, 0x0f, 0x05}, // exit(0)
+)
+
+func little(v uint64) []byte { return binary.LittleEndian.AppendUint64(nil, v) }
 
 // tscKHz is the rate of the host's clock, which a microvm with ACPI waits for
 // in vain unless it is told.

@@ -1,7 +1,8 @@
 // Command attacks runs the Guard's corpus of attacks and of ordinary acts in
 // real guests, three ways on each kernel, and prints what came of each: without
 // the Guard, where an attack must work or it proves nothing, with its policy in
-// audit mode, and with it enforced.
+// audit mode, and with it enforced. Then it runs real programs of Debian without
+// the Guard and under the ready-made policies that fit.
 //
 //	go run ./test/attacks [-kernels 6.1,6.12] [-o table|json]
 package main
@@ -29,15 +30,28 @@ type row struct {
 	Scenario string `json:"scenario"`
 	Benign   bool   `json:"benign,omitempty"`
 	Rule     string `json:"rule,omitempty"`
-	Open     string `json:"open"`
-	Audit    string `json:"audit"`
-	Enforce  string `json:"enforce"`
+	// Attributed to its process, container, program and policy.
+	Attributed bool   `json:"attributed,omitempty"`
+	Open       string `json:"open"`
+	Audit      string `json:"audit"`
+	Enforce    string `json:"enforce"`
+}
+
+// realRow is a real program's act under a ready-made policy.
+type realRow struct {
+	Name    string  `json:"name"`
+	Policy  string  `json:"policy"`
+	Open    string  `json:"open"`
+	Enforce string  `json:"enforce"`
+	Seconds float64 `json:"seconds"`
 }
 
 type report struct {
 	Series string `json:"series"`
 	Kernel string `json:"kernel"`
 	Rows   []row  `json:"rows"`
+	// Reality is what came of real programs.
+	Reality []realRow `json:"reality"`
 }
 
 func main() {
@@ -81,10 +95,10 @@ func run(ctx context.Context, series string) (report, error) {
 		return r, err
 	}
 	defer os.RemoveAll(dir)
-	fmt.Fprintf(os.Stderr, "kernel %s: three machines run the corpus …\n", series)
+	fmt.Fprintf(os.Stderr, "kernel %s: three machines run the corpus, two run real programs …\n", series)
 	began := time.Now()
-	test := exec.CommandContext(ctx, "go", "test", "-count=1", "-run", "^TestAttacks$", "./guard")
-	test.Env = append(os.Environ(), "HAUBERK_ATTACKS="+dir)
+	test := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout=2h", "-run", "^(TestAttacks|TestReality)$", "./guard")
+	test.Env = append(os.Environ(), "HAUBERK_ATTACKS="+dir, "HAUBERK_REALITY=all")
 	if series != "6.1" {
 		test.Env = append(test.Env, "HAUBERK_TEST_KERNEL="+series)
 	}
@@ -93,18 +107,22 @@ func run(ctx context.Context, series string) (report, error) {
 	test.Stdout, test.Stderr = os.Stderr, os.Stderr
 	failed := test.Run()
 	fmt.Fprintf(os.Stderr, "kernel %s: %.0f s\n", series, time.Since(began).Seconds())
-	found, err := filepath.Glob(filepath.Join(dir, "*.json"))
-	if err != nil || len(found) != 1 {
-		return r, fmt.Errorf("no report was written (%v)", failed)
+	for _, part := range []struct {
+		name string
+		into any
+	}{{"corpus.json", &r}, {"reality.json", &r.Reality}} {
+		raw, err := os.ReadFile(filepath.Join(dir, part.name))
+		if err == nil {
+			err = json.Unmarshal(raw, part.into)
+		}
+		if err != nil {
+			return r, fmt.Errorf("no whole report was written: %w (%v)", err, failed)
+		}
 	}
-	raw, err := os.ReadFile(found[0])
-	if err == nil {
-		err = json.Unmarshal(raw, &r)
+	if failed != nil {
+		return r, fmt.Errorf("some did not end as they must: see FAILS in the table (%w)", failed)
 	}
-	if err == nil && failed != nil {
-		err = fmt.Errorf("some did not end as they must: see FAILS in the table (%w)", failed)
-	}
-	return r, err
+	return r, nil
 }
 
 func table(w io.Writer, reports []report) {
@@ -123,6 +141,10 @@ func table(w io.Writer, reports []report) {
 				fmt.Fprintf(t, "%s\t\t%s\t%s\t%s\t%s\t\n", x.Name, x.Scenario, x.Open, x.Audit, x.Enforce)
 			}
 		}
+		fmt.Fprintln(t, "REAL PROGRAM\t\tPOLICY\tOPEN\t\tENFORCE\tSECONDS")
+		for _, x := range r.Reality {
+			fmt.Fprintf(t, "%s\t\t%s\t%s\t\t%s\t%.1f\n", x.Name, x.Policy, x.Open, x.Enforce, x.Seconds)
+		}
 		_ = t.Flush()
 	}
 	fmt.Fprintln(w)
@@ -132,7 +154,7 @@ func table(w io.Writer, reports []report) {
 }
 
 func (r report) totals() string {
-	var attacks, open, audit, enforce, benign, worked int
+	var attacks, open, audit, enforce, known, benign, worked, real, ran int
 	for _, x := range r.Rows {
 		if x.Benign {
 			benign++
@@ -143,9 +165,14 @@ func (r report) totals() string {
 		open += one(x.Open == "works")
 		audit += one(x.Audit == "reported" || x.Audit == "denied" || x.Audit == "killed")
 		enforce += one(x.Enforce == "denied" || x.Enforce == "killed")
+		known += one(x.Attributed)
 	}
-	return fmt.Sprintf("kernel %s: %d attacks: %d work without the Guard, %d seen under audit, %d stopped and seen when enforced; %d ordinary acts: %d not hindered",
-		r.Series, attacks, open, audit, enforce, benign, worked)
+	for _, x := range r.Reality {
+		real++
+		ran += one(x.Open == "works" && x.Enforce == "works")
+	}
+	return fmt.Sprintf("kernel %s: %d attacks: %d work without the Guard, %d seen under audit, %d stopped and seen when enforced, %d attributed; %d ordinary acts: %d not hindered; %d acts of real programs: %d not hindered",
+		r.Series, attacks, open, audit, enforce, known, benign, worked, real, ran)
 }
 
 func one(is bool) int {

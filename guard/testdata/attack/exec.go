@@ -221,31 +221,49 @@ func pipeshell([]string) error {
 	return cmd.Run()
 }
 
-// underfire has eight loops do what is forbidden, four run a program and four
-// open a file, until the file it is told of appears. It is refused if each try
-// was; its words are how many tries of each there were.
+// underfire has eight loops do what is forbidden, two each run a program, open a
+// file, connect and make a raw socket, until the file it is told of appears. It
+// is refused if each try was; its words are how many tries of each there were.
 func underfire(a []string) error {
 	if err := copySelf("/tmp/storm"); err != nil {
 		return err
 	}
-	var runs, opens atomic.Int64
+	forbidden := [...]func(i int) error{
+		func(i int) error {
+			if i == 0 {
+				return spawn("/tmp/storm")
+			}
+			return syscall.Exec("/tmp/storm", []string{"storm", "nothing"}, nil)
+		},
+		func(int) error {
+			_, err := os.OpenFile("/etc/app/1", os.O_WRONLY, 0)
+			return err
+		},
+		func(int) error {
+			s, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer syscall.Close(s)
+			return syscall.Connect(s, &syscall.SockaddrInet4{Port: 81, Addr: [4]byte{192, 0, 2, 1}})
+		},
+		func(int) error {
+			_, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_RAW, syscall.IPPROTO_ICMP)
+			return err
+		},
+	}
+	var tries [len(forbidden)]atomic.Int64
 	result := make(chan error)
-	for i := range 8 {
+	for i := range 2 * len(forbidden) {
+		kind := i % len(forbidden)
 		go func() {
 			for {
 				if _, err := os.Stat(a[0]); err == nil {
 					result <- nil
 					return
 				}
-				var err error
-				if i%2 == 0 {
-					runs.Add(1)
-					err = spawn("/tmp/storm")
-				} else {
-					opens.Add(1)
-					_, err = os.OpenFile("/etc/app/1", os.O_WRONLY, 0)
-				}
-				if !errors.Is(err, syscall.EPERM) {
+				tries[kind].Add(1)
+				if err := forbidden[kind](i); !errors.Is(err, syscall.EPERM) {
 					result <- fmt.Errorf("got through, or failed otherwise: %w", err)
 					return
 				}
@@ -253,14 +271,14 @@ func underfire(a []string) error {
 		}()
 	}
 	var through error
-	for range 8 {
+	for range 2 * len(forbidden) {
 		through = errors.Join(through, <-result)
 	}
 	if through != nil {
 		fmt.Println(through)
 		return nil
 	}
-	return fmt.Errorf("%d runs %d opens", runs.Load(), opens.Load())
+	return fmt.Errorf("%d runs %d opens %d connections %d sockets", tries[0].Load(), tries[1].Load(), tries[2].Load(), tries[3].Load())
 }
 
 // execthread runs a dropped program from a thread that is not the first.

@@ -54,6 +54,7 @@ var systemAttacks = map[string]func([]string) error{
 	"denystorm":  denyStorm,
 	"flood":      flood,
 	"execs":      execs,
+	"execstorm":  execStorm,
 }
 
 // bpf(2) with an attribute of 128 zero bytes but for what fill sets.
@@ -430,16 +431,47 @@ func flood(a []string) error {
 	return fmt.Errorf("%d times", times)
 }
 
-// execs runs a program so many times.
+// execs runs the smallest of programs so many times.
 func execs(a []string) error {
 	times, err := strconv.Atoi(a[0])
 	if err != nil {
 		return void(err)
 	}
 	for range times {
-		if err := spawn("/bin/tool"); err != nil {
+		pid, err := syscall.ForkExec("/bin/nop", []string{"nop"}, nil)
+		if err != nil {
 			return err
+		}
+		var status syscall.WaitStatus
+		for {
+			if _, err = syscall.Wait4(pid, &status, 0, nil); err != syscall.EINTR {
+				break
+			}
+		}
+		if err != nil || status != 0 {
+			return void(fmt.Errorf("program %d ended with %d: %w", pid, status, err))
 		}
 	}
 	return nil
+}
+
+// execStorm becomes a program that it wrote, or tries to, so many times.
+func execStorm(a []string) error {
+	times, err := strconv.Atoi(a[0])
+	if err != nil {
+		return void(err)
+	}
+	nop, err := os.ReadFile("/bin/nop")
+	if err != nil {
+		return void(err)
+	}
+	if err := os.WriteFile("/tmp/nop", nop, 0o755); err != nil {
+		return void(err)
+	}
+	for range times {
+		if err := syscall.Exec("/tmp/nop", []string{"nop"}, nil); err != syscall.EPERM {
+			return void(err)
+		}
+	}
+	return fmt.Errorf("%d times", times)
 }

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"net"
@@ -24,6 +25,8 @@ const (
 	image = "/run/roots/0/image"
 	upper = "/run/roots/0/upper"
 	root  = "/run/roots/0/root"
+	// cgroup is named as the agent names that of container 77.
+	cgroup = "/sys/fs/cgroup/c77"
 )
 
 func main() {
@@ -60,6 +63,9 @@ func run() error {
 		if err := syscall.Mount(m[0], m[1], m[0], 0, ""); err != nil {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}
+	}
+	if err := os.Mkdir(cgroup, 0o755); err != nil {
+		return err
 	}
 	if err := loadModules(); err != nil {
 		return err
@@ -324,6 +330,7 @@ func policy(g *guard.Guard, name string, generation uint64) error {
 		return err
 	}
 	fmt.Println("POLICY", name, hex.EncodeToString(reply), time.Since(start).Microseconds())
+	fmt.Println("STANDS", hex.EncodeToString(g.Status(nil)))
 	return nil
 }
 
@@ -364,13 +371,21 @@ func attack(words []string) string {
 		return err.Error()
 	}
 	defer null.Close()
+	group, err := os.Open(cgroup)
+	if err != nil {
+		return err.Error()
+	}
+	defer group.Close()
+	runtime.LockOSThread() // who traces a process is a thread
+	defer runtime.UnlockOSThread()
 	pid, err := syscall.ForkExec("/init", append([]string{"/init", "setup"}, words...), &syscall.ProcAttr{
-		Dir: "/", Files: []uintptr{null.Fd(), w.Fd(), w.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true},
+		Dir: "/", Files: []uintptr{null.Fd(), w.Fd(), w.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: int(group.Fd())},
 	})
 	w.Close()
 	if err != nil {
 		return "notstarted " + err.Error()
 	}
+	fmt.Println("PROCESS", words[0], pid)
 	said := make(chan string, 1)
 	go func() {
 		buf := make([]byte, 4096)
@@ -379,7 +394,12 @@ func attack(words []string) string {
 	}()
 	var status syscall.WaitStatus
 	for {
-		if got, err := syscall.Wait4(pid, &status, 0, nil); err != syscall.EINTR && got == pid {
+		got, err := syscall.Wait4(pid, &status, 0, nil)
+		if err == nil && got == pid && status.Stopped() { // it had itself traced
+			_ = syscall.PtraceCont(pid, int(status.StopSignal()))
+			continue
+		}
+		if err != syscall.EINTR && got == pid {
 			break
 		}
 	}
@@ -402,12 +422,16 @@ func events(g *guard.Guard) {
 	})
 }
 
-// swap puts a policy in force anew, so many times, while an attack runs that
+// swap puts policies in force in turn, so many times, while an attack runs that
 // ends when a file appears. The events are left where they are, if so said.
 func swap(g *guard.Guard, words []string) error {
-	blob, err := os.ReadFile(filepath.Join(image, words[0]))
-	if err != nil {
-		return err
+	var blobs [][]byte
+	for name := range strings.SplitSeq(words[0], ",") {
+		blob, err := os.ReadFile(filepath.Join(image, name))
+		if err != nil {
+			return err
+		}
+		blobs = append(blobs, blob)
 	}
 	times, err := strconv.Atoi(words[1])
 	if err != nil {
@@ -419,15 +443,13 @@ func swap(g *guard.Guard, words []string) error {
 	}
 	result := make(chan string)
 	go func() { result <- attack(words[3:]) }()
-	generation := uint64(0)
-	for i := range 8 {
-		generation |= uint64(blob[8+i]) << (8 * i)
-	}
-	for range times {
+	generation := binary.LittleEndian.Uint64(blobs[0][8:])
+	for i := range times {
 		generation++
-		for i := range 8 { // both places of the generation in a blob
-			blob[8+i], blob[48+i] = byte(generation>>(8*i)), byte(generation>>(8*i))
-		}
+		blob := blobs[i%len(blobs)]
+		// Both places of the generation in a blob.
+		binary.LittleEndian.PutUint64(blob[8:], generation)
+		binary.LittleEndian.PutUint64(blob[48:], generation)
 		if _, err := g.Policy(generation, blob); err != nil {
 			return err
 		}
