@@ -6,7 +6,7 @@
 
 SHELL        := /bin/bash
 .DEFAULT_GOAL := build
-PROGRAMS     := hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest containerd-shim-hauberk-v2
+PROGRAMS     := hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest hauberk-guard containerd-shim-hauberk-v2
 VERSION      ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0

@@ -19,7 +19,7 @@ import (
 var update = flag.Bool("update", false, "rewrite cmd/*/deps.txt from what the programs link")
 
 // programs of the house: one for each trust boundary.
-var programs = strings.Fields("hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest containerd-shim-hauberk-v2")
+var programs = strings.Fields("hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest hauberk-guard containerd-shim-hauberk-v2")
 
 // never names what a program must not link, and why.
 var never = []struct{ program, prefix, why string }{
@@ -41,6 +41,10 @@ var never = []struct{ program, prefix, why string }{
 	{"hauberk-mesh", "hauberk.dev/guard", "what faces the network loads no program into a kernel"},
 	{"hauberk-mesh", "github.com/cilium/ebpf", "what faces the network loads no program into a kernel"},
 	{"hauberk-mesh", "os/exec", "what faces the network starts no process"},
+	{"hauberk-guard", "k8s.io/", "what loads programs into a node's kernel knows no cluster"},
+	{"hauberk-guard", "net/http", "what loads programs into a node's kernel faces no network"},
+	{"hauberk-guard", "crypto/tls", "what loads programs into a node's kernel faces no network"},
+	{"hauberk-guard", "hauberk.dev/vm", "containers of a shared kernel need no machine"},
 	{"hauberk", "k8s.io/", "the command speaks to hauberkd; kubectl speaks to the API"},
 	{"hauberk", "sigs.k8s.io/", "the command speaks to hauberkd; kubectl speaks to the API"},
 	{"hauberk", "go.etcd.io/", "the command keeps no store"},

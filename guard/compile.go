@@ -26,6 +26,9 @@ type CompileFacts struct {
 	// that names one. Where the image is not known it is nil, and such a policy is
 	// refused.
 	FilesWith func(digests []string) (map[string][]string, error)
+	// Shared says that the policy is for a container that shares a node's kernel:
+	// what can be held only in a guest is refused.
+	Shared bool
 }
 
 // Compiled is what the guest's agent puts in force, and what its events mean.
@@ -194,6 +197,9 @@ func (c *compiler) policy(index int, p node.NamedGuardPolicy) {
 	}
 	c.enforce = c.oneOf("mode", p.Spec.Mode, "enforce", "audit")
 	c.later(p.Spec)
+	if c.facts.Shared {
+		c.shared(p.Spec)
+	}
 	first := uint32(len(c.rules) - len(builtInRules()) + firstRule)
 	if p.Spec.Exec != nil {
 		c.exec(p.Spec.Exec)

@@ -42,6 +42,41 @@ const (
 // id of that kernel in hexadecimal; the agent refuses to load the bundle into
 // any other.
 func Link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte, err error) {
+	return link(guestBTF, overlayModuleBTF, buildID, nil)
+}
+
+// ForShared stands behind the build id in bundles of LinkShared.
+const ForShared = " shared"
+
+// LinkShared is Link for a kernel that others share, such as a node's: the
+// programs judge only tasks of bound cgroups, each by its owner's policy. No
+// guest loads what it gives.
+func LinkShared(kernelBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte, err error) {
+	mode, err := sharedTypes()
+	if err != nil {
+		return nil, fmt.Errorf("link guard: %w", err)
+	}
+	if buildID != "" {
+		buildID += ForShared
+	}
+	return link(kernelBTF, overlayModuleBTF, buildID, mode)
+}
+
+// sharedTypes hold the type by which the programs know such a kernel.
+func sharedTypes() (*btf.Spec, error) {
+	number := &btf.Int{Name: "int", Size: 4, Encoding: btf.Signed}
+	b, err := btf.NewBuilder([]btf.Type{&btf.Struct{Name: "hauberk_shared", Size: 4, Members: []btf.Member{{Name: "yes", Type: number}}}}, nil)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := b.Marshal(nil, &btf.MarshalOptions{Order: binary.LittleEndian})
+	if err != nil {
+		return nil, err
+	}
+	return btf.LoadSpecFromReader(bytes.NewReader(raw))
+}
+
+func link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string, mode *btf.Spec) (bundle []byte, err error) {
 	if buildID == "" || len(buildID) > maxBundleText {
 		return nil, fmt.Errorf("link guard: build id %q: want the kernel's, in hexadecimal", buildID)
 	}
@@ -64,7 +99,7 @@ func Link(guestBTF, overlayModuleBTF io.ReaderAt, buildID string) (bundle []byte
 	if err != nil {
 		return nil, fmt.Errorf("link guard: read object: %w", err)
 	}
-	l := linker{kernel: kernel, overlay: overlay, spec: spec}
+	l := linker{kernel: kernel, overlay: overlay, mode: mode, spec: spec}
 	return l.bundle(buildID)
 }
 
@@ -127,6 +162,7 @@ func checkOverlay(overlay *btf.Spec) error {
 
 type linker struct {
 	kernel, overlay *btf.Spec
+	mode            *btf.Spec // what says that the kernel is shared; nil for a guest's
 	spec            *ebpf.CollectionSpec
 	maps            []string // by index
 	types           *btf.Builder
@@ -375,10 +411,14 @@ func (l *linker) relocate(code asm.Instructions) error {
 
 // known are where the fields that programs read are looked up.
 func (l *linker) known() []*btf.Spec {
-	if l.overlay == l.kernel {
-		return []*btf.Spec{l.kernel}
+	known := []*btf.Spec{l.kernel}
+	if l.overlay != l.kernel {
+		known = append(known, l.overlay)
 	}
-	return []*btf.Spec{l.kernel, l.overlay}
+	if l.mode != nil {
+		known = append(known, l.mode)
+	}
+	return known
 }
 
 // alternative says whether a relocation is of one of several shapes of a

@@ -17,6 +17,8 @@ const (
 	bpfMapNext    = 4
 	bpfProgLoad   = 5
 	bpfObjectInfo = 15
+	bpfObjectPin  = 6
+	bpfObjectGet  = 7
 	bpfBTFLoad    = 18
 	bpfLinkCreate = 28
 	bpfMapLookup  = 1
@@ -155,6 +157,39 @@ func loadProgram(p *bundleProgram, types int, log []byte) (int, error) {
 func attachProgram(program, target int, kind uint32) (int, error) {
 	a := linkCreateAttr{program: uint32(program), target: uint32(target), kind: kind}
 	return bpf(bpfLinkCreate, unsafe.Pointer(&a), unsafe.Sizeof(a))
+}
+
+type pinAttr struct {
+	path      unsafe.Pointer
+	fd, flags uint32
+}
+
+// pinObject gives a map, program or link a name in a BPF file system, which keeps
+// it there.
+func pinObject(fd int, path string) error {
+	name := append([]byte(path), 0)
+	a := pinAttr{path: unsafe.Pointer(unsafe.SliceData(name)), fd: uint32(fd)}
+	_, err := bpf(bpfObjectPin, unsafe.Pointer(&a), unsafe.Sizeof(a))
+	runtime.KeepAlive(name)
+	return err
+}
+
+func pinnedObject(path string) (int, error) {
+	name := append([]byte(path), 0)
+	a := pinAttr{path: unsafe.Pointer(unsafe.SliceData(name))}
+	fd, err := bpf(bpfObjectGet, unsafe.Pointer(&a), unsafe.Sizeof(a))
+	runtime.KeepAlive(name)
+	return fd, err
+}
+
+// openProcess gives a descriptor of a process.
+func openProcess(pid int) (int, error) {
+	const pidfdOpen = 434
+	fd, _, errno := syscall.Syscall(pidfdOpen, uintptr(pid), 0, 0)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
 }
 
 // objectInfo fills info with what the kernel says of a program or link.

@@ -149,16 +149,30 @@ func (c *cursor) program(maps uint32) bundleProgram {
 }
 
 // checkKernel refuses a bundle that was linked for another kernel: its
-// offsets would read the wrong memory.
-func (b *bundle) checkKernel() error {
+// offsets would read the wrong memory. kind stands behind the build id of one
+// for kernels that others share.
+func (b *bundle) checkKernel(kind string) error {
 	notes, err := readNotes()
 	if err != nil {
 		return err
 	}
-	if id := buildID(notes); id != b.kernel {
+	if id := buildID(notes) + kind; id != b.kernel {
 		return fail("load guard linked for kernel "+strconv.Quote(b.kernel)+" into", strconv.Quote(id), syscall.ENOEXEC)
 	}
 	return nil
+}
+
+// KernelID is the build id of the kernel that runs here.
+func KernelID() (string, error) {
+	notes, err := readNotes()
+	if err != nil {
+		return "", err
+	}
+	id := buildID(notes)
+	if id == "" {
+		return "", fail("find", "build id of the kernel", syscall.ENODATA)
+	}
+	return id, nil
 }
 
 func readNotes() ([]byte, error) {

@@ -63,8 +63,20 @@ func (p *program) bytes() []byte {
 	return append64(append64(b, p.code), p.value)
 }
 
-// objectKey is struct object of guard/bpf/src/policy.h. In erofs stat shows the
-// number the kernel uses, and it is never given to another.
+// object gives what an object of a root's image is known by, if it is of it. In
+// erofs stat shows the number the kernel uses, and it is never given to another.
+func (g *Guard) object(root guardedRoot, fd int) (key string, err error) {
+	if g.owner != 0 {
+		return g.shownObject(fd)
+	}
+	var st syscall.Stat_t
+	if err := syscall.Fstat(fd, &st); err != nil {
+		return "", err
+	}
+	return objectKey(root.device, st.Ino), nil
+}
+
+// objectKey is struct object of guard/bpf/src/policy.h.
 func objectKey(device uint32, ino uint64) string {
 	return string(append64(append32(append32(nil, device), 0), ino))
 }
@@ -83,15 +95,12 @@ func (n *next) find(root guardedRoot, path string) (key string, err error) {
 	w := walker{root: root.image, top: &place{}, absent: func(*place, string) error { return nil }}
 	w.step = func(fd int, _ *place, last bool) error {
 		defer syscall.Close(fd)
-		var st syscall.Stat_t
 		if !last {
 			return nil
 		}
-		if err := syscall.Fstat(fd, &st); err != nil {
-			return err
-		}
-		key = objectKey(root.device, st.Ino)
-		return nil
+		var err error
+		key, err = n.g.object(root, fd)
+		return err
 	}
 	switch err := w.walk(path); err {
 	case syscall.ENOTDIR, syscall.ELOOP, syscall.ENAMETOOLONG: // it is not there

@@ -8,6 +8,7 @@ import (
 // Guard is what is attached to this kernel. Closing a link would detach its
 // program, so nothing of it is ever closed.
 type Guard struct {
+	owner    uint32 // of a kernel that others share; 0 in a guest
 	maps     map[string]guardMap
 	programs []int // descriptors
 	links    []int
@@ -48,7 +49,7 @@ func Attach(b []byte) (*Guard, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := parsed.checkKernel(); err != nil {
+	if err := parsed.checkKernel(""); err != nil {
 		return nil, err
 	}
 	g := &Guard{poll: -1, maps: map[string]guardMap{}, marks: map[uint32]*mark{}}
@@ -78,10 +79,12 @@ func Attach(b []byte) (*Guard, error) {
 	return g, nil
 }
 
+const seesPackets = 8 // BPF_PROG_TYPE_CGROUP_SKB
+
 // attach links the programs. Those that see packets hang on the first of all
 // cgroups, which no process can leave.
 func (g *Guard) attach(programs []bundleProgram) error {
-	const top, seesPackets = "/sys/fs/cgroup", 8 // BPF_PROG_TYPE_CGROUP_SKB
+	const top = "/sys/fs/cgroup"
 	cgroup, err := syscall.Open(top, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
 	if err != nil {
 		return fail("open", top, err)

@@ -254,7 +254,7 @@ func (n *next) list(root guardedRoot, d programRule) error {
 		defer syscall.Close(fd)
 		if last {
 			found = true
-			return n.listImage(root.device, fd, d.rule)
+			return n.listImage(root, fd, d.rule)
 		}
 		return nil
 	}
@@ -265,14 +265,13 @@ func (n *next) list(root guardedRoot, d programRule) error {
 	return err
 }
 
-// listImage denies an inode of the image. In erofs stat shows the number the
-// kernel uses, and it is never given to another.
-func (n *next) listImage(device uint32, fd int, rule uint32) error {
-	var st syscall.Stat_t
-	if err := syscall.Fstat(fd, &st); err != nil {
+// listImage denies an inode of the image.
+func (n *next) listImage(root guardedRoot, fd int, rule uint32) error {
+	key, err := n.g.object(root, fd)
+	if err != nil || key == "" {
 		return err
 	}
-	p := n.program(objectKey(device, st.Ino))
+	p := n.program(key)
 	p.denied = stronger(p.denied, rule)
 	return nil
 }

@@ -10,6 +10,8 @@ const (
 	policyMagic    = "HBPOLCY\x02"
 	policySize     = 416 // struct policy of guard/bpf/src/policy.h
 	policySlot     = 8   // where its slot stands
+	policyPlace    = 280 // where it stands in the maps
+	policyOwner    = 284 // and whose it is
 	destSize       = 24
 	listsSize      = 12 // struct lists
 	maxProgramDeny = 16 << 10
@@ -339,6 +341,8 @@ func (n *next) fillMaps() (err error) {
 	}
 	fixed := append([]byte(nil), n.p.fixed...)
 	put32(fixed[policySlot:], n.slot)
+	put32(fixed[policyPlace:], n.g.place(n.slot))
+	put32(fixed[policyOwner:], n.g.owner)
 	var zero [4]byte
 	if n.inner.policy, err = n.create("current", 1); err != nil {
 		return err
@@ -377,20 +381,21 @@ func (n *next) create(name string, entries int) (int, error) {
 
 // swap puts the inner maps in place, the policy last.
 func (n *next) swap() error {
+	own := n.g.place(n.slot)
 	for _, m := range [...]struct {
 		name  string
 		index uint32
 		fd    int
 	}{
-		{"egress", n.slot, n.inner.egress},
-		{"names", n.slot, n.inner.names},
-		{"domains", n.slot, n.inner.domains},
-		{"filesets", n.slot, n.inner.filesets},
-		{"trusted", n.slot, n.inner.trusted},
-		{"listed", n.slot, n.inner.listed},
-		{"kin", n.slot, n.inner.kin},
-		{"execs", n.slot, n.inner.execs},
-		{"current", 0, n.inner.policy},
+		{"egress", own, n.inner.egress},
+		{"names", own, n.inner.names},
+		{"domains", own, n.inner.domains},
+		{"filesets", own, n.inner.filesets},
+		{"trusted", own, n.inner.trusted},
+		{"listed", own, n.inner.listed},
+		{"kin", own, n.inner.kin},
+		{"execs", own, n.inner.execs},
+		{"current", n.g.owner % owners, n.inner.policy},
 	} {
 		var key, value [4]byte
 		put32(key[:], m.index)
@@ -435,17 +440,22 @@ func (g *Guard) take(fd int) (*mark, error) {
 	switch err := lookupMap(g.maps["marks"].fd, key[:], value[:]); err {
 	case nil:
 		c := &cursor{b: value[4:8]}
-		if m := g.marks[c.u32()]; m != nil {
+		id := c.u32()
+		if m := g.marks[id]; m != nil {
 			syscall.Close(fd)
 			return m, nil
+		}
+		if g.owner != 0 && id != 0 {
+			// Another owner's, whose rules would be overwritten.
+			syscall.Close(fd)
+			return nil, syscall.EBUSY
 		}
 	case syscall.ENOENT:
 	default:
 		syscall.Close(fd)
 		return nil, err
 	}
-	g.lastMark++
-	m := &mark{fd: fd, id: g.lastMark}
+	m := &mark{fd: fd, id: g.nextMark()}
 	if err := g.write(m); err != nil {
 		syscall.Close(fd)
 		return nil, err

@@ -115,7 +115,7 @@ func repeated(series []byte) []byte {
 // second; 0 is no limit.
 func (n *next) limit() error {
 	var key [4]byte
-	put32(key[:], n.slot)
+	put32(key[:], n.g.place(n.slot))
 	value := make([]byte, 24)
 	put32(value, n.p.auditPerSecond)
 	if err := updateMap(n.g.maps["limits"].fd, key[:], value); err != nil {

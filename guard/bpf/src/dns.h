@@ -262,6 +262,7 @@ static __always_inline void record_message(const struct policy *p, struct readin
 	r->e.sequence = __sync_fetch_and_add(&c->audit_sequence, 1) + 1;
 	r->e.time = bpf_ktime_get_boot_ns();
 	r->e.generation = p->generation;
+	r->e.who.container = p->rule[OWNER];
 	r->e.lost = c->audit_lost;
 	r->e.detail = (__u64)k->port << 32 | size;
 	if (out) {
@@ -302,7 +303,7 @@ int on_question(struct __sk_buff *skb)
 
 	if (!read_packet(skb, true, &k) || k.peer.port != bpf_htons(DNS))
 		return 1;
-	p = policy_now();
+	p = policy_of_packet();
 	if (!p)
 		return 1;
 	r = read_message(skb, &k);
@@ -330,7 +331,7 @@ int on_answer(struct __sk_buff *skb)
 
 	if (!read_packet(skb, false, &k) || k.peer.port != bpf_htons(DNS))
 		return 1;
-	p = policy_now();
+	p = policy_of_packet();
 	if (!p || !(p->rule[HAS_NAMES] | p->rule[DNS_AUDIT]))
 		return 1;
 	r = read_message(skb, &k);
@@ -350,7 +351,7 @@ int on_answer(struct __sk_buff *skb)
 	if (r->bad)
 		return 1;
 	turn_name(r);
-	slot = p->slot & 1;
+	slot = slot_of(p);
 	inner = bpf_map_lookup_elem(&domains, &slot);
 	if (!inner)
 		return 1;

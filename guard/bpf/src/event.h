@@ -423,7 +423,7 @@ static __always_inline bool held_back(const struct policy *p)
 
 	if (!p)
 		return false;
-	slot = p->slot & 1;
+	slot = slot_of(p);
 	l = bpf_map_lookup_elem(&limits, &slot);
 	if (!l || !l->rate)
 		return false;

@@ -69,13 +69,14 @@ static __always_inline enum origin origin_of(struct inode *inode, struct object 
 		return FROM_ELSEWHERE;
 	o->dev = BPF_CORE_READ(lower, i_sb, s_dev);
 	o->ino = BPF_CORE_READ(lower, i_ino);
-	return is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
+	/* What lies below a container's root is its image, whatever it lies on. */
+	return shared() || is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
 }
 
 /* What the policy says of a program of the image. */
 static __always_inline const struct program *program_of(const struct policy *p, const struct object *o)
 {
-	__u32 slot = p->slot & 1;
+	__u32 slot = slot_of(p);
 	void *inner;
 
 	if (!p->listed || !o->ino)
@@ -100,7 +101,7 @@ static __always_inline __u32 first_bit(__u32 bits)
    do. */
 static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u32 lifted)
 {
-	__u32 slot = p->slot & 1, zero = 0, missing;
+	__u32 slot = slot_of(p), zero = 0, missing;
 	const struct exec_lists *lists;
 	const struct aspect_lists *l;
 	void *inner = bpf_map_lookup_elem(&execs, &slot);
@@ -223,7 +224,7 @@ static __always_inline int check_code(const struct policy *p, struct file *file,
 static __always_inline int check_mapped(const struct policy *p, struct file *file, struct about *a)
 {
 	struct object o = {};
-	enum origin from = origin_of(file->f_inode, &o);
+	enum origin from = origin_of(shared() ? file->f_path.dentry->d_inode : file->f_inode, &o);
 
 	return check_code(p, file, a, from, program_of(p, &o));
 }
@@ -231,7 +232,7 @@ static __always_inline int check_mapped(const struct policy *p, struct file *fil
 /* The rule against a program that some list of programs does not have. */
 static __always_inline __u32 unlisted_ref(const struct policy *p, const struct program *program, const struct object *o, const struct task_label *l)
 {
-	__u32 slot = p->slot & 1, lists = 0, *of_parent;
+	__u32 slot = slot_of(p), lists = 0, *of_parent;
 	void *inner;
 
 	if (program)
@@ -549,13 +550,16 @@ int BPF_PROG(on_exec, struct linux_binprm *bprm, int prev)
 {
 	struct about a = {.op = OP_EXEC, .path = &bprm->file->f_path, .dentry = bprm->file->f_path.dentry};
 	struct task_struct *task = bpf_get_current_task_btf();
-	const struct policy *p = policy_now();
 	__u32 label = label_of(task);
+	const struct policy *p;
 	struct task_label *l;
 	int err = 0;
 
+	if (!prev && shared() && label == LABEL_HOST)
+		label = adopt(task);
 	if (prev || label < LABEL_SETUP)
 		return prev;
+	p = policy_now();
 	if (label == LABEL_SETUP && is_agent_program(bprm->file->f_inode))
 		return 0;
 	l = bpf_task_storage_get(&labels, task, 0, 0);
@@ -930,7 +934,7 @@ int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
 	}
 	/* What the kernel starts gets no label: if it ever leaves the kernel, it
 	   is unknown. */
-	if (label == LABEL_KERNEL || label == LABEL_UNKNOWN)
+	if (label == LABEL_KERNEL || label == LABEL_UNKNOWN || (shared() && label == LABEL_HOST))
 		return 0;
 	l = bpf_task_storage_get(&labels, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!l)
@@ -938,6 +942,8 @@ int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
 	l->label = label;
 	lineage_fork(task, flags & CLONE_THREAD);
 	own = bpf_task_storage_get(&labels, parent, 0, 0);
+	if (shared() && own)
+		l->owner = own->owner;
 	if (label != LABEL_WORKLOAD || !own)
 		return 0;
 	l->flags = own->flags;
@@ -1007,7 +1013,7 @@ int BPF_PROG(on_mmap, struct file *file, unsigned long reqprot, unsigned long pr
 }
 
 /* On 6.1 a mapping of an overlay file holds the file below it: the image's
-   own, or one of the upper layer. */
+   own, or one of the upper layer. Its path is still the overlay's. */
 SEC("lsm/file_mprotect")
 int BPF_PROG(on_mprotect, struct vm_area_struct *vma, unsigned long reqprot, unsigned long prot, int prev)
 {

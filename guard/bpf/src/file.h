@@ -107,7 +107,7 @@ static long step_up(__u32 i, struct walk *w)
 	}
 	know(p, parent->d_inode, &up);
 	if (up.names) {
-		struct named *n = named_in(p->slot & 1, up.names, d);
+		struct named *n = named_in(slot_of(p), up.names, d);
 
 		if (n) {
 			named = n->rules;
@@ -150,7 +150,7 @@ static __always_inline __u32 trusted_ref(const struct policy *p, struct task_str
 {
 	struct task_label *l = bpf_task_storage_get(&labels, task, 0, 0);
 	struct listed_program key = {.list = list};
-	__u32 slot = p->slot & 1, *ref;
+	__u32 slot = slot_of(p), *ref;
 	void *inner;
 
 	/* One that was told to load more than itself is another's. */
@@ -198,7 +198,7 @@ static long weigh_exception(__u32 i, struct weighing *w)
 
 static long weigh_set(__u32 i, struct weighing *w)
 {
-	__u32 slot = w->p->slot & 1, set = i ? i > 1 ? w->set[2] : w->set[1] : w->set[0];
+	__u32 slot = slot_of(w->p), set = i ? i > 1 ? w->set[2] : w->set[1] : w->set[0];
 	void *inner = bpf_map_lookup_elem(&filesets, &slot);
 
 	if (!set)
@@ -327,9 +327,21 @@ int BPF_PROG(on_link, struct dentry *old, struct inode *dir, struct dentry *d, i
 	return prev ? prev : refer(old, d, false);
 }
 
+/* What is pinned keeps the programs where they are when their loader ends. */
+static __always_inline int unpin(struct dentry *d)
+{
+	struct about a = {.op = OP_SETTING, .dentry = d};
+
+	if (!shared() || d->d_parent->d_inode->i_sb->s_magic != BPF_FS_MAGIC || !is_workload())
+		return 0;
+	return decide(policy_now(), DENY | RULE_SETTING, &a);
+}
+
 SEC("lsm/inode_unlink")
 int BPF_PROG(on_unlink, struct inode *dir, struct dentry *d, int prev)
 {
+	if (!prev)
+		prev = unpin(d);
 	return prev ? prev : change(d, true);
 }
 
@@ -440,8 +452,9 @@ static __always_inline bool is_usual(__u32 type, __u32 rdev)
    files that would move it are settings. */
 static __always_inline bool device_given(__u32 type, __u32 rdev)
 {
-	struct device key = {.cgroup = bpf_get_current_ancestor_cgroup_id(1), .type = type, .number = rdev};
+	struct device key = {.type = type, .number = rdev};
 
+	key.cgroup = shared() ? owner_of(bpf_get_current_task_btf()) : bpf_get_current_ancestor_cgroup_id(1);
 	return key.cgroup && bpf_map_lookup_elem(&devices, &key);
 }
 
@@ -511,6 +524,20 @@ static __always_inline int check_write(const struct policy *p, struct file *file
 	return decide(p, ref_of(p, ON_MEMORY), &a);
 }
 
+/* Tells the loader what it opens. */
+static __always_inline void show(struct file *file)
+{
+	__u32 zero = 0;
+	struct shown *s = bpf_map_lookup_elem(&shown, &zero);
+	struct object o = {};
+
+	if (!s)
+		return;
+	s->origin = origin_of(file->f_inode, &o);
+	s->object = o;
+	s->times++;
+}
+
 SEC("lsm/file_open")
 int BPF_PROG(on_open, struct file *file, int prev)
 {
@@ -524,6 +551,10 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	if (prev || file->f_mode & FMODE_NOACCOUNT)
 		return prev;
 	label = label_now();
+	if (shared() && label == LABEL_AGENT) {
+		show(file);
+		return 0;
+	}
 	if (file->f_mode & FMODE_WRITE && label >= LABEL_SETUP)
 		note_writer(file, label);
 	if (label < LABEL_WORKLOAD)

@@ -218,6 +218,11 @@ struct ovl_inode___stack { /* from 6.5 */
 	struct ovl_entry___stack *oe;
 };
 
+/* Of no kernel: the linker says that it is there if the kernel is a node's. */
+struct hauberk_shared {
+	int yes;
+};
+
 #pragma clang attribute pop
 
 struct sockaddr;

@@ -48,6 +48,8 @@ static __always_inline __u32 container_of_now(struct task_struct *task)
 	char name[12] = {};
 	__u32 n = 0;
 
+	if (shared())
+		return owner_of(task);
 	bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, name));
 	if (name[0] != 'c')
 		return 0;

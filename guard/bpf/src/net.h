@@ -94,7 +94,7 @@ static __always_inline __u32 by_protocol(const struct lists *l, __u32 protocol)
 static __always_inline __u32 allowed(const struct policy *p, const struct destination *at, __u32 protocol)
 {
 	struct destination key = *at;
-	__u32 slot = p->slot & 1, exact = 0, any = 0;
+	__u32 slot = slot_of(p), exact = 0, any = 0;
 	struct lists *l;
 	void *inner;
 
@@ -194,17 +194,17 @@ static __always_inline void tell_address(const struct policy *p, __u32 op, const
 	bpf_ringbuf_submit(e, 0);
 }
 
-static __always_inline bool talked(const struct destination *peer, __u16 port)
+static __always_inline bool talked(const struct policy *p, const struct destination *peer, __u16 port)
 {
-	struct talk t = {.peer_port = peer->port, .port = port};
+	struct talk t = {.peer_port = peer->port, .port = port, .owner = p->rule[OWNER]};
 
 	__builtin_memcpy(t.peer, peer->addr, 16);
 	return bpf_map_lookup_elem(&talks, &t);
 }
 
-static __always_inline void note_talk(const struct destination *peer, __u16 port)
+static __always_inline void note_talk(const struct policy *p, const struct destination *peer, __u16 port)
 {
-	struct talk t = {.peer_port = peer->port, .port = port};
+	struct talk t = {.peer_port = peer->port, .port = port, .owner = p->rule[OWNER]};
 	__u32 one = 1;
 
 	__builtin_memcpy(t.peer, peer->addr, 16);
@@ -246,7 +246,7 @@ static __always_inline int reach(struct socket *sock, const struct destination *
 		return 0;
 	ref = egress_ref(p, to, protocol);
 	/* Whoever may ask may be answered. */
-	if (ref && sk && protocol == IPPROTO_UDP && talked(to, sk->__sk_common.skc_num))
+	if (ref && sk && protocol == IPPROTO_UDP && talked(p, to, sk->__sk_common.skc_num))
 		return 0;
 	return decide(p, ref, &a);
 }
@@ -295,7 +295,7 @@ static __always_inline int open_port(const struct destination *own, __u32 protoc
 
 	if (!p || !has_ingress(p) || loopback(own))
 		return 0;
-	slot = p->slot & 1;
+	slot = slot_of(p);
 	inner = bpf_map_lookup_elem(&egress, &slot);
 	if (inner && own->port) {
 		l = bpf_map_lookup_elem(inner, &key);
@@ -519,6 +519,14 @@ static __always_inline bool repeats_packet(const struct policy *p, __u32 ref, __
 	return false;
 }
 
+/* Those of a bound cgroup are seen by programs on that cgroup. */
+static __always_inline const struct policy *policy_of_packet(void)
+{
+	__u32 *owner = shared() ? bpf_get_local_storage(&packet_owner, 0) : NULL;
+
+	return policy_of(owner ? *owner : 0);
+}
+
 /* As tell, where there are fewer functions of the kernel to be had. What comes
    in comes in while anybody runs. */
 static __always_inline void tell_packet(const struct policy *p, __u32 ref, __u32 op, const struct destination *peer, __u32 port)
@@ -553,6 +561,7 @@ static __always_inline void tell_packet(const struct policy *p, __u32 ref, __u32
 	e->sequence = sequence;
 	e->time = bpf_ktime_get_boot_ns();
 	e->generation = p->generation;
+	e->who.container = p->rule[OWNER];
 	e->lost = c->lost;
 	e->detail = port;
 	if (op == OP_EGRESS) {
@@ -579,7 +588,7 @@ static __always_inline bool judge_packet(const struct policy *p, __u32 ref, __u3
 SEC("cgroup_skb/egress")
 int on_packet_out(struct __sk_buff *skb)
 {
-	const struct policy *p = policy_now();
+	const struct policy *p = policy_of_packet();
 	struct bpf_sock *sk = skb->sk;
 	struct packet k;
 	__u32 ref;
@@ -592,17 +601,17 @@ int on_packet_out(struct __sk_buff *skb)
 	if (k.protocol != IPPROTO_TCP && k.protocol != IPPROTO_UDP && sk->type != SOCK_DGRAM && sk->type != SOCK_STREAM)
 		return 1;
 	ref = has_egress(p) ? egress_ref(p, &k.peer, k.protocol) : 0;
-	if (ref && !(k.protocol == IPPROTO_UDP && talked(&k.peer, k.port)) && !judge_packet(p, ref, OP_EGRESS, &k.peer, k.port))
+	if (ref && !(k.protocol == IPPROTO_UDP && talked(p, &k.peer, k.port)) && !judge_packet(p, ref, OP_EGRESS, &k.peer, k.port))
 		return 0;
 	if (k.protocol == IPPROTO_UDP && (has_ingress(p) || p->rule[HAS_NAMES]))
-		note_talk(&k.peer, k.port);
+		note_talk(p, &k.peer, k.port);
 	return 1;
 }
 
 SEC("cgroup_skb/ingress")
 int on_packet_in(struct __sk_buff *skb)
 {
-	const struct policy *p = policy_now();
+	const struct policy *p = policy_of_packet();
 	struct destination key;
 	struct packet k;
 	__u32 ref;
@@ -615,10 +624,10 @@ int on_packet_in(struct __sk_buff *skb)
 	key.family |= FROM_4 & ~TO_4;
 	key.port = bpf_htons(k.port);
 	ref = ingress_ref(p, allowed(p, &key, k.protocol));
-	if (ref && !(k.protocol == IPPROTO_UDP && talked(&k.peer, k.port)) && !judge_packet(p, ref, OP_INGRESS, &k.peer, k.port))
+	if (ref && !(k.protocol == IPPROTO_UDP && talked(p, &k.peer, k.port)) && !judge_packet(p, ref, OP_INGRESS, &k.peer, k.port))
 		return 0;
 	if (k.protocol == IPPROTO_UDP && has_egress(p))
-		note_talk(&k.peer, k.port);
+		note_talk(p, &k.peer, k.port);
 	return 1;
 }
 

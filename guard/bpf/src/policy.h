@@ -68,14 +68,20 @@ enum rule_index {
 	HAS_NAMES, /* nonzero: some list has names */
 	DNS_AUDIT, /* nonzero: answers are recorded, too */
 
+	SLOT = 62,  /* no rule: its slot in the maps that have one for each policy */
+	OWNER = 63, /* whose the policy is, of a kernel that others share */
 	RULE_INDEXES = 64,
 };
+
+/* Whose policies a shared kernel has room for. The low bits of the number of an
+   owner are its place; the rest tells it from who had the place before. */
+#define OWNERS 64
 
 #define EGRESS_LISTS 32
 
 struct policy {
 	__u64 generation;
-	__u32 slot;         /* which of the two slots of the other maps is its own */
+	__u32 slot;         /* which of the two slots of a mark is its own */
 	__u32 files;        /* nonzero: there are file rules */
 	__u32 reads;        /* nonzero: some deny reading */
 	__u32 listed;       /* LISTED_ bits: what is said of programs */
@@ -151,7 +157,8 @@ struct mark {
 };
 
 enum label {
-	LABEL_AGENT = 1,
+	LABEL_HOST, /* of a shared kernel: of no bound cgroup, and not judged */
+	LABEL_AGENT, /* PID 1 of a guest; of a shared kernel, what loads the programs */
 	LABEL_KERNEL,
 	LABEL_SETUP,    /* forked by the agent, still runs the agent's code */
 	LABEL_WORKLOAD,
@@ -185,7 +192,7 @@ struct task_label {
 	__u32 label;
 	__u32 flags;
 	__u32 origin;      /* enum origin of the program */
-	__u32 pad;
+	__u32 owner;       /* of a shared kernel: whose policy it is held to */
 	struct object exe; /* the program; as it lies in the image, if it is of it */
 	__u64 started;     /* nanoseconds since boot: made, or ran the program */
 	struct ancestor line[LINEAGE]; /* who made it, and so on; ends with pid 0 */
@@ -509,6 +516,7 @@ struct talk {
 	__u8 peer[16];
 	__u16 peer_port;
 	__u16 port;
+	__u32 owner;
 };
 
 struct {
@@ -526,24 +534,25 @@ struct {
 	__type(value, __u32);
 } asked SEC(".maps");
 
+#include "shared.h"
+
 static __always_inline const struct policy *policy_now(void)
 {
-	__u32 zero = 0;
-	void *inner = bpf_map_lookup_elem(&current, &zero);
-
-	return inner ? bpf_map_lookup_elem(inner, &zero) : NULL;
+	return policy_of(shared() ? owner_of(bpf_get_current_task_btf()) : 0);
 }
 
 static __always_inline __u32 label_of(struct task_struct *task)
 {
 	struct task_label *l;
 
-	if (task->tgid == 1)
+	if (!shared() && task->tgid == 1)
 		return LABEL_AGENT;
 	if (task->flags & PF_KTHREAD)
 		return LABEL_KERNEL;
 	l = bpf_task_storage_get(&labels, task, 0, 0);
-	return l ? l->label : LABEL_UNKNOWN;
+	if (l)
+		return l->label;
+	return shared() ? LABEL_HOST : LABEL_UNKNOWN;
 }
 
 static __always_inline __u32 label_now(void)

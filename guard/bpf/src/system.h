@@ -276,7 +276,7 @@ static __always_inline int touch(struct task_struct *target, __u64 detail)
 	if (!is_workload())
 		return 0;
 	label = label_of(target);
-	if (label == LABEL_WORKLOAD)
+	if (label == LABEL_WORKLOAD && same_owner(target))
 		return 0;
 	return decide(policy_now(), DENY | RULE_AGENT, &a);
 }
@@ -342,7 +342,7 @@ int BPF_PROG(on_ptrace, struct task_struct *target, unsigned int mode, int prev)
 	/* Only looking, as ps does at everything there is, is refused without a
 	   word, and only at the agent. */
 	if (!(mode & PTRACE_MODE_ATTACH))
-		return label_of(target) == LABEL_WORKLOAD ? 0 : -EPERM;
+		return label_of(target) == LABEL_WORKLOAD && same_owner(target) ? 0 : -EPERM;
 	err = touch(target, 1003);
 	if (err)
 		return err;
