@@ -57,8 +57,8 @@ func startSandbox(t *testing.T) *sandbox {
 	return s
 }
 
-// agent is what the machines with the real agent boot, made once.
-var agent = sync.OnceValues(func() (*kernel.Artefacts, error) {
+// withAgent is what the machines with the real agent boot, made once.
+var withAgent = sync.OnceValues(func() (*kernel.Artefacts, error) {
 	m, err := prepare()
 	if err != nil {
 		return nil, err
@@ -82,7 +82,7 @@ func (g guest) start(t *testing.T) *sandbox {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := agent()
+	k, err := withAgent()
 	if err != nil {
 		t.Fatal(err)
 	}
