@@ -181,7 +181,7 @@ v2() { fetch | grep -q 'X-Version: two'; }; await v2
 mv access access.1; kill -USR1 $(cat pid); reopened() { fetch >/dev/null; [ -s access ]; }; await reopened
 kill -QUIT $(cat pid); wait`},
 	{name: "nginx new program", policy: "web", run: nginxConf + `
-sed -i 's/daemon off;//' n.conf; nginx -p $PWD -c $PWD/n.conf; await fetch; kill -USR2 $(cat pid); await test -s pid.oldbin; old=$(cat pid.oldbin)
+sed -i 's/daemon off;//' n.conf; /usr/sbin/nginx -p $PWD -c $PWD/n.conf; await fetch; kill -USR2 $(cat pid); await test -s pid.oldbin; old=$(cat pid.oldbin)
 await test -s pid; kill -WINCH $old; fetch | grep -q hello; kill -QUIT $old; away() { ! [ -e /proc/$old/exe ]; }; await away; fetch | grep -q hello; kill -QUIT $(cat pid)`},
 	{name: "log rotation", policy: "web", slim: true, run: `
 mkdir log; (trap 'exec >>log/a' HUP; exec >>log/a; while :; do echo line; sleep 0.1; done) & echo $! >pid; await test -s log/a

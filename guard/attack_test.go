@@ -160,7 +160,7 @@ var benign = []string{
 	"write=20 /tmp/file", "read=20 /etc/app/1", "write=21 /etc/other", "rename=20 /tmp/file /tmp/file2", "unlink=20 /tmp/file2",
 	"mkdir=20 /tmp/dir", "rmdir=20 /tmp/dir", "write=22 /shm/file", "whiteout", "mkfifo=20 /tmp/fifo", "mknodreg",
 	"connect=20 192.0.2.1:80", "connect=21 127.0.0.1:4000", "connect=22 198.51.100.7:5000", "udp=20 192.0.2.1:53", "sendto=20 192.0.2.1:53",
-	"route", "unixpair", "killown", "open=20 /dev/null", "open=21 /dev/urandom", "ownproc", "utsns", "read=21 /proc/1/stat", "read=22 /proc/self/maps",
+	"route", "auditsocket", "unixpair", "killown", "open=20 /dev/null", "open=21 /dev/urandom", "ownproc", "utsns", "read=21 /proc/1/stat", "read=22 /proc/self/maps",
 }
 
 func allOperations() []spec.GuardOperation { return slices.Sorted(maps.Keys(operations)) }

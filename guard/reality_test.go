@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"hauberk.dev/api/guestproto"
+	"hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
 )
 
@@ -158,14 +159,14 @@ func (s *sandbox) reality(t *testing.T, list []act, rows []realRow, guarded bool
 
 // putInForce makes the act's policy that of the machine.
 func (s *sandbox) putInForce(t *testing.T, ctx context.Context, generation uint64, a act) error {
-	p, err := readyPolicy(a.policy)
-	if err != nil {
-		return err
+	p, ok := FindReady(a.policy)
+	if !ok {
+		return fmt.Errorf("there is no policy %q", a.policy)
 	}
 	if a.with != nil {
-		a.with(&p)
+		a.with(&p.Spec)
 	}
-	c := compileForTest(t, generation, p)
+	c := compileNamed(t, generation, node.NamedGuardPolicy{Name: p.Name, Spec: p.Spec})
 	reply, err := s.c.GuardPolicy(ctx, generation, c.Blob)
 	if err != nil {
 		return err
@@ -212,7 +213,7 @@ func (s *sandbox) act(t *testing.T, ctx context.Context, a act, guarded bool) (g
 		said <- out
 	}()
 	go io.Copy(io.Discard, p.Stderr()) // it says all to the other
-	limit, stop := context.WithTimeout(ctx, 5*time.Minute)
+	limit, stop := context.WithTimeout(ctx, 4*time.Minute)
 	defer stop()
 	status, err := p.Wait(limit)
 	if err != nil && ctx.Err() == nil && limit.Err() != nil { // it hangs
@@ -248,50 +249,6 @@ func (s *sandbox) denials(t *testing.T, ctx context.Context, before uint64, hear
 	}
 }
 
-// readyPolicy is one of those that have a name.
-func readyPolicy(name string) (spec.GuardPolicy, error) {
-	everything := Baseline().Sys
-	switch name {
-	case "baseline":
-		return Baseline(), nil
-	case "web":
-		return spec.GuardPolicy{
-			Exec:  &spec.GuardExec{Origin: "image", AnonymousMemory: "deny", ShellOnSocket: "deny"},
-			Files: protected("/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc"), Sys: everything,
-		}, nil
-	case "agent":
-		return spec.GuardPolicy{
-			Exec:  &spec.GuardExec{Origin: "image", AnonymousMemory: "allow", ShellOnSocket: "deny", Severity: spec.SeverityCritical},
-			Files: protected("/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc", "/boot", "/opt"),
-			Net:   &spec.GuardNet{Egress: []spec.GuardEgress{{CIDR: "127.0.0.0/8"}}}, Sys: everything,
-		}, nil
-	case "batch":
-		p := Baseline()
-		p.Files = protected("/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc")
-		p.Net = &spec.GuardNet{Ingress: []spec.GuardIngress{}}
-		return p, nil
-	case "database":
-		p := Baseline()
-		p.Exec.Preload = "deny"
-		p.Files = protected("/bin", "/sbin", "/lib", "/lib64", "/usr", "/etc")
-		p.Net = &spec.GuardNet{Egress: []spec.GuardEgress{{CIDR: "127.0.0.0/8"}}}
-		return p, nil
-	case "dev":
-		return spec.GuardPolicy{
-			Exec: &spec.GuardExec{Origin: "any", AnonymousMemory: "allow", ShellOnSocket: "allow"},
-			Sys:  &spec.GuardSys{Deny: []spec.GuardOperation{"bpf", "module"}},
-		}, nil
-	}
-	return spec.GuardPolicy{}, fmt.Errorf("there is no policy %q", name)
-}
-
-func protected(paths ...string) (list []spec.GuardFile) {
-	for _, p := range paths {
-		list = append(list, spec.GuardFile{Path: p, Deny: "w"})
-	}
-	return list
-}
-
 // Every act is one of its name, and there are as many as were asked for.
 func TestActsAreMany(t *testing.T) {
 	seen := map[string]bool{}
@@ -304,8 +261,8 @@ func TestActsAreMany(t *testing.T) {
 		if a.slim {
 			slim++
 		}
-		if _, err := readyPolicy(a.policy); err != nil {
-			t.Errorf("%s: %v", a.name, err)
+		if _, ok := FindReady(a.policy); !ok {
+			t.Errorf("%s: there is no policy %q", a.name, a.policy)
 		}
 	}
 	if len(seen) < 60 || slim < 8 {

@@ -102,7 +102,7 @@ var operations = map[spec.GuardOperation]struct {
 	"module":    {onModule, "kernel modules may not be loaded or unloaded"},
 	"ptrace":    {onPtrace, "no process may be traced or have its memory written"},
 	"mount":     {onMount, "nothing may be mounted or unmounted"},
-	"rawsocket": {onRawSocket, "only TCP, UDP, Unix and routing sockets may be made"},
+	"rawsocket": {onRawSocket, "only TCP, UDP, Unix, routing and audit sockets may be made"},
 	"mknod":     {onMknod, "no device file may be made"},
 	"iouring":   {onIOUring, "io_uring may not be used"},
 	"userns":    {onUserNS, "no user namespace may be made"},

@@ -282,6 +282,7 @@ union bpf_attr;
 #define IPPROTO_ICMPV6 58
 #define IPPROTO_MPTCP 262
 #define NETLINK_ROUTE 0
+#define NETLINK_AUDIT 9
 
 #define PTRACE_MODE_ATTACH 0x2
 

@@ -360,7 +360,9 @@ static __always_inline bool is_raw(int family, int type, int protocol)
 	case AF_UNIX:
 		return false;
 	case AF_NETLINK:
-		return protocol != NETLINK_ROUTE;
+		/* PAM asks for audit, and takes a refusal, other than the kernel's own,
+		   for a fault of the system; what can be done there needs capabilities. */
+		return protocol != NETLINK_ROUTE && protocol != NETLINK_AUDIT;
 	case AF_INET:
 	case AF_INET6:
 		if (type != SOCK_STREAM && type != SOCK_DGRAM)

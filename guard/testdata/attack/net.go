@@ -21,7 +21,17 @@ var netAttacks = map[string]func([]string) error{
 	"generic":     func([]string) error { return socket(syscall.AF_NETLINK, syscall.SOCK_RAW, 16) },
 	"uevent":      func([]string) error { return socket(syscall.AF_NETLINK, syscall.SOCK_RAW, 15) },
 	"route":       func([]string) error { return socket(syscall.AF_NETLINK, syscall.SOCK_RAW, 0) },
+	"auditsocket": auditSocket,
 	"unixpair":    unixPair,
+}
+
+// auditSocket is what PAM asks for: a kernel that records nothing has none.
+func auditSocket([]string) error {
+	err := socket(syscall.AF_NETLINK, syscall.SOCK_RAW, 9)
+	if errors.Is(err, syscall.EPROTONOSUPPORT) {
+		return nil
+	}
+	return err
 }
 
 func socket(family, kind, protocol int) error {
