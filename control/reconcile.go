@@ -303,8 +303,7 @@ func (c *Control) act(ctx context.Context, w *world, k key, wl workload, rel rel
 	for _, ik := range d.remove {
 		i := w.instances[ik]
 		if i.final() { // a good exit too: one that exits at once must not spin
-			r := c.retries[k]
-			c.retries[k] = retry{r.failures + 1, c.now()}
+			c.retries[k] = c.retries[k].failed(ik, i, c.now())
 		}
 		if err := kube.Delete[v1alpha1.Instance](ctx, c.store, ik.Namespace, ik.Name); err != nil {
 			return err

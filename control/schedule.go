@@ -46,10 +46,17 @@ func launchHash(s spec.Workload, digest string) string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// retry counts the failures of a workload's instances.
+// retry counts the failures of a workload's instances, and keeps what the last
+// one died of: the instance itself is removed at once.
 type retry struct {
-	failures int
-	last     time.Time
+	failures        int
+	last            time.Time
+	reason, message string
+}
+
+// failed is the retry after one more failure.
+func (r retry) failed(ik key, i instance, now time.Time) retry {
+	return retry{r.failures + 1, now, orElse(i.status.Reason, string(i.status.Phase)), fmt.Sprintf("%s: %s", ik.Name, i.status.Message)}
 }
 
 // after is when the next instance may be created: one second after the first
@@ -72,14 +79,14 @@ func (w world) decide(k key, digest string, r retry, now time.Time) decision {
 	hash := launchHash(wl.spec, digest)
 	var current, outdated, running []key
 	var d decision
-	held := 0
+	held, died := 0, r
 	for _, ik := range sortedKeys(w.instances) {
 		i := w.instances[ik]
 		switch {
 		case ik.Namespace != k.Namespace || i.workload != k.Name || i.deleting:
 		case i.final():
 			d.remove = append(d.remove, ik)
-			d.reason, d.message = orElse(i.status.Reason, string(i.status.Phase)), fmt.Sprintf("%s: %s", ik.Name, i.status.Message)
+			died = died.failed(ik, i, now)
 		case i.status.Phase == wire.PhaseContained || slices.Contains(w.epoch.Instances, ik.Name):
 			if wl.spec.OnContain != "Replace" {
 				held++
@@ -94,6 +101,9 @@ func (w world) decide(k key, digest string, r retry, now time.Time) decision {
 		}
 	}
 	d.running = len(running)
+	if d.running < want-held && died.failures > 0 {
+		d.reason, d.message = died.reason, fmt.Sprintf("%s; failures so far: %d", died.message, died.failures)
+	}
 	switch missing := want - held - len(current); {
 	case missing > 0 && now.Before(r.after()):
 		d.wait = r.after().Sub(now)

@@ -106,7 +106,7 @@ func TestDecide(t *testing.T) {
 		{name: "complete", w: bank()},
 		{name: "missing", w: set(bank(), func(i *instance) { i.workload = "other" }), create: 1},
 		{name: "failed is replaced", w: set(bank(), func(i *instance) { i.status.Phase = wire.PhaseFailed }), create: 1, remove: 1},
-		{name: "failed waits", w: set(bank(), func(i *instance) { i.status.Phase = wire.PhaseFailed }), retry: retry{3, now}, remove: 1, waits: true},
+		{name: "failed waits", w: set(bank(), func(i *instance) { i.status.Phase = wire.PhaseFailed }), retry: retry{failures: 3, last: now}, remove: 1, waits: true},
 		{name: "outdated starts the new one first", w: set(bank(), func(i *instance) { i.specHash = "old" }), create: 1},
 		{name: "contained is held", w: set(bank(), func(i *instance) { i.status.Phase = wire.PhaseContained })},
 		{name: "contained is replaced if asked", w: replace(set(bank(), func(i *instance) { i.status.Phase = wire.PhaseContained })), create: 1},
@@ -117,6 +117,25 @@ func TestDecide(t *testing.T) {
 		if d.create != c.create || len(d.remove) != c.remove || (d.wait > 0) != c.waits {
 			t.Errorf("%s: %+v", c.name, d)
 		}
+	}
+}
+
+// TestFailureIsRemembered: the instance that failed is gone when a person asks.
+func TestFailureIsRemembered(t *testing.T) {
+	now, web := time.Now(), key{"bank", "web-1"}
+	w := bank()
+	i := w.instances[web]
+	i.status = wire.InstanceStatus{Phase: wire.PhaseFailed, Message: "user \"root\": /etc/passwd is not there"}
+	r := retry{failures: 1, last: now}.failed(web, i, now)
+	delete(w.instances, web)
+	d := w.decide(key{"bank", "web"}, "d", r, now)
+	if d.reason != "Failed" || d.message != "web-1: user \"root\": /etc/passwd is not there; failures so far: 2" {
+		t.Errorf("%q, %q", d.reason, d.message)
+	}
+	i.status = wire.InstanceStatus{Phase: wire.PhaseRunning}
+	w.instances[web] = i
+	if d := w.decide(key{"bank", "web"}, "d", r, now); d.reason != "" {
+		t.Errorf("it runs, and still %q", d.reason)
 	}
 }
 
@@ -133,7 +152,7 @@ func TestScaleDownToZero(t *testing.T) {
 func TestBackoffDoublesToAMinute(t *testing.T) {
 	now := time.Now()
 	for n, want := range map[int]time.Duration{1: time.Second, 2: 2 * time.Second, 6: 32 * time.Second, 7: time.Minute, 100: time.Minute} {
-		if got := (retry{n, now}).after().Sub(now); got != want {
+		if got := (retry{failures: n, last: now}).after().Sub(now); got != want {
 			t.Errorf("after %d failures: %v, want %v", n, got, want)
 		}
 	}

@@ -127,8 +127,9 @@ talk to.`,
 	root.SetErr(s.Err)
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usage(c, err) })
 	flags := root.PersistentFlags()
-	flags.StringVar(&s.state, "state", defaultState, "directory of what must survive a restart")
-	flags.StringVar(&s.run, "run", defaultRun, "directory of sockets and process ids")
+	s.state, s.run = defaultState, defaultRun
+	flags.Var(place{&s.state}, "state", "directory of what must survive a restart")
+	flags.Var(place{&s.run}, "run", "directory of sockets and process ids")
 	flags.VarP(&s.format, "output", "o", "how answers are printed")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(show.Formats(), cobra.ShellCompDirectiveNoFileComp))
 	for _, name := range []string{"state", "run"} {
@@ -142,6 +143,24 @@ talk to.`,
 	root.AddCommand(s.version(), s.supervise())
 	return root
 }
+
+// place is a flag that means one place, whatever directory the programs
+// that are told of it work in.
+type place struct{ path *string }
+
+func (p place) Set(v string) (err error) {
+	*p.path, err = filepath.Abs(v)
+	return err
+}
+
+func (p place) String() string {
+	if p.path == nil { // as pflag makes one, to compare defaults
+		return ""
+	}
+	return *p.path
+}
+
+func (place) Type() string { return "string" }
 
 // known refuses words that are no command, and offers those that are near.
 func known(c *cobra.Command, words []string) error {

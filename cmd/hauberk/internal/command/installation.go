@@ -31,7 +31,8 @@ type installation struct {
 }
 
 func (i *installation) flags(f *pflag.FlagSet) {
-	f.StringVar(&i.programs, "programs", beside(), "directory of the other programs")
+	i.programs = beside()
+	f.Var(place{&i.programs}, "programs", "directory of the other programs")
 	f.StringVar(&i.api, "api", "127.0.0.1:7443", "address of the Kubernetes-style API")
 	f.StringVar(&i.nodeListen, "node-listen", "127.0.0.1:7444", "address on which the control plane waits for nodes")
 	f.StringVar(&i.door, "door", "127.0.0.1:7445", "address on which the node waits for the control plane")

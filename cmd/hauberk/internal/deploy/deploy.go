@@ -37,6 +37,7 @@ const (
 	runningWithin = 5 * time.Minute
 	answersWithin = time.Minute
 	pollEvery     = 200 * time.Millisecond
+	askWithin     = 5 * time.Second // why something does not run
 	// faultFor is how long a fault must last: what was contained may be about
 	// to be replaced.
 	faultFor = 10 * time.Second
@@ -339,10 +340,23 @@ func (d *Deployer) running(ctx context.Context, x *Example) error {
 		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("wait for %s to run: %w", strings.Join(missing, ", "), ctx.Err()), fault)
+			return errors.Join(fmt.Errorf("wait for %s to run: %w", strings.Join(missing, ", "), ctx.Err()), fault, d.standing(ctx, x.Recipe.Namespace, missing))
 		case <-time.After(pollEvery):
 		}
 	}
+}
+
+// standing is what the control plane says of workloads that do not run.
+func (d *Deployer) standing(ctx context.Context, namespace string, workloads []string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), askWithin)
+	defer cancel()
+	var all []error
+	for _, w := range workloads {
+		if story, err := d.Client.Why(ctx, namespace, w); err == nil {
+			all = append(all, errors.New(story.Answer))
+		}
+	}
+	return errors.Join(all...)
 }
 
 // answers waits until what is behind a door that speaks HTTP answers: a process
