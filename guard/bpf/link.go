@@ -294,28 +294,65 @@ func (l *linker) storageTypes() (ids map[string][2]btf.TypeID, err error) {
 	return ids, nil
 }
 
-// calledBack lists the functions of a program, as pairs of place and type, if
-// the kernel calls some of them: it wants to know their names then. None of
-// them is called from outside, so what they take is not told.
-func (l *linker) calledBack(code asm.Instructions) (functions []uint32, err error) {
-	if !slices.ContainsFunc(code, func(i asm.Instruction) bool { return i.IsLoadOfFunctionPointer() }) {
-		return nil, nil
-	}
+// functionsOf lists the functions of a program, as pairs of place and type, if
+// the kernel wants to know them: it calls some back, or some are to be looked at
+// by themselves, which those are that are not static. Only of these it is told
+// what they take; the program's own first is called by nobody.
+func (l *linker) functionsOf(code asm.Instructions) (functions []uint32, err error) {
+	wanted := slices.ContainsFunc(code, func(i asm.Instruction) bool { return i.IsLoadOfFunctionPointer() })
 	for iter := code.Iterate(); iter.Next(); {
 		f := btf.FuncMetadata(iter.Ins)
 		if f == nil {
 			continue
 		}
-		id, ok := l.functions[f.Name]
-		if !ok {
-			if id, err = l.types.Add(&btf.Func{Name: f.Name, Type: l.proto, Linkage: btf.StaticFunc}); err != nil {
-				return nil, fmt.Errorf("name function %s: %w", f.Name, err)
-			}
-			l.functions[f.Name] = id
+		alone := iter.Offset != 0 && f.Linkage == btf.GlobalFunc
+		wanted = wanted || alone
+		id, err := l.function(f, alone)
+		if err != nil {
+			return nil, fmt.Errorf("name function %s: %w", f.Name, err)
 		}
 		functions = append(functions, uint32(iter.Offset), uint32(id))
 	}
+	if !wanted {
+		return nil, nil
+	}
 	return functions, nil
+}
+
+// function gives the type of a function, which is made once.
+func (l *linker) function(f *btf.Func, alone bool) (btf.TypeID, error) {
+	if id, ok := l.functions[f.Name]; ok {
+		return id, nil
+	}
+	t := &btf.Func{Name: f.Name, Type: l.proto, Linkage: btf.StaticFunc}
+	if proto, ok := f.Type.(*btf.FuncProto); ok && alone {
+		own := &btf.FuncProto{Return: l.proto.Return}
+		for _, p := range proto.Params {
+			taken, err := plain(p.Type)
+			if err != nil {
+				return 0, err
+			}
+			own.Params = append(own.Params, btf.FuncParam{Name: p.Name, Type: taken})
+		}
+		t.Type, t.Linkage = own, btf.GlobalFunc
+	}
+	id, err := l.types.Add(t)
+	l.functions[f.Name] = id
+	return id, err
+}
+
+// plain is what the kernel needs to know of a parameter: a number's size, or
+// that of what lies at an address.
+func plain(t btf.Type) (btf.Type, error) {
+	switch v := btf.UnderlyingType(t).(type) {
+	case *btf.Int:
+		return &btf.Int{Name: v.Name, Size: v.Size, Encoding: v.Encoding}, nil
+	case *btf.Pointer:
+		if s, ok := btf.UnderlyingType(v.Target).(*btf.Struct); ok {
+			return &btf.Pointer{Target: &btf.Struct{Name: s.Name, Size: s.Size}}, nil
+		}
+	}
+	return nil, fmt.Errorf("parameter of type %v: want a number or the address of a structure", t)
 }
 
 func (l *linker) oneMap(name string, ids [2]btf.TypeID) {
@@ -353,7 +390,7 @@ func (l *linker) program(name string, p target) error {
 	if err != nil {
 		return err
 	}
-	functions, err := l.calledBack(p.Instructions)
+	functions, err := l.functionsOf(p.Instructions)
 	if err != nil {
 		return err
 	}

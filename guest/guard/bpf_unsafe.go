@@ -136,9 +136,15 @@ func loadTypes(types []byte) (int, error) {
 	return bpf(bpfBTFLoad, unsafe.Pointer(&a), unsafe.Sizeof(a))
 }
 
+// How much the verifier says.
+const (
+	logAll   = 1
+	logStats = 4
+)
+
 // loadProgram gives a program to the verifier; log, if not empty, takes what
 // it has to say.
-func loadProgram(p *bundleProgram, types int, log []byte) (int, error) {
+func loadProgram(p *bundleProgram, types int, level uint32, log []byte) (int, error) {
 	licence := append([]byte(p.licence), 0)
 	a := progLoadAttr{kind: p.kind, count: uint32(len(p.code) / 8), code: unsafe.Pointer(unsafe.SliceData(p.code)),
 		licence: unsafe.Pointer(unsafe.SliceData(licence)), flags: p.flags, expected: p.attach, attachID: p.attachID}
@@ -147,7 +153,7 @@ func loadProgram(p *bundleProgram, types int, log []byte) (int, error) {
 		a.types, a.recordSize, a.functions, a.records = uint32(types), functionSize, unsafe.Pointer(unsafe.SliceData(p.functions)), uint32(len(p.functions)/functionSize)
 	}
 	if len(log) > 0 {
-		a.logLevel, a.logSize, a.log = 1, uint32(len(log)), unsafe.Pointer(unsafe.SliceData(log))
+		a.logLevel, a.logSize, a.log = level, uint32(len(log)), unsafe.Pointer(unsafe.SliceData(log))
 	}
 	return bpf(bpfProgLoad, unsafe.Pointer(&a), unsafe.Sizeof(a))
 }

@@ -65,7 +65,7 @@ func Attach(b []byte) (*Guard, error) {
 		return nil, err
 	}
 	for i := range parsed.programs {
-		if err := g.load(&parsed.programs[i], parsed.maps, types); err != nil {
+		if err := g.load(&parsed.programs[i], parsed.maps, types, nil); err != nil {
 			return nil, err
 		}
 	}
@@ -133,14 +133,15 @@ func (g *Guard) createMaps(b *bundle, types int) (err error) {
 }
 
 // load puts the descriptors of maps into a program and gives it to the kernel.
-func (g *Guard) load(p *bundleProgram, maps []bundleMap, types int) error {
+// What that cost is written to stats, if there is room.
+func (g *Guard) load(p *bundleProgram, maps []bundleMap, types int, stats []byte) error {
 	for _, u := range p.maps {
 		put32(p.code[u.slot*8+4:], uint32(g.maps[maps[u.index].name].fd))
 	}
-	fd, err := loadProgram(p, types, nil)
+	fd, err := loadProgram(p, types, logStats, stats)
 	if err != nil {
 		log := make([]byte, 4<<20)
-		_, _ = loadProgram(p, types, log)
+		_, _ = loadProgram(p, types, logAll, log)
 		return fail("load guard program", p.name, &Error{errnoOf(err), err.Error() + ": " + lastLines(log)})
 	}
 	g.programs = append(g.programs, fd)

@@ -96,7 +96,7 @@ func (s *Shared) make(b *bundle, sum string) error {
 		return err
 	}
 	for i := range b.programs {
-		if err := s.g.load(&b.programs[i], b.maps, types); err != nil {
+		if err := s.g.load(&b.programs[i], b.maps, types, nil); err != nil {
 			return err
 		}
 	}

@@ -6,6 +6,8 @@
 #ifndef DNS_H
 #define DNS_H
 
+#include "packet.h"
+
 #define MESSAGE 4096 /* of which this much is read; none needs more over UDP */
 #define MESSAGE_SLACK 64
 #define SHOWN 1232 /* of which this much is recorded */
@@ -44,12 +46,17 @@ _Static_assert(__builtin_offsetof(struct reading, message) == __builtin_offsetof
 
 #define HEAD 12
 
+/* What the steps of a loop work on. */
+struct reader {
+	struct reading *r;
+	struct learnt *l;
+};
+
 /* One byte of the name that was asked for, in lower case. A byte that no name of
-   a list can have, such as a dot inside a label, makes it no name. The steps of
-   loops are functions of their own, for older verifiers know few shapes of
-   loop. */
-static __attribute__((noinline)) int name_step(struct reading *r, __u32 i)
+   a list can have, such as a dot inside a label, makes it no name. */
+static long name_step(__u32 i, struct reader *w)
 {
+	struct reading *r = w->r;
 	__u8 c;
 
 	i &= DOMAIN_SIZE - 1;
@@ -71,17 +78,18 @@ static __attribute__((noinline)) int name_step(struct reading *r, __u32 i)
 
 static __always_inline void read_name(struct reading *r)
 {
+	struct reader w = {.r = r};
+
 	r->left = r->name = r->bad = 0;
-	for (__u32 i = 0; i < DOMAIN_SIZE - 1; i++)
-		if (name_step(r, i))
-			break;
+	bpf_loop(DOMAIN_SIZE - 1, name_step, &w, 0);
 	r->name &= DOMAIN_SIZE - 1;
 	if (r->left || !r->name)
 		r->bad = 1;
 }
 
-static __attribute__((noinline)) int turn_step(struct reading *r, __u32 i)
+static long turn_step(__u32 i, struct reader *w)
 {
+	struct reading *r = w->r;
 	__u32 from = r->name - 1 - i;
 	bool inside = from && from < DOMAIN_SIZE;
 	__u8 c;
@@ -99,9 +107,9 @@ static __attribute__((noinline)) int turn_step(struct reading *r, __u32 i)
 /* Turns the name round. */
 static __always_inline void turn_name(struct reading *r)
 {
-	for (__u32 i = 0; i < DOMAIN_SIZE; i++)
-		if (turn_step(r, i))
-			break;
+	struct reader w = {.r = r};
+
+	bpf_loop(DOMAIN_SIZE, turn_step, &w, 0);
 	r->key.prefix = r->name * 8;
 }
 
@@ -115,21 +123,22 @@ static __always_inline bool may_learn(const __u8 *a)
 }
 
 /* The slot of a name: its own, or that whose time is over first. */
-static __attribute__((noinline)) int slot_step(struct reading *r, struct learnt *l, __u32 i)
+static long slot_step(__u32 i, struct reader *w)
 {
-	__u32 slot = r->slot & (LEARNT_NAMES - 1);
+	__u32 slot = w->r->slot & (LEARNT_NAMES - 1);
 
 	i &= LEARNT_NAMES - 1;
-	if (l->of[slot].name == r->id)
+	if (w->l->of[slot].name == w->r->id)
 		return 1;
-	if (l->of[i].name == r->id || l->of[i].until < l->of[slot].until)
-		r->slot = i;
+	if (w->l->of[i].name == w->r->id || w->l->of[i].until < w->l->of[slot].until)
+		w->r->slot = i;
 	return 0;
 }
 
-static __attribute__((noinline)) int learn(struct reading *r)
+static __always_inline void learn(struct reading *r)
 {
 	__u64 now = bpf_ktime_get_boot_ns();
+	struct reader w = {.r = r};
 	struct learnt first = {};
 	__u32 slot, seconds = r->seconds;
 	struct learnt *l;
@@ -143,18 +152,16 @@ static __attribute__((noinline)) int learn(struct reading *r)
 		first.of[0].name = r->id;
 		first.of[0].until = now + (__u64)seconds * 1000000000ull;
 		bpf_map_update_elem(&learnt, r->addr, &first, BPF_ANY);
-		return 0;
+		return;
 	}
 	r->slot = 0;
-	for (__u32 i = 1; i < LEARNT_NAMES; i++)
-		if (slot_step(r, l, i))
-			break;
+	w.l = l;
+	bpf_loop(LEARNT_NAMES, slot_step, &w, 0);
 	slot = r->slot & (LEARNT_NAMES - 1);
 	if (l->of[slot].name != r->id)
 		l->of[slot].until = 0; /* never one name until the other's time */
 	l->of[slot].name = r->id;
 	l->of[slot].until = now + (__u64)seconds * 1000000000ull;
-	return 0;
 }
 
 static __always_inline __u32 big16(const __u8 *b) { return (__u32)b[0] << 8 | b[1]; }
@@ -184,8 +191,9 @@ static __always_inline void read_record(struct reading *r, const __u8 *b)
 }
 
 /* A label of a record's name, or the rest of the record. */
-static __attribute__((noinline)) int record_step(struct reading *r)
+static long record_step(__u32 i, struct reader *w)
 {
+	struct reading *r = w->r;
 	__u32 at = r->at;
 	__u8 c;
 
@@ -206,22 +214,49 @@ static __attribute__((noinline)) int record_step(struct reading *r)
 
 static __always_inline void read_records(struct reading *r)
 {
+	struct reader w = {.r = r};
+
 	r->at = HEAD + r->name + 1 + 4;
 	r->records = big16(r->message + 6);
 	r->in_record = r->bad = 0;
-	for (int i = 0; i < 160; i++)
-		if (record_step(r))
-			break;
+	bpf_loop(160, record_step, &w, 0);
+}
+
+static __always_inline struct reading *reading_now(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&readings, &zero);
+}
+
+/* Learns the addresses that the message at hand gives a listed name. */
+ONCE int learn_answer(__u32 slot)
+{
+	struct reading *r = reading_now();
+	void *inner;
+	__u64 *id;
+
+	if (!r)
+		return 0;
+	read_name(r);
+	if (r->bad)
+		return 0;
+	turn_name(r);
+	inner = bpf_map_lookup_elem(&domains, &slot);
+	id = inner ? bpf_map_lookup_elem(inner, &r->key) : NULL;
+	if (!id)
+		return 0;
+	r->id = *id;
+	read_records(r);
+	return 0;
 }
 
 /* Reads the message that a packet holds; over TCP one that lies in one packet. */
 static __always_inline struct reading *read_message(struct __sk_buff *skb, const struct packet *k)
 {
 	__u64 at = k->payload, size = skb->len;
-	__u32 zero = 0;
-	struct reading *r;
+	struct reading *r = reading_now();
 
-	r = bpf_map_lookup_elem(&readings, &zero);
 	if (!r)
 		return NULL;
 	if (k->protocol == IPPROTO_TCP)
@@ -292,75 +327,46 @@ static __always_inline struct talk question(const struct reading *r, const struc
 	return t;
 }
 
-SEC("cgroup_skb/egress")
-int on_question(struct __sk_buff *skb)
+static __always_inline void question_leaves(const struct policy *p, struct __sk_buff *skb, const struct packet *k)
 {
-	const struct policy *p;
-	struct reading *r;
-	struct packet k;
-	struct talk t;
+	struct reading *r = read_message(skb, k);
 	__u32 one = 1;
+	struct talk t;
 
-	if (!read_packet(skb, true, &k) || k.peer.port != bpf_htons(DNS))
-		return 1;
-	p = policy_of_packet();
-	if (!p)
-		return 1;
-	r = read_message(skb, &k);
 	if (!r)
-		return 1;
-	t = question(r, &k);
+		return;
+	t = question(r, k);
 	if (p->rule[HAS_NAMES])
 		bpf_map_update_elem(&asked, &t, &one, BPF_ANY);
-	record_message(p, r, &k, true);
-	return 1;
+	record_message(p, r, k, true);
+}
+
+static __always_inline bool reads_answers(const struct policy *p)
+{
+	return p->rule[HAS_NAMES] | p->rule[DNS_AUDIT];
 }
 
 /* Only what a question was asked for is learnt, of a server that may be asked,
    and never what came over the loopback: that may be the workload's own. */
-SEC("cgroup_skb/ingress")
-int on_answer(struct __sk_buff *skb)
+static __always_inline void answer_enters(const struct policy *p, struct __sk_buff *skb, const struct packet *k)
 {
-	__u32 slot, loopback_interface = 1;
-	const struct policy *p;
-	struct reading *r;
-	struct packet k;
+	__u32 loopback_interface = 1;
+	struct reading *r = read_message(skb, k);
 	struct talk t;
-	void *inner;
-	__u64 *id;
 
-	if (!read_packet(skb, false, &k) || k.peer.port != bpf_htons(DNS))
-		return 1;
-	p = policy_of_packet();
-	if (!p || !(p->rule[HAS_NAMES] | p->rule[DNS_AUDIT]))
-		return 1;
-	r = read_message(skb, &k);
 	if (!r)
-		return 1;
+		return;
 	if (p->rule[DNS_AUDIT])
-		record_message(p, r, &k, false);
+		record_message(p, r, k, false);
 	/* An answer without a fault, to one question. */
 	if (!p->rule[HAS_NAMES] || skb->ifindex == loopback_interface || (r->message[2] & 0x80) == 0 || (r->message[3] & 15) || big16(r->message + 4) != 1)
-		return 1;
-	t = question(r, &k);
+		return;
+	t = question(r, k);
 	if (bpf_map_delete_elem(&asked, &t))
-		return 1;
-	if (p->egress_deny & ~allowed(p, &k.peer, k.protocol))
-		return 1;
-	read_name(r);
-	if (r->bad)
-		return 1;
-	turn_name(r);
-	slot = slot_of(p);
-	inner = bpf_map_lookup_elem(&domains, &slot);
-	if (!inner)
-		return 1;
-	id = bpf_map_lookup_elem(inner, &r->key);
-	if (!id)
-		return 1;
-	r->id = *id;
-	read_records(r);
-	return 1;
+		return;
+	if (p->egress_deny & ~allowed(p, &k->peer, k->protocol))
+		return;
+	learn_answer(slot_of(p));
 }
 
 #endif

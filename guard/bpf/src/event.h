@@ -228,17 +228,15 @@ struct {
 	__type(value, struct limit);
 } limits SEC(".maps");
 
-/* What a verdict is about. Unused members are dropped by the compiler. */
+/* What a verdict is about. */
 struct about {
-	/* Each member has eight bytes: later verifiers do not take two halves of
-	   zero for no pointer. */
 	__u64 op;
 	__u64 why;
 	__u64 detail;
-	struct path *path;
 	struct dentry *dentry;
-	const struct destination *target;
+	const void *target;  /* a struct destination */
 	unsigned long value; /* address of a string of the task's own */
+	__u64 spelled;       /* its path was spelled out */
 };
 
 static __always_inline struct counters *counters_now(void)
@@ -248,15 +246,15 @@ static __always_inline struct counters *counters_now(void)
 	return bpf_map_lookup_elem(&counters, &zero);
 }
 
-static __always_inline void fill(struct event *e, const struct policy *p, __u32 op, __u64 sequence, __u64 lost)
+static __always_inline void fill(struct event *e, __u64 generation, __u32 op, __u64 sequence, __u64 lost)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct lineage *l;
+	struct task_label *l = bpf_task_storage_get(&labels, task, 0, 0);
 
 	e->version = 2;
 	e->op = op;
 	e->verdict = VERDICT_ALLOWED;
-	e->label = label_of(task);
+	e->label = label_with(task, l);
 	e->text_kind = TEXT_NONE;
 	e->why = 0;
 	e->argc = 0;
@@ -266,40 +264,54 @@ static __always_inline void fill(struct event *e, const struct policy *p, __u32 
 	e->uid = (__u32)bpf_get_current_uid_gid();
 	e->sequence = sequence;
 	e->time = bpf_ktime_get_boot_ns();
-	e->generation = p ? p->generation : 0;
+	e->generation = generation;
 	e->lost = lost;
 	e->detail = 0;
 	bpf_get_current_comm(e->comm, sizeof(e->comm));
 	e->text[0] = 0;
 	e->series = 0;
 	e->count = 0;
-	l = bpf_task_storage_get(&lineages, task, 0, 0);
-	if (!l || bpf_probe_read_kernel(&e->who, sizeof(e->who), l))
+	if (!l || bpf_probe_read_kernel(&e->who, sizeof(e->who), &l->who))
 		__builtin_memset(&e->who, 0, sizeof(e->who));
+}
+
+/* Where the names of a dentry and of those above it are written. */
+struct names_written {
+	struct event *e;
+	struct dentry *d;
+	__u64 off;
+};
+
+static long write_name(__u32 i, struct names_written *w)
+{
+	struct dentry *d = w->d, *parent = BPF_CORE_READ(d, d_parent);
+	__u64 off = w->off;
+	long n;
+
+	if (parent == d || off > TEXT_SIZE - 64)
+		return 1;
+	/* The verifier must see the bound on the very register that is used. */
+	asm volatile("" : "+r"(off));
+	n = bpf_probe_read_kernel_str(w->e->text + (off & (TEXT_SIZE - 1)), 64, BPF_CORE_READ(d, d_name.name));
+	if (n <= 0)
+		return 1;
+	w->off = off + n;
+	w->d = parent;
+	return 0;
 }
 
 /* Writes the names from the dentry up. There is no way to print a path from
    here; the reader turns the names around. */
 static __always_inline void write_names(struct event *e, struct dentry *d)
 {
-	__u64 off = 0;
-	long n;
+	struct names_written w = {.e = e, .d = d};
+	__u64 off;
 
-	for (int i = 0; i < 12; i++) {
-		struct dentry *parent = d->d_parent;
-
-		if (parent == d)
-			break;
-		/* The verifier must see the bound on the very register that is used. */
-		asm volatile("" : "+r"(off));
-		if (off > TEXT_SIZE - 64)
-			break;
-		n = bpf_probe_read_kernel_str(e->text + off, 64, d->d_name.name);
-		if (n <= 0 || n > 64)
-			break;
-		off += n;
-		d = parent;
-	}
+	*(volatile __u8 *)e->text = 0;
+	w.off = *(volatile __u8 *)e->text; /* 0, which the verifier does not know */
+	bpf_loop(12, write_name, &w, 0);
+	off = w.off;
+	asm volatile("" : "+r"(off));
 	if (off < TEXT_SIZE)
 		e->text[off] = 0;
 	e->text_kind = TEXT_NAMES;
@@ -312,35 +324,46 @@ static __always_inline struct tally *tally_of(__u32 op)
 }
 
 /* The series that an act belongs to; NULL if there is no room to count one. */
-static __always_inline struct series *series_of(const struct policy *p, __u32 ref, __u32 verdict, const struct about *a)
+static __always_inline struct series *series_of(__u64 generation, __u32 ref, __u32 verdict, const struct about *a)
 {
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct lineage *l = bpf_task_storage_get(&lineages, task, 0, 0);
+	struct task_label *l = bpf_task_storage_get(&labels, bpf_get_current_task_btf(), 0, 0);
 	struct series_key key = {
-		.generation = p ? p->generation : 0, .detail = a->detail, .rule = ref & ~DENY, .op = a->op, .verdict = verdict, .why = a->why,
+		.generation = generation, .detail = a->detail, .rule = ref & ~DENY, .op = a->op, .verdict = verdict, .why = a->why,
 	};
 	struct dentry *d = a->dentry;
 	struct series *s;
+	__u32 second = 1;
+	void *blank;
 
 	key.uid = (__u32)bpf_get_current_uid_gid();
 	if (l) {
-		key.exe_ino = l->exe_ino;
-		key.exe_dev = l->exe_dev;
+		key.exe_ino = l->who.exe_ino;
+		key.exe_dev = l->who.exe_dev;
 	}
 	if (a->target) {
-		__builtin_memcpy(key.target, a->target->addr, sizeof(key.target));
-		key.detail = a->target->port;
+		const struct destination *at = a->target;
+
+		bpf_probe_read_kernel(key.target, sizeof(key.target), at->addr);
+		key.detail = 0;
+		bpf_probe_read_kernel(&key.detail, sizeof(at->port), &at->port);
 	} else if (d) {
 		/* A name is hashed with the directory it is in. */
 		key.target[0] = BPF_CORE_READ(d, d_name.hash_len);
 		key.target[1] = BPF_CORE_READ(d, d_parent, d_inode, i_ino);
 	}
 	s = bpf_map_lookup_elem(&repeats, &key);
-	if (!s) {
-		struct series none = {.rule = key.rule, .op = key.op, .verdict = key.verdict, .why = key.why};
-
-		bpf_map_update_elem(&repeats, &key, &none, BPF_NOEXIST);
-		s = bpf_map_lookup_elem(&repeats, &key);
+	if (s)
+		return s;
+	/* A series to begin with would not have room on the stack. */
+	blank = bpf_map_lookup_elem(&name_key, &second);
+	if (blank)
+		bpf_map_update_elem(&repeats, &key, blank, BPF_NOEXIST);
+	s = bpf_map_lookup_elem(&repeats, &key);
+	if (s) {
+		s->rule = key.rule;
+		s->op = key.op;
+		s->verdict = key.verdict;
+		s->why = key.why;
 	}
 	return s;
 }
@@ -364,32 +387,77 @@ static __always_inline bool merge(struct series *s, __u64 now)
 	return merged;
 }
 
-/* One copy in each program, called from wherever it decides. */
-static __attribute__((noinline)) void tell(const struct policy *p, __u32 ref, __u32 verdict, const struct about *a)
+/* A path is spelled out where it is at hand, for tell takes no object. It is for
+   text alone; no program of this kind is interrupted by another. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, char[TEXT_SIZE]);
+} spelled SEC(".maps");
+
+static __always_inline char *spelling(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&spelled, &zero);
+}
+
+static __always_inline void spell(struct path *path, struct about *a)
+{
+	char *text = spelling();
+
+	a->spelled = text && bpf_d_path(path, text, TEXT_SIZE) > 0;
+}
+
+/* What the act was done to, in words. */
+static __always_inline void write_text(struct event *e, const struct about *a)
+{
+	char *text = spelling();
+
+	if (a->value) {
+		if (bpf_probe_read_user_str(e->text, TEXT_SIZE, (void *)a->value) > 0)
+			e->text_kind = TEXT_VALUE;
+	} else if (a->target) {
+		bpf_probe_read_kernel(e->text, sizeof(struct destination), a->target);
+		e->text_kind = TEXT_TARGET;
+	} else if (a->spelled && text) {
+		bpf_probe_read_kernel_str(e->text, TEXT_SIZE, text);
+		e->text_kind = TEXT_PATH;
+	} else if (a->dentry) {
+		write_names(e, a->dentry);
+	}
+}
+
+/* Tells of a verdict. */
+ONCE int tell(const struct about *a, __u64 generation, __u32 ref, __u32 verdict)
 {
 	struct counters *c = counters_now();
-	struct tally *t = tally_of(a->op);
 	struct series *s;
 	struct event *e;
+	struct tally *t;
 	__u64 sequence;
 
-	if (!c || !t)
-		return;
+	if (!a || !c)
+		return 0;
+	t = tally_of(a->op);
+	if (!t)
+		return 0;
 	__sync_fetch_and_add(&t->happened, 1);
-	s = series_of(p, ref, verdict, a);
+	s = series_of(generation, ref, verdict, a);
 	if (s && merge(s, bpf_ktime_get_boot_ns())) {
 		__sync_fetch_and_add(&t->merged, 1);
-		return;
+		return 0;
 	}
 	sequence = __sync_fetch_and_add(&c->sequence, 1) + 1;
 	e = bpf_ringbuf_reserve(&denials, sizeof(*e), 0);
 	if (!e) {
 		__sync_fetch_and_add(&t->lost, 1);
 		__sync_fetch_and_add(&c->lost, 1);
-		return;
+		return 0;
 	}
 	__sync_fetch_and_add(&t->sent, 1);
-	fill(e, p, a->op, sequence, c->lost);
+	fill(e, generation, a->op, sequence, c->lost);
 	e->verdict = verdict;
 	e->rule = ref & ~DENY;
 	e->why = a->why;
@@ -400,18 +468,9 @@ static __attribute__((noinline)) void tell(const struct policy *p, __u32 ref, __
 			e->series = sequence;
 		e->count = __sync_fetch_and_add(&s->count, 1) + 1;
 	}
-	if (a->value) {
-		if (bpf_probe_read_user_str(e->text, TEXT_SIZE, (void *)a->value) > 0)
-			e->text_kind = TEXT_VALUE;
-	} else if (a->target) {
-		__builtin_memcpy(e->text, a->target, sizeof(*a->target));
-		e->text_kind = TEXT_TARGET;
-	} else if (a->path && bpf_d_path(a->path, e->text, TEXT_SIZE) > 0) {
-		e->text_kind = TEXT_PATH;
-	} else if (a->dentry) {
-		write_names(e, a->dentry);
-	}
+	write_text(e, a);
 	bpf_ringbuf_submit(e, 0);
+	return 0;
 }
 
 /* Whether the policy's limit holds a record of what was allowed back. */
@@ -458,7 +517,7 @@ static __always_inline struct event *begin_audit(const struct policy *p, __u32 o
 		return NULL;
 	}
 	__sync_fetch_and_add(&t->sent, 1);
-	fill(e, p, op, sequence, c->audit_lost);
+	fill(e, generation_of(p), op, sequence, c->audit_lost);
 	return e;
 }
 
@@ -467,8 +526,16 @@ static __always_inline int decide(const struct policy *p, __u32 ref, const struc
 {
 	if (!ref)
 		return 0;
-	tell(p, ref, ref & DENY ? VERDICT_DENIED : VERDICT_REPORTED, a);
+	tell(a, generation_of(p), ref, ref & DENY ? VERDICT_DENIED : VERDICT_REPORTED);
 	return ref & DENY ? -EPERM : 0;
+}
+
+/* As decide, of what has a path; where none can be spelled out it is NULL. */
+static __always_inline int decide_at(const struct policy *p, __u32 ref, struct about *a, struct path *path)
+{
+	if (ref && path)
+		spell(path, a);
+	return decide(p, ref, a);
 }
 
 /* Without a policy everything a workload asks is refused. */

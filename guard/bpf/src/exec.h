@@ -43,25 +43,26 @@ static __always_inline struct inode *below(struct ovl_inode *ovl)
 	return BPF_CORE_READ(oe, __lowerstack[0].dentry, d_inode);
 }
 
-/* Where the inode comes from, and its identity below the overlay. */
-static __always_inline enum origin origin_of(struct inode *inode, struct object *o)
+/* The object of the image that an overlay's inode shows, once it was found. It
+   shows no other until it is copied up. */
+struct {
+	__uint(type, BPF_MAP_TYPE_INODE_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct object);
+} below_shown SEC(".maps");
+
+/* Finds the object below an overlay's inode, whose address stands in place of
+   its number. */
+ONCE int find_below(struct object *o)
 {
-	struct super_block *sb = inode->i_sb;
 	struct ovl_inode *ovl;
 	struct inode *lower;
-	struct mark *root;
 
-	if (!inode->i_nlink)
-		return FROM_UNLINKED;
-	if (sb->s_magic == EROFS_MAGIC) {
-		o->dev = sb->s_dev;
-		o->ino = inode->i_ino;
-		return is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
-	}
-	root = bpf_inode_storage_get(&marks, sb->s_root->d_inode, 0, 0);
-	if (!root || root->kind != KIND_OVERLAY)
+	if (!o)
 		return FROM_ELSEWHERE;
-	ovl = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
+	ovl = (void *)o->ino;
+	o->dev = o->ino = 0;
 	if (BPF_CORE_READ(ovl, __upperdentry))
 		return FROM_CHANGE;
 	lower = below(ovl);
@@ -71,6 +72,53 @@ static __always_inline enum origin origin_of(struct inode *inode, struct object 
 	o->ino = BPF_CORE_READ(lower, i_ino);
 	/* What lies below a container's root is its image, whatever it lies on. */
 	return shared() || is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
+}
+
+static __always_inline enum origin origin_below(struct inode *inode, struct object *o)
+{
+	struct ovl_inode *ovl = (void *)inode - bpf_core_field_offset(struct ovl_inode, vfs_inode);
+	struct super_block *sb = inode->i_sb;
+	struct object *seen = bpf_inode_storage_get(&below_shown, inode, 0, 0);
+	struct mark *root;
+	enum origin from;
+
+	if (seen && seen->ino) {
+		if (BPF_CORE_READ(ovl, __upperdentry))
+			return FROM_CHANGE;
+		*o = *seen;
+		return FROM_IMAGE;
+	}
+	root = bpf_inode_storage_get(&marks, sb->s_root->d_inode, 0, 0);
+	if (!root || root->kind != KIND_OVERLAY)
+		return FROM_ELSEWHERE;
+	o->ino = (__u64)ovl;
+	from = find_below(o);
+	if (from != FROM_IMAGE)
+		return from;
+	seen = bpf_inode_storage_get(&below_shown, inode, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (seen) {
+		seen->dev = o->dev;
+		*(volatile __u64 *)&seen->ino = o->ino; /* after the device */
+	}
+	return FROM_IMAGE;
+}
+
+/* Where the inode comes from, and its identity below the overlay. */
+static __always_inline enum origin origin_of(struct inode *inode, struct object *o)
+{
+	struct super_block *sb = inode->i_sb;
+
+	if (!inode->i_nlink)
+		return FROM_UNLINKED;
+	switch (sb->s_magic) {
+	case OVERLAYFS_MAGIC:
+		return origin_below(inode, o);
+	case EROFS_MAGIC:
+		o->dev = sb->s_dev;
+		o->ino = inode->i_ino;
+		return is_image(o->dev) ? FROM_IMAGE : FROM_ELSEWHERE;
+	}
+	return FROM_ELSEWHERE;
 }
 
 /* What the policy says of a program of the image. */
@@ -85,23 +133,11 @@ static __always_inline const struct program *program_of(const struct policy *p, 
 	return inner ? bpf_map_lookup_elem(inner, o) : NULL;
 }
 
-/* Counts the zeros below the first one: without a loop, of which the verifier
-   would follow every end. */
-static __always_inline __u32 first_bit(__u32 bits)
-{
-	__u32 x = (bits & -bits) - 1;
-
-	x -= x >> 1 & 0x55555555;
-	x = (x & 0x33333333) + (x >> 2 & 0x33333333);
-	x = (x + (x >> 4)) & 0x0f0f0f0f;
-	return x * 0x01010101 >> 24;
-}
-
 /* The rule of the first list that lifts nothing here; lifted are those that
    do. */
-static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u32 lifted)
+ONCE int list_rule(__u32 slot, __u32 aspect, __u32 lifted)
 {
-	__u32 slot = slot_of(p), zero = 0, missing;
+	__u32 zero = 0, missing;
 	const struct exec_lists *lists;
 	const struct aspect_lists *l;
 	void *inner = bpf_map_lookup_elem(&execs, &slot);
@@ -109,13 +145,18 @@ static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u3
 	lists = inner ? bpf_map_lookup_elem(inner, &zero) : NULL;
 	if (!lists)
 		return DENY | RULE_NO_POLICY;
-	l = &lists->aspect[aspect];
+	l = &lists->aspect[aspect & (ASPECTS - 1)];
 	missing = l->deny & ~lifted;
 	if (!missing)
 		missing = l->audit & ~lifted;
 	if (!missing)
 		return 0;
 	return l->rule[first_bit(missing) & (EXEC_LISTS - 1)];
+}
+
+static __always_inline __u32 list_ref(const struct policy *p, __u32 aspect, __u32 lifted)
+{
+	return list_rule(slot_of(p), aspect, lifted);
 }
 
 static __always_inline __u32 denied_ref(const struct policy *p, struct inode *inode, const struct program *program)
@@ -141,23 +182,32 @@ static __always_inline __u32 volume_lists(const struct policy *p, struct file *f
 
 #define VOLUME_DEPTH 64
 
+struct volume_walk {
+	const struct policy *p;
+	struct dentry *d;
+	__u32 lists;
+};
+
+static long volume_step(__u32 i, struct volume_walk *w)
+{
+	struct dentry *d = w->d, *parent = d->d_parent;
+	struct mark *m = bpf_inode_storage_get(&marks, d->d_inode, 0, 0);
+	__u32 slot = w->p->slot & 1;
+
+	if (m && m->slot[slot].generation == w->p->generation)
+		w->lists |= m->slot[slot].volume;
+	w->d = parent;
+	return parent == d;
+}
+
 /* The lists that let the files of the volume run in which the dentry is. One
    that lies too deep is in none. */
 static __always_inline __u32 volume_above(const struct policy *p, struct dentry *d)
 {
-	__u32 slot = p->slot & 1, lists = p->slot >> 1; /* none, which the verifier shall not know */
+	struct volume_walk w = {.p = p, .d = d};
 
-	for (int i = 0; i < VOLUME_DEPTH; i++) {
-		struct mark *m = bpf_inode_storage_get(&marks, d->d_inode, 0, 0);
-		struct dentry *parent = d->d_parent;
-
-		if (m && m->slot[slot].generation == p->generation)
-			lists |= m->slot[slot].volume;
-		if (parent == d)
-			break;
-		d = parent;
-	}
-	return lists;
+	bpf_loop(VOLUME_DEPTH, volume_step, &w, 0);
+	return w.lists;
 }
 
 /* A file that is not in a volume gets no name in it, though another mount of
@@ -180,21 +230,6 @@ static __always_inline int into_volume(struct dentry *old, struct dentry *d)
 	return more ? decide(p, list_ref(p, ASPECT_ORIGIN, ~more), &a) : 0;
 }
 
-SEC("lsm/inode_link")
-int BPF_PROG(on_link_into, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
-{
-	return prev ? prev : into_volume(old, d);
-}
-
-SEC("lsm/inode_rename")
-int BPF_PROG(on_rename_into, struct inode *old_dir, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
-{
-	int err = prev ? prev : into_volume(old, d);
-
-	/* They may change places. */
-	return err ? err : into_volume(d, old);
-}
-
 static __always_inline __u32 origin_ref(const struct policy *p, struct file *file, enum origin from)
 {
 	if (from == FROM_IMAGE || !p->rule[ON_ORIGIN])
@@ -203,30 +238,30 @@ static __always_inline __u32 origin_ref(const struct policy *p, struct file *fil
 }
 
 /* Whether the code in a file may run. */
-static __always_inline int check_code(const struct policy *p, struct file *file, struct about *a, enum origin from, const struct program *program)
+static __always_inline int check_code(const struct policy *p, struct file *file, struct path *path, struct about *a, enum origin from, const struct program *program)
 {
 	int err = 0;
 
 	if (p->listed & LISTED_DENIED) {
-		__u32 op = a->op;
+		__u64 op = a->op;
 
 		a->op = OP_LISTED;
-		err = decide(p, denied_ref(p, file->f_inode, program), a);
+		err = decide_at(p, denied_ref(p, file->f_inode, program), a, path);
 		a->op = op;
 	}
 	if (!err && from != FROM_IMAGE) {
 		a->why = from;
-		err = decide(p, origin_ref(p, file, from), a);
+		err = decide_at(p, origin_ref(p, file, from), a, path);
 	}
 	return err;
 }
 
-static __always_inline int check_mapped(const struct policy *p, struct file *file, struct about *a)
+static __always_inline int check_mapped(const struct policy *p, struct file *file, struct path *path, struct about *a)
 {
 	struct object o = {};
 	enum origin from = origin_of(shared() ? file->f_path.dentry->d_inode : file->f_inode, &o);
 
-	return check_code(p, file, a, from, program_of(p, &o));
+	return check_code(p, file, path, a, from, program_of(p, &o));
 }
 
 /* The rule against a program that some list of programs does not have. */
@@ -259,23 +294,8 @@ static __always_inline bool is_agent_program(struct inode *inode)
 	return m && m->kind == KIND_AGENT;
 }
 
-/* All ones if the two are the same, else 0: without a branch, which the verifier
-   would follow at every step of a walk. */
-static __always_inline __u64 same(__u64 a, __u64 b)
-{
-	__u64 x = a ^ b, y;
-
-	/* Nor shall the compiler see what this is and make one. */
-	asm volatile("" : "+r"(x));
-	y = -x;
-	asm volatile("" : "+r"(y));
-	y = (y | x) >> 63;
-	asm volatile("" : "+r"(y));
-	return y - 1;
-}
-
 /* Whether standard input, output or error will be a network socket. */
-static __always_inline bool on_socket(void)
+ONCE int on_socket(void)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
@@ -324,7 +344,7 @@ static __always_inline struct tty_struct *terminal_of(struct file *file)
 	return BPF_CORE_READ(of, tty);
 }
 
-static __always_inline void input_end(struct end *end, __u64 nothing)
+static __always_inline void input_end(struct end *end)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	struct file *file = NULL, **fds = BPF_CORE_READ(task, files, fdt, fd);
@@ -332,7 +352,6 @@ static __always_inline void input_end(struct end *end, __u64 nothing)
 	struct inode *inode;
 	struct sock *sock;
 
-	end->object = end->number = nothing;
 	if (bpf_probe_read_kernel(&file, sizeof(file), fds) || !file)
 		return;
 	inode = BPF_CORE_READ(file, f_inode);
@@ -355,63 +374,57 @@ static __always_inline void input_end(struct end *end, __u64 nothing)
 	}
 }
 
-/* What a process holds. */
-struct held {
-	__u64 net; /* a socket that reaches, or could reach, another machine */
-	__u64 end; /* the end that is looked for */
+/* A look through the files of a process. */
+struct search {
+	struct file **fds;
+	__u64 max;
+	struct end end; /* that is looked for */
+	__u64 has_end;
+	__u64 has_net; /* a socket that reaches, or could reach, another machine */
 };
 
-/* Reads through variables of its own, which were all written before: the
-   verifier tells two ways apart by what they left unwritten. */
-struct looked {
-	struct file **fds, *file;
-	struct inode *inode;
-	void *private;
-	struct sock *sk;
-	__u64 max, mode, fmode, family, state, rdev;
-};
-
-static __always_inline void look_at(struct task_struct *task, const struct end *end, struct held *held, struct looked *v, __u64 nothing)
+static __always_inline void search_files(struct search *s, struct task_struct *task)
 {
 	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
 
-	bpf_core_read(&v->fds, sizeof(v->fds), &fdt->fd);
-	bpf_core_read(&v->max, sizeof(fdt->max_fds), &fdt->max_fds);
-	for (__u32 i = 0; i < MAX_HELD; i++) {
-		__u64 is, pipe, sock, terminal;
-		struct tty_file_private *tty;
-		struct socket *socket;
-		struct inode *inode;
-		struct file *file;
-		struct sock *sk;
+	s->fds = BPF_CORE_READ(fdt, fd);
+	s->max = BPF_CORE_READ(fdt, max_fds);
+	s->has_end = s->has_net = 0;
+}
 
-		if (i >= v->max || bpf_probe_read_kernel(&v->file, sizeof(v->file), v->fds + i))
-			break;
-		file = v->file;
-		if (!file)
-			continue;
-		/* What cannot be read stays zero, and is nothing that is looked for. */
-		bpf_core_read(&v->inode, sizeof(v->inode), &file->f_inode);
-		inode = v->inode;
-		bpf_core_read(&v->mode, sizeof(inode->i_mode), &inode->i_mode);
-		bpf_core_read(&v->rdev, sizeof(inode->i_rdev), &inode->i_rdev);
-		bpf_core_read(&v->fmode, sizeof(file->f_mode), &file->f_mode);
-		bpf_core_read(&v->private, sizeof(v->private), &file->private_data);
-		socket = v->private;
-		tty = v->private;
-		bpf_core_read(&v->sk, sizeof(v->sk), &socket->sk);
-		sk = v->sk;
-		bpf_core_read(&v->family, sizeof(sk->__sk_common.skc_family), &sk->__sk_common.skc_family);
-		bpf_core_read(&v->state, sizeof(sk->__sk_common.skc_state), &sk->__sk_common.skc_state);
-		is = v->mode & S_IFMT;
-		pipe = same(is, S_IFIFO) & same(v->fmode & FMODE_WRITE, FMODE_WRITE) & same((__u64)v->inode, end->object);
-		sock = same(is, S_IFSOCK);
-		held->net |= sock & (same(v->family, AF_INET) | same(v->family, AF_INET6)) & ~same(v->state, TCP_LISTEN);
-		sock &= same((__u64)v->sk, end->object);
-		bpf_core_read(&v->private, sizeof(v->private), &tty->tty);
-		terminal = same(is, S_IFCHR) & same(v->rdev, 5 << 20 | 2) & same((__u64)v->private, end->object); /* ptmx */
-		held->end |= pipe | sock | terminal;
+/* What cannot be read stays zero, and is nothing that is looked for. */
+static long search_file(__u32 i, struct search *s)
+{
+	__u32 family, rdev;
+	struct inode *inode;
+	struct file *file = NULL;
+	struct sock *sk;
+
+	if (i >= s->max || bpf_probe_read_kernel(&file, sizeof(file), s->fds + i))
+		return 1;
+	if (!file)
+		return 0;
+	inode = BPF_CORE_READ(file, f_inode);
+	switch (BPF_CORE_READ(inode, i_mode) & S_IFMT) {
+	case S_IFIFO:
+		if (BPF_CORE_READ(file, f_mode) & FMODE_WRITE && (__u64)inode == s->end.object)
+			s->has_end = 1;
+		break;
+	case S_IFSOCK:
+		sk = socket_of(file);
+		family = BPF_CORE_READ(sk, __sk_common.skc_family);
+		if ((family == AF_INET || family == AF_INET6) && BPF_CORE_READ(sk, __sk_common.skc_state) != TCP_LISTEN)
+			s->has_net = 1;
+		if ((__u64)sk == s->end.object)
+			s->has_end = 1;
+		break;
+	case S_IFCHR:
+		rdev = BPF_CORE_READ(inode, i_rdev);
+		if (rdev == (5 << 20 | 2) && (__u64)terminal_of(file) == s->end.object) /* ptmx */
+			s->has_end = 1;
+		break;
 	}
+	return 0;
 }
 
 /* Pipes that are the input of an interpreter, or that a process with a socket
@@ -431,86 +444,83 @@ enum input {
 /* Whether what an interpreter is to read comes from a process that holds a
    network socket: the one that starts it, or one of those above it; or any, if
    it goes through one pipe. */
-static __attribute__((noinline)) bool relayed(__u64 nothing)
+ONCE int relayed(void)
 {
 	__u64 found = INPUT_OF_INTERPRETER, *input;
 	struct task_struct *task = bpf_get_current_task_btf();
-	struct looked v = {};
-	struct end end = {};
+	struct search s = {};
 
-	input_end(&end, nothing);
-	if (!end.object)
+	input_end(&s.end);
+	if (!s.end.object)
 		return false;
-	if (end.number) {
-		input = bpf_map_lookup_elem(&inputs, &end);
+	if (s.end.number) {
+		input = bpf_map_lookup_elem(&inputs, &s.end);
 		if (input && *input & INPUT_FROM_SOCKET)
 			return true;
 	}
 	for (int i = 0; i < MAX_RELAYS; i++) {
-		struct held held = {.net = nothing, .end = nothing};
-
-		look_at(task, &end, &held, &v, nothing);
-		if (held.net & held.end)
+		search_files(&s, task);
+		bpf_loop(MAX_HELD, search_file, &s, 0);
+		if (s.has_net && s.has_end)
 			return true;
 		task = BPF_CORE_READ(task, real_parent);
 		if (BPF_CORE_READ(task, tgid) <= 1)
 			break;
 	}
-	if (end.number)
-		bpf_map_update_elem(&inputs, &end, &found, BPF_ANY);
+	if (s.end.number)
+		bpf_map_update_elem(&inputs, &s.end, &found, BPF_ANY);
 	return false;
+}
+
+/* Notes a pipe that a process which gets a socket can write to. */
+static long note_pipe(__u32 i, struct search *s)
+{
+	__u64 found = INPUT_FROM_SOCKET, *input;
+	struct file *file = NULL;
+	struct inode *inode;
+	struct end end = {};
+
+	if (i >= s->max || bpf_probe_read_kernel(&file, sizeof(file), s->fds + i))
+		return 1;
+	if (!file || !(BPF_CORE_READ(file, f_mode) & FMODE_WRITE))
+		return 0;
+	inode = BPF_CORE_READ(file, f_inode);
+	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) != S_IFIFO)
+		return 0;
+	end.object = (__u64)inode;
+	end.number = BPF_CORE_READ(inode, i_ino);
+	input = bpf_map_lookup_elem(&inputs, &end);
+	if (input && *input & INPUT_OF_INTERPRETER) {
+		s->has_end = 1;
+		return 1;
+	}
+	bpf_map_update_elem(&inputs, &end, &found, BPF_ANY);
+	return 0;
 }
 
 /* Whether a process that gets a socket can write to what an interpreter reads
    from. */
-static __always_inline int gets_socket(const struct policy *p)
+ONCE int feeds_interpreter(void)
 {
-	struct about a = {.op = OP_SHELL, .why = 2};
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct fdtable *fdt = BPF_CORE_READ(task, files, fdt);
-	struct file **fds = BPF_CORE_READ(fdt, fd), *file;
-	__u32 max = BPF_CORE_READ(fdt, max_fds);
+	struct search s = {};
 
-	for (__u32 i = 0; i < MAX_HELD; i++) {
-		__u64 found = INPUT_FROM_SOCKET, *input;
-		struct inode *inode;
-		struct end end = {};
-
-		file = NULL;
-		if (i >= max || bpf_probe_read_kernel(&file, sizeof(file), fds + i))
-			break;
-		if (!file || !(BPF_CORE_READ(file, f_mode) & FMODE_WRITE))
-			continue;
-		inode = BPF_CORE_READ(file, f_inode);
-		if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) != S_IFIFO)
-			continue;
-		end.object = (__u64)inode;
-		end.number = BPF_CORE_READ(inode, i_ino);
-		input = bpf_map_lookup_elem(&inputs, &end);
-		if (input && *input & INPUT_OF_INTERPRETER)
-			return decide(p, p->rule[ON_SHELL], &a);
-		bpf_map_update_elem(&inputs, &end, &found, BPF_ANY);
-	}
-	return 0;
+	search_files(&s, bpf_get_current_task_btf());
+	bpf_loop(MAX_HELD, note_pipe, &s, 0);
+	return s.has_end;
 }
 
 static __always_inline int new_connection(struct socket *sock)
 {
 	__u32 family = BPF_CORE_READ(sock, sk, __sk_common.skc_family);
+	struct about a = {.op = OP_SHELL, .why = 2};
 	const struct policy *p;
 
 	if ((family != AF_INET && family != AF_INET6) || !is_workload())
 		return 0;
 	p = policy_now();
-	if (!p || !(p->listed & LISTED_RELAYS))
+	if (!p || !(p->listed & LISTED_RELAYS) || !feeds_interpreter())
 		return 0;
-	return gets_socket(p);
-}
-
-SEC("lsm/socket_connect")
-int BPF_PROG(on_connect_relay, struct socket *sock, struct sockaddr *address, int size, int prev)
-{
-	return prev ? prev : new_connection(sock);
+	return decide(p, p->rule[ON_SHELL], &a);
 }
 
 SEC("lsm/socket_accept")
@@ -521,25 +531,26 @@ int BPF_PROG(on_accept_relay, struct socket *sock, struct socket *new, int prev)
 
 static __always_inline int check_program(const struct policy *p, struct file *file, struct about *a, const struct task_label *l)
 {
+	struct path *path = &file->f_path;
 	const struct program *program;
 	struct object o = {};
 	enum origin from = origin_of(file->f_inode, &o);
 	int err;
 
 	program = program_of(p, &o);
-	if (program && program->script && p->listed & LISTED_RELAYS && relayed(p->slot >> 1)) {
+	if (program && program->script && p->listed & LISTED_RELAYS && relayed()) {
 		a->op = OP_SHELL;
 		a->why = 2;
-		err = decide(p, list_ref(p, ASPECT_SHELL, ~program->script), a);
+		err = decide_at(p, list_ref(p, ASPECT_SHELL, ~program->script), a, path);
 		if (err)
 			return err;
 		a->op = OP_EXEC;
 		a->why = 0;
 	}
-	err = check_code(p, file, a, from, program);
+	err = check_code(p, file, path, a, from, program);
 	if (!err && p->rule[ON_UNLISTED]) {
 		a->op = OP_UNLISTED;
-		err = decide(p, unlisted_ref(p, program, &o, l), a);
+		err = decide_at(p, unlisted_ref(p, program, &o, l), a, path);
 	}
 	return err;
 }
@@ -548,30 +559,32 @@ static __always_inline int check_program(const struct policy *p, struct file *fi
 SEC("lsm/bprm_check_security")
 int BPF_PROG(on_exec, struct linux_binprm *bprm, int prev)
 {
-	struct about a = {.op = OP_EXEC, .path = &bprm->file->f_path, .dentry = bprm->file->f_path.dentry};
+	struct about a = {.op = OP_EXEC, .dentry = bprm->file->f_path.dentry};
+	struct path *path = &bprm->file->f_path;
 	struct task_struct *task = bpf_get_current_task_btf();
-	__u32 label = label_of(task);
+	struct task_label *l = bpf_task_storage_get(&labels, task, 0, 0);
+	__u32 label = label_with(task, l);
 	const struct policy *p;
-	struct task_label *l;
 	int err = 0;
 
-	if (!prev && shared() && label == LABEL_HOST)
+	if (!prev && shared() && label == LABEL_HOST) {
 		label = adopt(task);
+		l = bpf_task_storage_get(&labels, task, 0, 0);
+	}
 	if (prev || label < LABEL_SETUP)
 		return prev;
 	p = policy_now();
 	if (label == LABEL_SETUP && is_agent_program(bprm->file->f_inode))
 		return 0;
-	l = bpf_task_storage_get(&labels, task, 0, 0);
 	if (label == LABEL_UNKNOWN || !l) {
 		a.op = OP_HELPER;
-		return decide(p, DENY | RULE_HELPER, &a);
+		return decide_at(p, DENY | RULE_HELPER, &a, path);
 	}
 	if (!p)
-		return decide(p, DENY | RULE_NO_POLICY, &a);
+		return decide_at(p, DENY | RULE_NO_POLICY, &a, path);
 	if (p->rule[ON_SHELL] && on_socket()) {
 		a.op = OP_SHELL;
-		err = decide(p, p->rule[ON_SHELL], &a);
+		err = decide_at(p, p->rule[ON_SHELL], &a, path);
 		a.op = OP_EXEC;
 	}
 	return err ? err : check_program(p, bprm->file, &a, l);
@@ -590,10 +603,9 @@ static __always_inline void stamp(struct task_label *l, struct linux_binprm *bpr
 	}
 	l->exe = o;
 	l->flags = BPF_CORE_READ(bprm, interp) == BPF_CORE_READ(bprm, filename) ? 0 : LABEL_SCRIPT;
-	l->started = bpf_ktime_get_boot_ns();
 }
 
-static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm)
+static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm, const struct lineage *who)
 {
 	unsigned long size = bprm->exec - bprm->p;
 	struct started *s = (void *)begin_audit(p, OP_STARTED, sizeof(*s));
@@ -601,9 +613,10 @@ static __always_inline void tell_started(const struct policy *p, struct linux_bi
 	if (!s)
 		return;
 	s->e.argc = bprm->argc;
-	if (bpf_d_path(&bprm->file->f_path, s->e.text, TEXT_SIZE) > 0)
-		s->e.text_kind = TEXT_PATH;
-	else
+	s->e.text_kind = TEXT_PATH;
+	if (!who->exe_cut)
+		bpf_probe_read_kernel_str(s->e.text, EXE_SIZE, who->exe);
+	else if (bpf_d_path(&bprm->file->f_path, s->e.text, TEXT_SIZE) <= 0)
 		write_names(&s->e, bprm->file->f_path.dentry);
 	/* Behind the arguments stands the environment; the reader stops at argc. */
 	if (size > ARGS_SIZE)
@@ -618,22 +631,15 @@ SEC("lsm/bprm_committed_creds")
 int BPF_PROG(on_started, struct linux_binprm *bprm)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	__u32 label = label_of(task);
-	struct task_label *l;
+	struct task_label *l = bpf_task_storage_get(&labels, task, 0, 0);
+	__u32 label = label_with(task, l);
 
-	if (label < LABEL_SETUP)
+	if (!l || label < LABEL_SETUP || (label == LABEL_SETUP && is_agent_program(bprm->file->f_inode)))
 		return 0;
-	if (label == LABEL_SETUP) {
-		if (is_agent_program(bprm->file->f_inode))
-			return 0;
-	}
-	l = bpf_task_storage_get(&labels, task, 0, 0);
-	if (l) {
-		l->label = LABEL_WORKLOAD;
-		stamp(l, bprm);
-	}
-	lineage_exec(bprm, label == LABEL_SETUP);
-	tell_started(policy_now(), bprm);
+	l->label = LABEL_WORKLOAD;
+	stamp(l, bprm);
+	lineage_exec(&l->who, bprm, label == LABEL_SETUP);
+	tell_started(policy_now(), bprm, &l->who);
 	return 0;
 }
 
@@ -665,7 +671,7 @@ static __always_inline void note_writer(struct file *file, __u32 label)
 /* What an interpreter opens for reading is as good as a program. */
 static __always_inline int read_by_interpreter(const struct policy *p, struct file *file)
 {
-	struct about a = {.op = OP_SCRIPT, .path = &file->f_path, .dentry = file->f_path.dentry};
+	struct about a = {.op = OP_SCRIPT, .dentry = file->f_path.dentry};
 	struct inode *inode = file->f_inode;
 	unsigned long magic = inode->i_sb->s_magic;
 	const struct program *program;
@@ -696,7 +702,7 @@ static __always_inline int read_by_interpreter(const struct policy *p, struct fi
 	if (from == FROM_ELSEWHERE)
 		lifted |= volume_lists(p, file);
 	a.why = from;
-	return decide(p, list_ref(p, ASPECT_SCRIPT, lifted), &a);
+	return decide_at(p, list_ref(p, ASPECT_SCRIPT, lifted), &a, &file->f_path);
 }
 
 /* Variables that the dynamic loader obeys. */
@@ -717,8 +723,8 @@ enum variable {
 	((__u64)(a) | (__u64)(b) << 8 | (__u64)(c) << 16 | (__u64)(d) << 24 | (__u64)(e) << 32 | (__u64)(f) << 40 | (__u64)(g) << 48 | (__u64)(h) << 56)
 
 struct environment {
-	__u32 found;
-	unsigned long at; /* one of those found; one that loads code before others */
+	__u64 found;
+	__u64 at; /* one of those found; one that loads code before others */
 };
 
 /* Whether a string sets LD_PRELOAD or LD_AUDIT to something. */
@@ -729,46 +735,69 @@ static __always_inline __u32 loads_code(const char *text)
 	return text[8] == 'A' && text[9] == 'D' && text[10] == '=' && text[11] ? VARIABLE_PRELOAD : 0;
 }
 
+struct variable_walk {
+	char text[PIECE_SIZE] __attribute__((aligned(8)));
+	__u64 at;
+	__u64 end;
+	__u64 code_at; /* one that loads code */
+	__u64 more;    /* there are several */
+	__u64 other_at;
+	__u64 done;
+};
+
+static long next_variable(__u32 i, struct variable_walk *w)
+{
+	__u64 word, at = w->at;
+	long n;
+
+	if (at >= w->end) {
+		w->done = 1;
+		return 1;
+	}
+	n = bpf_probe_read_user_str(w->text, sizeof(w->text), (void *)at);
+	if (n < 0)
+		return 1;
+	word = *(__u64 *)w->text;
+	if (word == EIGHT('L', 'D', '_', 'P', 'R', 'E', 'L', 'O') || word == EIGHT('L', 'D', '_', 'A', 'U', 'D', 'I', 'T')) {
+		if (w->code_at)
+			w->more = 1;
+		w->code_at = at;
+	}
+	if (word == EIGHT('L', 'D', '_', 'L', 'I', 'B', 'R', 'A') || word == EIGHT('G', 'L', 'I', 'B', 'C', '_', 'T', 'U'))
+		w->other_at = at;
+	/* All of a piece: it may go on. Of an empty one n is 0. */
+	w->at = at + n - (n >> PIECE_BITS) + !n;
+	return 0;
+}
+
 /* Looks through the environment of a program that was loaded and has not run
    yet. Nobody but the kernel has written there since. A string longer than a
    piece is looked at in several, of which the first counts; that another begins
-   like a variable of the loader is taken for one. nothing is 0, which the
-   verifier shall not know. */
-static __always_inline void look_through(struct environment *e, unsigned long at, unsigned long end, __u64 nothing)
+   like a variable of the loader is taken for one. */
+ONCE int look_through(struct environment *e, __u64 at, __u64 end)
 {
-	char text[PIECE_SIZE] __attribute__((aligned(8))) = {};
-	__u64 codes = nothing, code_at = nothing, other_at = nothing;
+	struct variable_walk w = {.at = at, .end = end};
 
+	if (!e)
+		return 0;
+	/* All 0, which the verifier does not know. */
+	w.code_at = w.other_at = e->at;
+	w.more = w.done = e->found;
+	bpf_loop(MAX_PIECES, next_variable, &w, 0);
 	e->found = 0;
-	for (int i = 0; i < MAX_PIECES; i++) {
-		__u64 word, code, other;
-		long n;
-
-		if (at >= end)
-			goto done;
-		n = bpf_probe_read_user_str(text, sizeof(text), (void *)at);
-		if (n < 0)
-			break;
-		word = *(__u64 *)text;
-		code = same(word, EIGHT('L', 'D', '_', 'P', 'R', 'E', 'L', 'O')) | same(word, EIGHT('L', 'D', '_', 'A', 'U', 'D', 'I', 'T'));
-		other = same(word, EIGHT('L', 'D', '_', 'L', 'I', 'B', 'R', 'A')) | same(word, EIGHT('G', 'L', 'I', 'B', 'C', '_', 'T', 'U'));
-		codes -= code;
-		code_at ^= (code_at ^ at) & code;
-		other_at ^= (other_at ^ at) & other;
-		/* All of a piece: it may go on. Of an empty one n is 0. */
-		at += n - (n >> PIECE_BITS) + (same(n, 0) & 1);
-	}
-	e->found = VARIABLE_UNKNOWN;
-	code_at = code_at ? code_at : at;
-done:
-	if (codes > 1) {
+	if (w.more) {
 		e->found |= VARIABLE_PRELOAD | VARIABLE_AUDIT; /* of which one may be empty */
-	} else if (codes && bpf_probe_read_user_str(text, sizeof(text), (void *)code_at) > 0) {
-		e->found |= loads_code(text);
+	} else if (w.code_at && bpf_probe_read_user_str(w.text, sizeof(w.text), (void *)w.code_at) > 0) {
+		e->found |= loads_code(w.text);
 	}
-	if (other_at)
+	if (!w.done) {
+		e->found |= VARIABLE_UNKNOWN;
+		w.code_at = w.code_at ? w.code_at : w.at;
+	}
+	if (w.other_at)
 		e->found |= VARIABLE_OTHER;
-	e->at = e->found & CODE_LOADING ? code_at : other_at;
+	e->at = e->found & CODE_LOADING ? w.code_at : w.other_at;
+	return 0;
 }
 
 static __always_inline void tell_environment(const struct policy *p, const struct environment *e)
@@ -791,7 +820,7 @@ static __always_inline bool kill(const struct policy *p, __u32 ref, const struct
 		return false;
 	if (ref & DENY)
 		bpf_send_signal(9);
-	tell(p, ref, ref & DENY ? VERDICT_KILLED : VERDICT_REPORTED, a);
+	tell(a, generation_of(p), ref, ref & DENY ? VERDICT_KILLED : VERDICT_REPORTED);
 	return true;
 }
 
@@ -801,67 +830,101 @@ static __always_inline bool kill(const struct policy *p, __u32 ref, const struct
 /* Bit 0 is 'A'; 0 is none. */
 static __always_inline __u64 letter_bit(char c)
 {
-	__u64 n = (__u8)(c - 'A'), small;
+	__u64 n = (__u8)(c - 'A');
 
-	asm volatile("" : "+r"(n));
-	small = n - 58;
-	asm volatile("" : "+r"(small));
-	return (1ull << (n & 63)) & -(small >> 63);
+	return n < 58 ? 1ull << (n & 63) : 0;
 }
 
-/* The address of the first option that brings code, or 0. Letters are those
-   of its dialect. */
-static __always_inline unsigned long inline_code(const struct program *program, unsigned long at, unsigned long end, __u64 nothing)
+/* A walk through the options of an interpreter, in search of one that brings
+   code. Letters are those of its dialect. */
+struct option_walk {
+	char text[OPTION_SIZE] __attribute__((aligned(8)));
+	__u64 at;
+	__u64 end;
+	__u64 code;
+	__u64 value;
+	__u64 skip; /* the next is the program's own name, or an option's value */
+	__u64 found; /* where */
+};
+
+struct letter_walk {
+	struct option_walk *o;
+	__u64 bits;
+};
+
+/* One letter of several behind one dash. */
+static long next_letter(__u32 i, struct letter_walk *l)
 {
-	char text[OPTION_SIZE] __attribute__((aligned(8))) = {};
-	__u64 skip = nothing + 1; /* the program's own name, then values of options */
-	__u64 code = program->code, value = program->value;
+	struct option_walk *o = l->o;
+	__u32 at = (i + 1) & 7;
+	__u64 letter = letter_bit(o->text[at]);
+
+	if (!o->text[at])
+		return 1;
+	l->bits |= letter;
+	if (!(letter & o->value))
+		return 0;
+	/* What follows one that takes a value is its value. */
+	if (!o->text[at + 1])
+		o->skip = 1;
+	return 1;
+}
+
+static long next_option(__u32 i, struct option_walk *o)
+{
+	const char *text = o->text;
+	__u64 at = o->at;
 	long n;
 
-	for (int i = 0; i < MAX_OPTIONS; i++) {
-		__u64 bits = 0, alive = -1ull;
-
-		if (at >= end)
-			return 0;
-		n = bpf_probe_read_user_str(text, sizeof(text), (void *)at);
-		if (n < 0)
-			return 0;
-		if (skip) {
-			skip = nothing;
-			goto next;
-		}
-		if (text[0] == '+')
-			goto next;
-		if (text[0] != '-')
-			return 0;
-		if (text[1] == '-') {
-			/* --eval and --print of node, but neither -- nor --experimental... */
-			if (!text[2])
-				return 0;
-			if (text[2] == 'e' && text[3] == 'v')
-				return at;
-			if (text[2] == 'p' && text[3] == 'r' && text[4] == 'i')
-				return at;
-			goto next;
-		}
-		if (!text[1]) /* the input */
-			return code ? at : 0;
-		for (int j = 1; j < 7; j++) {
-			__u64 letter = letter_bit(text[j]) & alive;
-
-			bits |= letter;
-			/* What follows one that takes a value is its value. */
-			alive &= same(letter & value, 0) & ~same(text[j], 0);
-			skip |= ~same(letter & value, 0) & same(text[j + 1], 0);
-		}
-		if (bits & code)
-			return at;
-next:
-		/* One that is longer goes on, and what goes on is looked over. */
-		skip |= n >> 5;
-		at += n - (n >> 5) + (same(n, 0) & 1);
+	if (at >= o->end)
+		return 1;
+	n = bpf_probe_read_user_str(o->text, sizeof(o->text), (void *)at);
+	if (n < 0)
+		return 1;
+	if (o->skip) {
+		o->skip = 0;
+		goto next;
 	}
+	if (text[0] == '+')
+		goto next;
+	if (text[0] != '-')
+		return 1;
+	if (text[1] == '-') {
+		/* --eval and --print of node, but neither -- nor --experimental... */
+		if (!text[2])
+			return 1;
+		if ((text[2] == 'e' && text[3] == 'v') || (text[2] == 'p' && text[3] == 'r' && text[4] == 'i')) {
+			o->found = at;
+			return 1;
+		}
+		goto next;
+	}
+	if (!text[1]) { /* the input */
+		o->found = o->code ? at : 0;
+		return 1;
+	}
+	struct letter_walk l = {.o = o};
+
+	bpf_loop(6, next_letter, &l, 0);
+	if (l.bits & o->code) {
+		o->found = at;
+		return 1;
+	}
+next:
+	/* One that is longer goes on, and what goes on is looked over. */
+	if (n >> 5)
+		o->skip = 1;
+	o->at = at + n - (n >> 5) + !n;
 	return 0;
+}
+
+/* The address of the first option that brings code, or 0. */
+static __always_inline unsigned long inline_code(const struct policy *p, const struct program *program, unsigned long at, unsigned long end)
+{
+	struct option_walk o = {.at = at, .end = end, .code = program->code, .value = program->value, .skip = 1 ^ p->rule[NOTHING], .found = p->rule[NOTHING]};
+
+	bpf_loop(MAX_OPTIONS, next_option, &o, 0);
+	return o.found;
 }
 
 static __always_inline void check_inline(const struct policy *p, const struct task_label *l, struct mm_struct *mm)
@@ -874,7 +937,7 @@ static __always_inline void check_inline(const struct policy *p, const struct ta
 	program = program_of(p, &l->exe);
 	if (!program || !program->inlined)
 		return;
-	a.value = inline_code(program, mm->arg_start, mm->arg_end, p->slot >> 1);
+	a.value = inline_code(p, program, mm->arg_start, mm->arg_end);
 	if (a.value)
 		kill(p, list_ref(p, ASPECT_INLINE, ~program->inlined), &a);
 }
@@ -885,7 +948,7 @@ int BPF_PROG(on_loaded, struct linux_binprm *bprm)
 	struct about a = {.op = OP_PRELOAD};
 	struct task_struct *task = bpf_get_current_task_btf();
 	const struct policy *p = policy_now();
-	struct environment e;
+	struct environment e = {};
 	struct task_label *l;
 
 	if (!p || label_of(task) != LABEL_WORKLOAD)
@@ -893,7 +956,7 @@ int BPF_PROG(on_loaded, struct linux_binprm *bprm)
 	l = bpf_task_storage_get(&labels, task, 0, 0);
 	if (!l)
 		return 0;
-	look_through(&e, task->mm->env_start, task->mm->env_end, p->slot >> 1);
+	look_through(&e, task->mm->env_start, task->mm->env_end);
 	if (e.found & CODE_LOADING)
 		l->flags |= LABEL_PRELOADED;
 	if (e.found & CODE_LOADING && p->rule[ON_PRELOAD]) {
@@ -905,17 +968,6 @@ int BPF_PROG(on_loaded, struct linux_binprm *bprm)
 	}
 	check_inline(p, l, task->mm);
 	return 0;
-}
-
-static __always_inline void step_line(struct task_label *l, const struct task_label *parent, __u32 pid)
-{
-	for (int i = LINEAGE - 1; i > 0; i--)
-		l->line[i] = parent->line[i - 1];
-	l->line[0].exe = parent->exe;
-	l->line[0].started = parent->started;
-	l->line[0].pid = pid;
-	l->line[0].origin = parent->origin;
-	l->started = bpf_ktime_get_boot_ns();
 }
 
 SEC("lsm/task_alloc")
@@ -939,22 +991,13 @@ int BPF_PROG(on_fork, struct task_struct *task, unsigned long flags, int prev)
 	l = bpf_task_storage_get(&labels, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!l)
 		return -ENOMEM;
-	l->label = label;
-	lineage_fork(task, flags & CLONE_THREAD);
 	own = bpf_task_storage_get(&labels, parent, 0, 0);
-	if (shared() && own)
-		l->owner = own->owner;
-	if (label != LABEL_WORKLOAD || !own)
-		return 0;
-	l->flags = own->flags;
-	l->origin = own->origin;
-	l->exe = own->exe;
-	if (!(flags & CLONE_THREAD)) {
-		step_line(l, own, parent->tgid);
-		return 0;
+	if (own) {
+		bpf_probe_read_kernel(l, sizeof(*l), own);
+		if (!(flags & CLONE_THREAD))
+			lineage_fork(&l->who, &own->who);
 	}
-	__builtin_memcpy(l->line, own->line, sizeof(l->line));
-	l->started = own->started;
+	l->label = label;
 	return 0;
 }
 
@@ -1007,9 +1050,9 @@ int BPF_PROG(on_mmap, struct file *file, unsigned long reqprot, unsigned long pr
 		if (err)
 			return err;
 	}
-	struct about a = {.op = OP_MAP, .path = &file->f_path, .dentry = file->f_path.dentry};
+	struct about a = {.op = OP_MAP, .dentry = file->f_path.dentry};
 
-	return check_mapped(p, file, &a);
+	return check_mapped(p, file, &file->f_path, &a);
 }
 
 /* On 6.1 a mapping of an overlay file holds the file below it: the image's
@@ -1034,7 +1077,7 @@ int BPF_PROG(on_mprotect, struct vm_area_struct *vma, unsigned long reqprot, uns
 	}
 	struct about a = {.op = OP_MAP, .dentry = file->f_path.dentry};
 
-	return check_mapped(p, file, &a);
+	return check_mapped(p, file, NULL, &a);
 }
 
 /* READ_IMPLIES_EXEC makes heap pages executable through brk, which no hook
@@ -1054,7 +1097,7 @@ static __always_inline int persona(unsigned long value)
 		return 0;
 	if (ref & DENY)
 		bpf_send_signal(9);
-	tell(p, ref, ref & DENY ? VERDICT_KILLED : VERDICT_REPORTED, &a);
+	tell(&a, generation_of(p), ref, ref & DENY ? VERDICT_KILLED : VERDICT_REPORTED);
 	return 0;
 }
 

@@ -25,16 +25,20 @@ struct known {
 static __always_inline void know(const struct policy *p, struct inode *inode, struct known *k)
 {
 	struct mark *m = bpf_inode_storage_get(&marks, inode, 0, 0);
-	__u32 slot = p->slot & 1;
+	__u32 slot = p->slot & 1, id = 0, rules = 0, home = 0, names = 0, anchor = 0;
 
-	k->id = k->rules = k->home = k->names = k->anchor = 0;
 	if (m && m->slot[slot].generation == p->generation) {
-		k->id = m->id;
-		k->rules = m->slot[slot].rules;
-		k->home = m->slot[slot].home;
-		k->names = m->slot[slot].names;
-		k->anchor = m->slot[slot].anchor;
+		id = m->id;
+		rules = m->slot[slot].rules;
+		home = m->slot[slot].home;
+		names = m->slot[slot].names;
+		anchor = m->slot[slot].anchor;
 	}
+	k->id = id | p->rule[NOTHING];
+	k->rules = rules | p->rule[NOTHING];
+	k->home = home | p->rule[NOTHING];
+	k->names = names | p->rule[NOTHING];
+	k->anchor = anchor | p->rule[NOTHING];
 }
 
 /* The rules of a name in a directory, which hold whatever object bears it. */
@@ -68,6 +72,7 @@ struct under {
 	__u32 set[3];
 	__u32 anchor; /* of its name */
 	__u32 lost;   /* there were more, or no end was found */
+	__u32 watch;  /* of the sets, once they are weighed */
 };
 
 static __always_inline void add_set(struct under *u, __u32 set)
@@ -114,9 +119,10 @@ static long step_up(__u32 i, struct walk *w)
 			anchor = n->anchor;
 		}
 	}
+	named |= p->rule[NOTHING];
 	add_set(&w->u, named);
 	if (i == 0)
-		w->u.anchor = anchor;
+		w->u.anchor = anchor | p->rule[NOTHING];
 	/* Here its rules say all there is to say. */
 	if (named || (w->k.rules && w->k.home && w->k.home == up.id)) {
 		w->done = 1;
@@ -131,18 +137,13 @@ static long step_up(__u32 i, struct walk *w)
    or of the nearest directory above that has some. */
 static __always_inline void look(const struct policy *p, struct dentry *d, struct under *u)
 {
-	struct walk w = {.p = p, .d = d};
-	__u32 nothing = p->slot >> 1;
+	__u32 nothing = p->rule[NOTHING];
+	struct walk w = {.p = p, .d = d, .u = {{nothing, nothing, nothing}, nothing, nothing}};
 
 	know(p, d->d_inode, &w.k);
 	bpf_loop(MAX_DEPTH, step_up, &w, 0);
-	/* Or-ed with 0, which the verifier shall not know: it would follow what
-	   comes after with each value that it knows. */
-	u->set[0] = w.u.set[0] | nothing;
-	u->set[1] = w.u.set[1] | nothing;
-	u->set[2] = w.u.set[2] | nothing;
-	u->anchor = w.u.anchor | nothing;
-	u->lost = w.u.lost | !w.done | nothing;
+	*u = w.u;
+	u->lost |= !w.done | nothing;
 }
 
 /* The rule that has the program of a task on a list; 0 if there is none. */
@@ -165,21 +166,25 @@ static __always_inline __u32 trusted_ref(const struct policy *p, struct task_str
 
 /* What the sets say to the current task. */
 struct weighing {
-	const struct policy *p;
 	struct fileset *s;
+	struct listed_program who;
+	__u32 slot;
 	__u32 set[3];
 	__u32 writes; /* masks of what is wanted */
 	__u32 reads;
 	__u32 may;
 	__u32 ref;
 	__u32 watch;
+	__u32 nothing;
 };
 
 static long weigh_exception(__u32 i, struct weighing *w)
 {
+	struct listed_program who = w->who;
+	__u32 closed, may, slot = w->slot;
 	struct exception *e;
 	__u64 at = i;
-	__u32 closed;
+	void *inner;
 
 	if (i >= w->s->count)
 		return 1;
@@ -187,8 +192,10 @@ static long weigh_exception(__u32 i, struct weighing *w)
 	asm volatile("" : "+r"(at));
 	at &= EXCEPTIONS - 1;
 	e = &w->s->except[at];
-	if (trusted_ref(w->p, bpf_get_current_task_btf(), e->programs))
-		w->may |= e->may;
+	who.list = e->programs;
+	inner = who.ino ? bpf_map_lookup_elem(&trusted, &slot) : NULL;
+	may = inner && bpf_map_lookup_elem(inner, &who) ? e->may : 0;
+	w->may |= may | w->nothing;
 	closed = -e->ends;
 	w->ref = stronger(w->ref, e->write & w->writes & closed & -(~w->may & 1));
 	w->ref = stronger(w->ref, e->read & w->reads & closed & -(~w->may >> 1 & 1));
@@ -198,7 +205,7 @@ static long weigh_exception(__u32 i, struct weighing *w)
 
 static long weigh_set(__u32 i, struct weighing *w)
 {
-	__u32 slot = slot_of(w->p), set = i ? i > 1 ? w->set[2] : w->set[1] : w->set[0];
+	__u32 slot = w->slot, set = i ? i > 1 ? w->set[2] : w->set[1] : w->set[0];
 	void *inner = bpf_map_lookup_elem(&filesets, &slot);
 
 	if (!set)
@@ -211,25 +218,42 @@ static long weigh_set(__u32 i, struct weighing *w)
 	w->ref = stronger(w->ref, w->s->write & w->writes);
 	w->ref = stronger(w->ref, w->s->read & w->reads);
 	w->watch |= w->s->watch;
-	w->may = 0;
+	w->may = w->nothing;
 	if (w->s->count)
 		bpf_loop(EXCEPTIONS, weigh_exception, w, 0);
 	return 0;
 }
 
-/* The rule against what is wanted of what is under those sets. */
-static __always_inline __u32 ref_under(const struct policy *p, const struct under *u, __u32 want, __u32 *watch)
+/* The rule against what is wanted, by the sets of a slot; nothing is 0. */
+ONCE int weigh(struct under *u, __u32 slot, __u32 want, __u32 nothing)
 {
-	struct weighing w = {.p = p, .writes = -(want & WANT_WRITE), .reads = -(want >> 1 & 1)};
-	__u32 nothing = p->slot >> 1;
+	struct task_label *l = bpf_task_storage_get(&labels, bpf_get_current_task_btf(), 0, 0);
+	struct weighing w = {.slot = slot, .writes = -(want & WANT_WRITE), .reads = -(want >> 1 & 1), .may = nothing, .ref = nothing, .watch = nothing, .nothing = nothing};
 
-	if (u->set[0]) {
-		__builtin_memcpy(w.set, u->set, sizeof(w.set));
-		bpf_loop(3, weigh_set, &w, 0);
+	if (!u)
+		return DENY | RULE_DEPTH;
+	/* One that was told to load more than itself is another's. */
+	if (l && l->origin == FROM_IMAGE && !(l->flags & LABEL_PRELOADED)) {
+		w.who.dev = l->exe.dev;
+		w.who.ino = l->exe.ino;
 	}
-	*watch |= w.watch | nothing;
-	w.ref |= nothing;
-	return stronger(w.ref, (DENY | RULE_DEPTH) & -((u->lost | -u->lost) >> 31));
+	__builtin_memcpy(w.set, u->set, sizeof(w.set));
+	bpf_loop(3, weigh_set, &w, 0);
+	u->watch = w.watch;
+	return w.ref;
+}
+
+/* The rule against what is wanted of what is under those sets. */
+static __always_inline __u32 ref_under(const struct policy *p, struct under *u, __u32 want, __u32 *watch)
+{
+	__u32 ref = 0;
+
+	u->watch = 0;
+	if (u->set[0])
+		ref = weigh(u, slot_of(p), want, 0);
+	*watch |= u->watch | p->rule[NOTHING];
+	ref |= p->rule[NOTHING];
+	return stronger(ref, (DENY | RULE_DEPTH) & -((u->lost | -u->lost) >> 31));
 }
 
 static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want)
@@ -324,7 +348,9 @@ int BPF_PROG(on_symlink, struct inode *dir, struct dentry *d, const char *to, in
 SEC("lsm/inode_link")
 int BPF_PROG(on_link, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
 {
-	return prev ? prev : refer(old, d, false);
+	int err = prev ? prev : into_volume(old, d);
+
+	return err ? err : refer(old, d, false);
 }
 
 /* What is pinned keeps the programs where they are when their loader ends. */
@@ -354,7 +380,11 @@ int BPF_PROG(on_rmdir, struct inode *dir, struct dentry *d, int prev)
 SEC("lsm/inode_rename")
 int BPF_PROG(on_rename, struct inode *old_dir, struct dentry *old, struct inode *dir, struct dentry *d, int prev)
 {
-	return prev ? prev : refer(old, d, true);
+	int err = prev ? prev : into_volume(old, d);
+
+	if (!err) /* they may change places */
+		err = into_volume(d, old);
+	return err ? err : refer(old, d, true);
 }
 
 /* The linker takes the one whose number is that of the hook's arguments. */
@@ -512,16 +542,16 @@ static __always_inline int check_write(const struct policy *p, struct file *file
 {
 	unsigned long magic = file->f_inode->i_sb->s_magic;
 	struct dentry *d = file->f_path.dentry;
-	struct about a = {.op = OP_SETTING, .path = &file->f_path, .dentry = d};
+	struct about a = {.op = OP_SETTING, .dentry = d};
 
 	if (is_setting(magic, d))
-		return decide(p, DENY | RULE_SETTING, &a);
+		return decide_at(p, DENY | RULE_SETTING, &a, &file->f_path);
 	if (!is_proc_mem(magic, d))
 		return 0;
 	/* A process may write its own read-only pages this way. */
 	a.op = OP_MEMORY;
 	a.why = 4; /* MEMORY_PROC */
-	return decide(p, ref_of(p, ON_MEMORY), &a);
+	return decide_at(p, ref_of(p, ON_MEMORY), &a, &file->f_path);
 }
 
 /* Tells the loader what it opens. */
@@ -541,7 +571,8 @@ static __always_inline void show(struct file *file)
 SEC("lsm/file_open")
 int BPF_PROG(on_open, struct file *file, int prev)
 {
-	struct about a = {.path = &file->f_path, .dentry = file->f_path.dentry};
+	struct about a = {.dentry = file->f_path.dentry};
+	struct path *path = &file->f_path;
 	const struct policy *p;
 	struct inode *inode;
 	__u32 type, want = 0, label;
@@ -565,7 +596,7 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	if ((type == S_IFCHR || type == S_IFBLK) && !device_allowed(type, inode->i_rdev)) {
 		a.op = OP_DEVICE;
 		a.detail = inode->i_rdev;
-		return decide(p, DENY | RULE_DEVICE, &a);
+		return decide_at(p, DENY | RULE_DEVICE, &a, path);
 	}
 	if (file->f_mode & FMODE_WRITE) {
 		want = WANT_WRITE;
@@ -575,7 +606,7 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	}
 	a.op = want ? OP_WRITE : OP_READ;
 	if (!p)
-		return decide(p, DENY | RULE_NO_POLICY, &a);
+		return decide_at(p, DENY | RULE_NO_POLICY, &a, path);
 	if (p->rule[ON_SCRIPT]) {
 		err = read_by_interpreter(p, file);
 		if (err)
@@ -585,7 +616,7 @@ int BPF_PROG(on_open, struct file *file, int prev)
 		want |= WANT_READ;
 	if (!p->files || !want)
 		return 0;
-	return decide(p, file_ref(p, file->f_path.dentry, want), &a);
+	return decide_at(p, file_ref(p, file->f_path.dentry, want), &a, path);
 }
 
 #endif

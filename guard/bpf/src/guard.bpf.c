@@ -5,7 +5,7 @@
 // text; text is for events only.
 #include "exec.h"
 #include "file.h"
-#include "net.h"
 #include "system.h"
+#include "wire.h"
 
 char LICENSE[] SEC("license") = "GPL";

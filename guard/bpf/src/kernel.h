@@ -248,6 +248,7 @@ union bpf_attr;
 
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
+#define S_IFDIR 0040000
 #define S_IFBLK 0060000
 #define S_IFIFO 0010000
 #define S_IFREG 0100000
@@ -305,6 +306,8 @@ union bpf_attr;
 #define DCACHE_DISCONNECTED 0x20
 
 #define EROFS_MAGIC 0xe0f5e1e2
+#define OVERLAYFS_MAGIC 0x794c7630
+#define TMPFS_MAGIC 0x01021994
 #define PROC_SUPER_MAGIC 0x9fa0
 #define SYSFS_MAGIC 0x62656572
 #define SECURITYFS_MAGIC 0x73636673

@@ -2,12 +2,11 @@
 //
 // Whom a workload may reach, who may reach it, and with what kinds of socket.
 // Sockets are judged first, where there is an error to give and a process to
-// name. Packets are judged again, for what no hook of a socket sees: a source
-// route, a connection older than the policy.
+// name; packets again.
 #ifndef NET_H
 #define NET_H
 
-#include "event.h"
+#include "exec.h"
 
 /* Fits sockaddr_in and sockaddr_in6. */
 struct address {
@@ -90,17 +89,19 @@ static __always_inline __u32 by_protocol(const struct lists *l, __u32 protocol)
 #define DNS 53
 #define DNS_ENCRYPTED 853
 
-/* The lists that allow an address. */
-static __always_inline __u32 allowed(const struct policy *p, const struct destination *at, __u32 protocol)
+/* The lists that allow an address; for_dns are those that open the ports of DNS
+   only to whom they name. */
+ONCE int allowing(const struct destination *at, __u32 slot, __u32 protocol, __u32 for_dns)
 {
-	struct destination key = *at;
-	__u32 slot = slot_of(p), exact = 0, any = 0;
+	__u32 exact = 0, any = 0;
+	struct destination key;
 	struct lists *l;
 	void *inner;
 
 	inner = bpf_map_lookup_elem(&egress, &slot);
-	if (!inner)
+	if (!inner || !at)
 		return 0;
+	key = *at;
 	l = bpf_map_lookup_elem(inner, &key);
 	if (l)
 		exact = by_protocol(l, protocol);
@@ -109,8 +110,13 @@ static __always_inline __u32 allowed(const struct policy *p, const struct destin
 	if (l)
 		any = by_protocol(l, protocol);
 	if (at->port == bpf_htons(DNS) || at->port == bpf_htons(DNS_ENCRYPTED))
-		any &= ~p->rule[DNS_LISTS];
+		any &= ~for_dns;
 	return exact | any;
+}
+
+static __always_inline __u32 allowed(const struct policy *p, const struct destination *at, __u32 protocol)
+{
+	return allowing(at, slot_of(p), protocol, p->rule[DNS_LISTS]);
 }
 
 /* The rule of the first list that does not allow what the others do. */
@@ -122,29 +128,32 @@ static __always_inline __u32 missing_ref(const struct policy *p, __u32 deny, __u
 		missing = audit & ~lists;
 	if (!missing)
 		return 0;
-	for (__u32 i = 0; i < EGRESS_LISTS; i++)
-		if (missing & (1u << i))
-			return p->egress[i];
-	return DENY | RULE_NO_POLICY;
+	return p->egress[first_bit(missing) & (EGRESS_LISTS - 1)];
 }
 
 /* The lists that allow the names which an address was learnt by. */
-static __attribute__((noinline)) __u32 allowed_names(const struct policy *p, const struct destination *to, __u32 protocol)
+ONCE int allowing_names(const struct destination *to, __u32 slot, __u32 protocol, __u32 for_dns)
 {
-	struct learnt *l = bpf_map_lookup_elem(&learnt, to->addr);
-	struct destination key = {.prefix = 160, .family = TO_NAME, .port = to->port};
+	struct destination key = {.prefix = 160, .family = TO_NAME};
 	__u64 now = bpf_ktime_get_boot_ns();
+	struct learnt *l;
 	__u32 lists = 0;
 
+	if (!to)
+		return 0;
+	__builtin_memcpy(key.addr, to->addr, sizeof(key.addr));
+	l = bpf_map_lookup_elem(&learnt, key.addr);
 	if (!l)
 		return 0;
+	__builtin_memset(key.addr, 0, sizeof(key.addr));
+	key.port = to->port;
 	for (int i = 0; i < LEARNT_NAMES; i++) {
 		__u64 name = l->of[i].name;
 
 		if (l->of[i].until < now || !name)
 			continue;
 		__builtin_memcpy(key.addr, &name, sizeof(name));
-		lists |= allowed(p, &key, protocol);
+		lists |= allowing(&key, slot, protocol, for_dns);
 	}
 	return lists;
 }
@@ -154,7 +163,7 @@ static __always_inline __u32 egress_ref(const struct policy *p, const struct des
 	__u32 lists = allowed(p, to, protocol);
 
 	if (p->rule[HAS_NAMES] && (p->egress_deny | p->egress_audit) & ~lists)
-		lists |= allowed_names(p, to, protocol);
+		lists |= allowing_names(to, slot_of(p), protocol, p->rule[DNS_LISTS]);
 	return missing_ref(p, p->egress_deny, p->egress_audit, lists);
 }
 
@@ -255,10 +264,10 @@ SEC("lsm/socket_connect")
 int BPF_PROG(on_connect, struct socket *sock, struct sockaddr *address, int size, int prev)
 {
 	struct destination to;
-	int err;
+	int err = prev ? prev : new_connection(sock);
 
-	if (prev || !is_inet(family_of(sock)) || !is_workload())
-		return prev;
+	if (err || !is_inet(family_of(sock)) || !is_workload())
+		return err;
 	/* An unspecified family takes a connection back. */
 	if (!parse(address, false, &to))
 		return 0;
@@ -402,237 +411,5 @@ int BPF_PROG(on_socket_create, int family, int type, int protocol, int kern, int
 	}
 	return decide(p, ref, &a);
 }
-
-/* What a packet is about, seen from here. */
-struct packet {
-	struct destination peer;
-	__u16 port; /* our own, in the machine's order */
-	__u16 payload; /* where what it carries begins */
-	__u8 protocol;
-	bool opens; /* a connection, or it is a datagram */
-};
-
-/* False: it has no ports to judge by. */
-static __always_inline bool read_ports(struct __sk_buff *skb, __u32 at, bool out, struct packet *k)
-{
-	__u16 ports[2];
-	__u8 flags[2] = {};
-
-	if (k->protocol != IPPROTO_TCP && k->protocol != IPPROTO_UDP)
-		return true;
-	if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports)))
-		return false;
-	k->peer.port = out ? ports[1] : ports[0];
-	k->port = bpf_ntohs(out ? ports[0] : ports[1]);
-	if (k->protocol == IPPROTO_TCP) {
-		if (bpf_skb_load_bytes(skb, at + 12, flags, 2))
-			return false;
-		k->opens = (flags[1] & 0x12) == 0x02; /* SYN without ACK */
-		k->payload = at + (flags[0] >> 4) * 4;
-	} else {
-		k->payload = at + 8;
-	}
-	return true;
-}
-
-static __always_inline bool read_four(struct __sk_buff *skb, bool out, struct packet *k)
-{
-	__u8 head[20];
-
-	if (bpf_skb_load_bytes(skb, 0, head, sizeof(head)))
-		return false;
-	k->protocol = head[9];
-	set_four(&k->peer, head + (out ? 16 : 12));
-	/* A later fragment has no ports, and is nothing without the first. */
-	if (head[6] & 0x1f || head[7])
-		return false;
-	return read_ports(skb, (head[0] & 15) * 4, out, k);
-}
-
-static __always_inline bool read_six(struct __sk_buff *skb, bool out, struct packet *k)
-{
-	__u8 head[40], next[2];
-	__u32 at = 40;
-
-	if (bpf_skb_load_bytes(skb, 0, head, sizeof(head)))
-		return false;
-	k->protocol = head[6];
-	set_six(&k->peer, head + (out ? 24 : 8));
-	for (int i = 0; i < 4; i++) {
-		if (k->protocol != 0 && k->protocol != 43 && k->protocol != 44 && k->protocol != 60)
-			break;
-		if (bpf_skb_load_bytes(skb, at, next, sizeof(next)))
-			return false;
-		at += k->protocol == 44 ? 8 : ((__u32)next[1] + 1) * 8;
-		k->protocol = next[0];
-	}
-	return read_ports(skb, at, out, k);
-}
-
-/* False: there is nothing to judge in this packet. */
-static __always_inline bool read_packet(struct __sk_buff *skb, bool out, struct packet *k)
-{
-	__builtin_memset(k, 0, sizeof(*k));
-	k->peer.prefix = 160;
-	k->opens = true;
-	if (skb->protocol == bpf_htons(0x0800))
-		return read_four(skb, out, k);
-	return skb->protocol == bpf_htons(0x86dd) && read_six(skb, out, k);
-}
-
-/* Packets of one kind, as tell has it of acts. Who sends from many addresses
-   makes no more records of it. */
-static __always_inline bool repeats_packet(const struct policy *p, __u32 ref, __u32 op, const struct destination *peer, __u32 port, struct event *e)
-{
-	struct series_key key = {.generation = p->generation, .detail = port, .rule = ref & ~DENY, .op = op, .why = 1};
-	__u64 now = bpf_ktime_get_boot_ns();
-	struct series *s;
-
-	key.verdict = ref & DENY ? VERDICT_DENIED : VERDICT_REPORTED;
-	if (op == OP_EGRESS) {
-		__builtin_memcpy(key.target, peer->addr, sizeof(key.target));
-		key.detail = peer->port;
-	}
-	s = bpf_map_lookup_elem(&repeats, &key);
-	if (!s) {
-		struct series none = {.rule = key.rule, .op = key.op, .verdict = key.verdict, .why = key.why};
-
-		bpf_map_update_elem(&repeats, &key, &none, BPF_NOEXIST);
-		s = bpf_map_lookup_elem(&repeats, &key);
-	}
-	if (!s)
-		return false;
-	if (now - s->window > WINDOW) {
-		s->window = now;
-		s->burst = 0;
-	}
-	s->last = now;
-	if (!e) {
-		if (s->burst < BURST || !s->sequence)
-			return false;
-		__sync_fetch_and_add(&s->count, 1);
-		return true;
-	}
-	__sync_fetch_and_add(&s->burst, 1);
-	e->series = __sync_val_compare_and_swap(&s->sequence, 0, e->sequence);
-	if (!e->series)
-		e->series = e->sequence;
-	e->count = __sync_fetch_and_add(&s->count, 1) + 1;
-	return false;
-}
-
-/* Those of a bound cgroup are seen by programs on that cgroup. */
-static __always_inline const struct policy *policy_of_packet(void)
-{
-	__u32 *owner = shared() ? bpf_get_local_storage(&packet_owner, 0) : NULL;
-
-	return policy_of(owner ? *owner : 0);
-}
-
-/* As tell, where there are fewer functions of the kernel to be had. What comes
-   in comes in while anybody runs. */
-static __always_inline void tell_packet(const struct policy *p, __u32 ref, __u32 op, const struct destination *peer, __u32 port)
-{
-	struct task_struct *task = bpf_get_current_task_btf();
-	struct counters *c = counters_now();
-	struct tally *t = tally_of(op);
-	struct event *e;
-	__u64 sequence;
-
-	if (!c || !t)
-		return;
-	__sync_fetch_and_add(&t->happened, 1);
-	if (repeats_packet(p, ref, op, peer, port, NULL)) {
-		__sync_fetch_and_add(&t->merged, 1);
-		return;
-	}
-	sequence = __sync_fetch_and_add(&c->sequence, 1) + 1;
-	e = bpf_ringbuf_reserve(&denials, sizeof(*e), 0);
-	if (!e) {
-		__sync_fetch_and_add(&t->lost, 1);
-		__sync_fetch_and_add(&c->lost, 1);
-		return;
-	}
-	__sync_fetch_and_add(&t->sent, 1);
-	__builtin_memset(e, 0, sizeof(*e));
-	e->version = 2;
-	e->op = op;
-	e->verdict = ref & DENY ? VERDICT_DENIED : VERDICT_REPORTED;
-	e->why = 1;
-	e->rule = ref & ~DENY;
-	e->sequence = sequence;
-	e->time = bpf_ktime_get_boot_ns();
-	e->generation = p->generation;
-	e->who.container = p->rule[OWNER];
-	e->lost = c->lost;
-	e->detail = port;
-	if (op == OP_EGRESS) {
-		e->pid = task->tgid;
-		e->ppid = task->real_parent->tgid;
-		e->uid = task->cred->uid.val;
-		bpf_probe_read_kernel(e->comm, sizeof(e->comm), task->comm);
-	}
-	__builtin_memcpy(e->text, peer, sizeof(*peer));
-	e->text_kind = TEXT_TARGET;
-	repeats_packet(p, ref, op, peer, port, e);
-	bpf_ringbuf_submit(e, 0);
-}
-
-static __always_inline bool judge_packet(const struct policy *p, __u32 ref, __u32 op, const struct destination *peer, __u32 port)
-{
-	tell_packet(p, ref, op, peer, port);
-	return !(ref & DENY);
-}
-
-/* A packet is let go where its socket would be. Of a connection only the first
-   is looked at: without it there are no others. Raw sockets are the kernel's
-   own here: to a workload with a list of destinations none is given. */
-SEC("cgroup_skb/egress")
-int on_packet_out(struct __sk_buff *skb)
-{
-	const struct policy *p = policy_of_packet();
-	struct bpf_sock *sk = skb->sk;
-	struct packet k;
-	__u32 ref;
-
-	if (!p || !(has_egress(p) || has_ingress(p)) || !sk)
-		return 1;
-	sk = bpf_sk_fullsock(sk);
-	if (!sk || !read_packet(skb, true, &k) || !k.opens)
-		return 1;
-	if (k.protocol != IPPROTO_TCP && k.protocol != IPPROTO_UDP && sk->type != SOCK_DGRAM && sk->type != SOCK_STREAM)
-		return 1;
-	ref = has_egress(p) ? egress_ref(p, &k.peer, k.protocol) : 0;
-	if (ref && !(k.protocol == IPPROTO_UDP && talked(p, &k.peer, k.port)) && !judge_packet(p, ref, OP_EGRESS, &k.peer, k.port))
-		return 0;
-	if (k.protocol == IPPROTO_UDP && (has_ingress(p) || p->rule[HAS_NAMES]))
-		note_talk(p, &k.peer, k.port);
-	return 1;
-}
-
-SEC("cgroup_skb/ingress")
-int on_packet_in(struct __sk_buff *skb)
-{
-	const struct policy *p = policy_of_packet();
-	struct destination key;
-	struct packet k;
-	__u32 ref;
-
-	if (!p || !has_ingress(p) || !read_packet(skb, false, &k) || !k.opens)
-		return 1;
-	if (k.protocol != IPPROTO_TCP && k.protocol != IPPROTO_UDP)
-		return 1;
-	key = k.peer;
-	key.family |= FROM_4 & ~TO_4;
-	key.port = bpf_htons(k.port);
-	ref = ingress_ref(p, allowed(p, &key, k.protocol));
-	if (ref && !(k.protocol == IPPROTO_UDP && talked(p, &k.peer, k.port)) && !judge_packet(p, ref, OP_INGRESS, &k.peer, k.port))
-		return 0;
-	if (k.protocol == IPPROTO_UDP && has_egress(p))
-		note_talk(p, &k.peer, k.port);
-	return 1;
-}
-
-#include "dns.h"
 
 #endif

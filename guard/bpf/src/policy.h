@@ -8,6 +8,16 @@
 
 #include "kernel.h"
 
+/* A function that is not static is looked at by the verifier once in each
+   program, whatever it is called with and from wherever; one that is static, on
+   every way that leads to it. It takes numbers and addresses of plain memory. */
+#define ONCE __attribute__((noinline))
+
+/* The verifier of 6.1 goes once through a function that bpf_loop calls back, with
+   the values it knows of the first time, and cuts away what it did not come to.
+   So nothing that such a function branches on may be known at the start: it is
+   read from a map, from memory that was handed over, or made with NOTHING. */
+
 /* A reference to a rule: its number, and whether it denies or only reports.
    0 is no rule. */
 #define DENY 0x80000000u
@@ -43,6 +53,9 @@ enum rule_index {
 	ON_SCRIPT,
 	ON_INLINE,
 
+	/* 0 in every policy, which the verifier does not know: what is or-ed with it
+	   is as good as unknown, and two ways that differ in it are one. */
+	NOTHING = 31,
 	ON_SETNS = 32,
 	ON_UNSHARE,
 	ON_CHROOT,
@@ -171,19 +184,37 @@ struct object {
 	__u64 ino;
 };
 
-/* A process as it was when it started another. */
-struct ancestor {
-	struct object exe;
-	__u64 started;
-	__u32 pid;
-	__u32 origin;
-};
-
-#define LINEAGE 6
-
 enum label_flag {
 	LABEL_PRELOADED = 1, /* the loader was told to load more than the program */
 	LABEL_SCRIPT = 2,    /* runs a script by its first line */
+};
+
+#define EXE_SIZE 128
+#define ANCESTORS 8
+#define COMM_SIZE 16
+
+/* A process as it was when it started another. */
+struct forebear {
+	__u32 pid;
+	char name[COMM_SIZE]; /* of its program's file */
+};
+
+/* Who a task is, for the record: the program it runs and the processes that led
+   to it, back to the first of its container. No verdict asks it. */
+struct lineage {
+	__u64 start; /* when it began to run its program, nanoseconds since boot */
+	__u64 exe_ino;
+	__u32 exe_dev;
+	__u32 container;
+	__u8 exe_cut; /* exe is the file's name alone: its path is too long */
+	__u8 parent_cut;
+	__u8 ancestors; /* how many there are */
+	__u8 left_out;  /* those between the last two of up are missing */
+	__u32 pad;
+	char name[COMM_SIZE];
+	char exe[EXE_SIZE];
+	char parent[EXE_SIZE]; /* what its parent ran when it forked */
+	struct forebear up[ANCESTORS]; /* nearest first; the last is the container's first */
 };
 
 /* What is known of a task from the moment it runs its program. Nothing that the
@@ -194,8 +225,7 @@ struct task_label {
 	__u32 origin;      /* enum origin of the program */
 	__u32 owner;       /* of a shared kernel: whose policy it is held to */
 	struct object exe; /* the program; as it lies in the image, if it is of it */
-	__u64 started;     /* nanoseconds since boot: made, or ran the program */
-	struct ancestor line[LINEAGE]; /* who made it, and so on; ends with pid 0 */
+	struct lineage who;
 };
 
 /* What an entry of the map of addresses is about. */
@@ -306,8 +336,6 @@ AT(program, script, 16);
 AT(program, code, 24);
 AT(kinship, parent, 16);
 AT(task_label, exe, 16);
-AT(task_label, started, 32);
-AT(task_label, line, 40);
 AT(device, type, 8);
 AT(device, number, 12);
 
@@ -536,23 +564,43 @@ struct {
 
 #include "shared.h"
 
+/* Counts the zeros below the first one: without a loop, of which the verifier
+   would follow every end. */
+static __always_inline __u32 first_bit(__u32 bits)
+{
+	__u32 x = (bits & -bits) - 1;
+
+	x -= x >> 1 & 0x55555555;
+	x = (x & 0x33333333) + (x >> 2 & 0x33333333);
+	x = (x + (x >> 4)) & 0x0f0f0f0f;
+	return x * 0x01010101 >> 24;
+}
+
 static __always_inline const struct policy *policy_now(void)
 {
 	return policy_of(shared() ? owner_of(bpf_get_current_task_btf()) : 0);
 }
 
-static __always_inline __u32 label_of(struct task_struct *task)
+static __always_inline __u64 generation_of(const struct policy *p)
 {
-	struct task_label *l;
+	return p ? p->generation : 0;
+}
 
+/* The label of a task that has this one written down, or none. */
+static __always_inline __u32 label_with(struct task_struct *task, const struct task_label *l)
+{
 	if (!shared() && task->tgid == 1)
 		return LABEL_AGENT;
 	if (task->flags & PF_KTHREAD)
 		return LABEL_KERNEL;
-	l = bpf_task_storage_get(&labels, task, 0, 0);
 	if (l)
 		return l->label;
 	return shared() ? LABEL_HOST : LABEL_UNKNOWN;
+}
+
+static __always_inline __u32 label_of(struct task_struct *task)
+{
+	return label_with(task, bpf_task_storage_get(&labels, task, 0, 0));
 }
 
 static __always_inline __u32 label_now(void)

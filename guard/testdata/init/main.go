@@ -292,6 +292,14 @@ func step(g *guard.Guard, words []string) error {
 		return load(g, words[1:])
 	case "costs":
 		return costs()
+	case "verifier": // what it takes to load each program
+		bundle, err := os.ReadFile("/guard.bundle")
+		if err != nil {
+			return err
+		}
+		return guard.Measure(bundle, func(l guard.Loaded) {
+			fmt.Println("LOADED", l.Name, l.Native, strings.Join(strings.Fields(l.Said), " "))
+		})
 	case "memory": // that this process holds, in KiB
 		raw, err := os.ReadFile("/proc/self/status")
 		if err != nil {
