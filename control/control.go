@@ -68,6 +68,7 @@ type Control struct {
 	hub      *hub
 	denials  denials
 	meter    meter
+	lessons  lessons
 	untold   told // records about policies that have no event yet
 	wake     chan struct{}
 	filled   chan struct{} // closed once there is a world

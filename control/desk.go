@@ -55,6 +55,8 @@ func (d *desk) handler() http.Handler {
 		return struct{}{}, d.c.restart(r.Context(), key{namespaceOf(r), r.FormValue("workload")})
 	}))
 	mux.HandleFunc("GET "+admin.PathGuard, d.answer(func(*http.Request) (any, error) { return d.c.guardState(), nil }))
+	mux.HandleFunc("GET "+admin.PathProposal, d.answer(d.proposal))
+	mux.HandleFunc("POST "+admin.PathPromote, d.answer(d.promote))
 	mux.HandleFunc("POST "+admin.PathRollout, d.answer(d.rollout))
 	mux.HandleFunc("POST "+admin.PathDegrade, d.answer(d.degrade))
 	mux.HandleFunc("POST "+admin.PathJoin, d.answer(d.join))

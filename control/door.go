@@ -29,6 +29,7 @@ func (d *door) handler() http.Handler {
 	mux.HandleFunc("POST "+wire.PathStatus, handle(d.status))
 	mux.HandleFunc("POST "+wire.PathCSR, handle(d.csr))
 	mux.HandleFunc("POST "+wire.PathReport, handle(d.report))
+	mux.HandleFunc("POST "+wire.PathLearnt, handle(d.learnt))
 	mux.HandleFunc("POST "+wire.PathReceipt, d.receipt)
 	mux.HandleFunc("GET "+wire.PathWatch, d.watch)
 	mux.Handle(wire.PathRegistry, d.registry)

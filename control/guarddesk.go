@@ -231,7 +231,8 @@ func (c *Control) policyState(n rollout.Name) admin.GuardPolicy {
 	c.mu.Unlock()
 	out := admin.GuardPolicy{Name: n.String(), Accepted: r == "", Message: r}
 	if p.Current != nil {
-		out.Generation, out.Digest = p.Current.Number, p.Current.Digest
+		out.Generation, out.Digest, out.Mode = p.Current.Number, p.Current.Digest, orElse(p.Current.Spec.Mode, "enforce")
+		out.WouldDeny, _ = c.lessons.wouldHaveDenied(n)
 		sel := p.Current.Spec.Select
 		if p.Next != nil {
 			sel = p.Next.Spec.Select

@@ -30,7 +30,7 @@ var sound = verdict{true, "Accepted", "it holds where it is named"}
 // here permits anything: what a refused policy would do is refused where it
 // would be done.
 func (c *Control) syncPolicies(ctx context.Context, w world) error {
-	var errs []error
+	errs := []error{c.learn(w)}
 	for k := range w.applications {
 		releases, err := c.log.Find(ledger.Query{Kind: "release.done", Namespace: k.Namespace, Application: k.Name})
 		errs = append(errs, err, stand(ctx, c, k, sound, func(o *v1alpha1.Application) {
@@ -39,11 +39,17 @@ func (c *Control) syncPolicies(ctx context.Context, w world) error {
 	}
 	for k := range w.guards {
 		n := rollout.Name{Namespace: k.Namespace, Name: k.Name}
-		errs = append(errs, stand(ctx, c, k, c.guardVerdict(w, n), func(o *v1alpha1.GuardPolicy) { w.guardStatus(n, spec.GuardSelect{}, &o.Status) }))
+		errs = append(errs, stand(ctx, c, k, c.guardVerdict(w, n), func(o *v1alpha1.GuardPolicy) {
+			w.guardStatus(n, spec.GuardSelect{}, &o.Status)
+			c.lessons.show(n, &o.Status)
+		}))
 	}
 	for name, p := range w.floors {
 		n := rollout.Name{Name: name, Floor: true}
-		errs = append(errs, stand(ctx, c, key{Name: name}, c.guardVerdict(w, n), func(o *v1alpha1.ClusterGuardPolicy) { w.guardStatus(n, p.spec.Select, &o.Status) }))
+		errs = append(errs, stand(ctx, c, key{Name: name}, c.guardVerdict(w, n), func(o *v1alpha1.ClusterGuardPolicy) {
+			w.guardStatus(n, p.spec.Select, &o.Status)
+			c.lessons.show(n, &o.Status)
+		}))
 	}
 	for k := range w.access {
 		errs = append(errs, stand(ctx, c, k, w.accessVerdict(k), func(*v1alpha1.AccessPolicy) {}))

@@ -84,6 +84,9 @@ func (c *Control) violation(ctx context.Context, node string, r wire.Report) err
 		return &wire.Error{Reason: "UnknownInstance", Message: fmt.Sprintf("report of %s: instance %q does not run on it", node, r.Instance)}
 	}
 	c.meter.count(r.Instance, c.now())
+	if !r.Denied {
+		c.lessons.wouldDeny(r.Policy, k.Namespace)
+	}
 	if r.Severity == spec.SeverityCritical && r.Denied || r.Cause == "bypass" {
 		return c.openIncident(ctx, k, i, r)
 	}

@@ -40,6 +40,8 @@ type Compiled struct {
 	// Unsupported lists, in words, what was asked and cannot be held. It is
 	// never simply dropped: what is listed here is refused more, not less.
 	Unsupported []string
+	// Learns: some policy is in learn.
+	Learns bool
 }
 
 // Rule finds a rule by its number.
@@ -66,6 +68,23 @@ const (
 // policy the baseline holds. An error names every fault by policy, field,
 // value and what to write instead.
 func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
+	c, err := gather(g, facts)
+	if err != nil {
+		return Compiled{}, err
+	}
+	c.execSections()
+	blob := c.blob()
+	if len(blob) > maxBlob {
+		return Compiled{}, fmt.Errorf("compile guard policy: it takes %d bytes, at most %d are carried: name directories rather than files, ranges rather than addresses", len(blob), maxBlob)
+	}
+	digest := sha256.Sum256(blob)
+	copy(blob[len(policyMagic)+8:], digest[:])
+	learns := slices.ContainsFunc(c.rules, func(r Rule) bool { return r.Learn })
+	return Compiled{g.Generation, hex.EncodeToString(digest[:]), blob, c.rules, c.unsupported, learns}, nil
+}
+
+// gather reads all policies and brings together what they say.
+func gather(g node.Guard, facts CompileFacts) (*compiler, error) {
 	policies := g.Policies
 	if len(policies) == 0 {
 		policies = []node.NamedGuardPolicy{{Name: baselineName, Spec: Baseline()}}
@@ -79,17 +98,10 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 		c.policy(i, p)
 	}
 	if len(c.faults) > 0 {
-		return Compiled{}, fmt.Errorf("compile guard policy: %w", errors.Join(c.faults...))
+		return nil, fmt.Errorf("compile guard policy: %w", errors.Join(c.faults...))
 	}
 	c.always()
-	c.execSections()
-	blob := c.blob()
-	if len(blob) > maxBlob {
-		return Compiled{}, fmt.Errorf("compile guard policy: it takes %d bytes, at most %d are carried: name directories rather than files, ranges rather than addresses", len(blob), maxBlob)
-	}
-	digest := sha256.Sum256(blob)
-	copy(blob[len(policyMagic)+8:], digest[:])
-	return Compiled{g.Generation, hex.EncodeToString(digest[:]), blob, c.rules, c.unsupported}, nil
+	return &c, nil
 }
 
 // compiler gathers what all policies say.
@@ -134,7 +146,34 @@ type pathRule struct {
 
 // fault notes an error in a field of the policy being read.
 func (c *compiler) fault(field, value, want string) {
-	c.faults = append(c.faults, fmt.Errorf("policy %q: %s %q: %s", c.name, field, value, want))
+	c.faults = append(c.faults, &Fault{c.name, field, value, want})
+}
+
+// Fault is what is wrong with a field of a policy.
+type Fault struct {
+	Policy string `json:"policy"`
+	Field  string `json:"field"` // below spec, such as net.egress[0].cidr
+	Value  string `json:"value"`
+	Fix    string `json:"fix"` // what to write instead
+}
+
+func (f *Fault) Error() string {
+	return fmt.Sprintf("policy %q: %s %q: %s", f.Policy, f.Field, f.Value, f.Fix)
+}
+
+// Faults lists what is wrong with fields, of all that an error of Compile says.
+func Faults(err error) (out []*Fault) {
+	switch e := err.(type) {
+	case *Fault:
+		return []*Fault{e}
+	case interface{ Unwrap() []error }:
+		for _, err := range e.Unwrap() {
+			out = append(out, Faults(err)...)
+		}
+	case interface{ Unwrap() error }:
+		return Faults(e.Unwrap())
+	}
+	return out
 }
 
 // rule makes a rule of the policy being read.
@@ -195,7 +234,13 @@ func (c *compiler) policy(index int, p node.NamedGuardPolicy) {
 	if p.Name == "" || len(p.Name) > maxName {
 		c.fault("name", p.Name, "want 1 to 255 characters")
 	}
-	c.enforce = c.oneOf("mode", p.Spec.Mode, "enforce", "audit")
+	learns := p.Spec.Mode == "learn"
+	switch p.Spec.Mode {
+	case "", "enforce", "audit", "learn":
+	default:
+		c.fault("mode", p.Spec.Mode, "want enforce, audit or learn")
+	}
+	c.enforce = p.Spec.Mode == "" || p.Spec.Mode == "enforce"
 	c.later(p.Spec)
 	if c.facts.Shared {
 		c.shared(p.Spec)
@@ -213,6 +258,9 @@ func (c *compiler) policy(index int, p node.NamedGuardPolicy) {
 	}
 	if p.Spec.Sys != nil {
 		c.sys(p.Spec.Sys)
+	}
+	if learns {
+		c.watch(index)
 	}
 	end := uint32(len(c.rules) - len(builtInRules()) + firstRule)
 	if !c.oneOf("onFailure", p.Spec.OnFailure, "closed", "open") && end > first {

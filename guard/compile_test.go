@@ -195,7 +195,7 @@ func TestCompileNamesEveryFault(t *testing.T) {
 	}
 	for _, want := range []string{
 		`guard generation 0`,
-		`policy "pay": mode "block": want enforce or audit`,
+		`policy "pay": mode "block": want enforce, audit or learn`,
 		`exec.origin "host": want image or any`, `exec.anonymousMemory "maybe"`, `exec.shellOnSocket "no"`, `exec.severity "urgent"`,
 		`exec.deny[0] "curl": want an absolute path`, `exec.deny[1] "/bin/../bin/sh": write it as "/bin/sh"`, `exec.deny[2] "/bin/*": patterns are not understood`,
 		`files[0].path "etc"`, `files[1].deny "x": want r, w or rw`, `files[2].path "/a\x00b": want no NUL`, `files[3].path`,

@@ -194,6 +194,11 @@ func (r *report) guarded(t *testing.T, mode string) {
 		}
 	}
 	checkStatus(t, o, by)
+	for _, s := range scenarios() {
+		for _, c := range by[s.name] {
+			holdJudge(t, s, mode, c, o)
+		}
+	}
 }
 
 func checkStatus(t *testing.T, o outcome, by map[string][]*Compiled) {

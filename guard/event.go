@@ -67,6 +67,8 @@ const (
 	Reported                // the rule is in audit mode
 	Denied
 	Killed // where nothing but the task's end could stop it
+	// Unknown is no verdict of the kernel: a Judge's, where a record lacks a fact.
+	Unknown Verdict = 255
 )
 
 func (v Verdict) String() string {
@@ -79,6 +81,8 @@ func (v Verdict) String() string {
 		return "denied"
 	case Killed:
 		return "killed"
+	case Unknown:
+		return "unknown"
 	}
 	return fmt.Sprintf("verdict %d", uint8(v))
 }

@@ -88,7 +88,7 @@ func (c *compiler) exec(e *spec.GuardExec) {
 	defer c.lower(e.Audit)()
 	c.severity("exec.severity", e.Severity)
 	if c.execs.used == maxExecLists {
-		c.faults = append(c.faults, fmt.Errorf("policy %q: exec: more than %d policies about programs hold for one workload: join some", c.name, maxExecLists))
+		c.fault("exec", "", fmt.Sprintf("more than %d policies about programs hold for one workload: join some", maxExecLists))
 		return
 	}
 	list := c.execs.used

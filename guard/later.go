@@ -6,8 +6,8 @@ import (
 	"hauberk.dev/api/spec"
 )
 
-// later refuses what a policy may say and the programs cannot hold yet, besides mode learn. A field
-// leaves this list with the commit that holds it.
+// later refuses what a policy may say and the programs cannot hold yet. A field leaves this
+// list with the commit that holds it.
 func (c *compiler) later(p spec.GuardPolicy) {
 	for i, f := range p.Files {
 		if f.FIM {

@@ -85,14 +85,14 @@ func (c *compiler) net(n *spec.GuardNet) {
 		c.ingress(n)
 	}
 	if len(c.destinations) > maxDestinations {
-		c.faults = append(c.faults, fmt.Errorf("policy %q: net: %d addresses and ports are more than %d: name ranges rather than addresses", c.name, len(c.destinations), maxDestinations))
+		c.fault("net", "", fmt.Sprintf("%d addresses and ports are more than %d: name ranges rather than addresses", len(c.destinations), maxDestinations))
 	}
 }
 
 // list begins one; zero bit if there are too many.
 func (c *compiler) list(field, text string, n *spec.GuardNet, l list) (bit uint32) {
 	if len(c.lists) == maxEgressLists {
-		c.faults = append(c.faults, fmt.Errorf("policy %q: %s: more than %d lists of addresses hold for one workload: join some policies", c.name, field, maxEgressLists))
+		c.fault(field, "", fmt.Sprintf("more than %d lists of addresses hold for one workload: join some policies", maxEgressLists))
 		return 0
 	}
 	bit = 1 << len(c.lists)

@@ -13,6 +13,8 @@ type Rule struct {
 	Field    string        `json:"field,omitempty"`
 	Text     string        `json:"text"`
 	Severity spec.Severity `json:"severity"`
+	// Learn: the rule only watches, for a policy in learn.
+	Learn bool `json:"learn,omitempty"`
 }
 
 func (r Rule) String() string { return fmt.Sprintf("%s (%s)", r.Text, r.Policy) }

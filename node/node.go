@@ -69,6 +69,7 @@ type Node struct {
 	keep    chan struct{} // closed to leave sandboxes running
 	news    chan struct{}
 	reports chan wire.Report
+	learnt  chan wire.Learnt
 	metrics trail.Metrics
 	alarms  chan wire.Report // critical ones, which no flood of others may hold up
 
@@ -92,7 +93,7 @@ func Open(ctx context.Context, c Config) (*Node, error) {
 	n := &Node{
 		conf: c, slog: slog.New(slog.NewTextHandler(c.Log, nil)),
 		slots: make(chan struct{}, max(1, runtime.NumCPU())), keep: make(chan struct{}),
-		news: make(chan struct{}, 1), reports: make(chan wire.Report, 1024), alarms: make(chan wire.Report, 256), actors: map[string]*actor{},
+		news: make(chan struct{}, 1), reports: make(chan wire.Report, 1024), learnt: make(chan wire.Learnt, 16), alarms: make(chan wire.Report, 256), actors: map[string]*actor{},
 	}
 	for _, dir := range []string{c.State, c.Run} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
@@ -136,6 +137,7 @@ func (n *Node) Run(ctx context.Context) error {
 		run.Task{Name: "status", Run: n.statusLoop},
 		run.Task{Name: "reports", Run: func(ctx context.Context) error { return n.reportLoop(ctx, n.reports) }},
 		run.Task{Name: "alarms", Run: func(ctx context.Context) error { return n.reportLoop(ctx, n.alarms) }},
+		run.Task{Name: "learnt", Run: n.learntLoop},
 		run.Task{Name: "mesh", Run: n.mesh.run},
 		run.Task{Name: "door", Run: n.serveDoor},
 		run.Task{Name: "metrics", Run: n.serveMetrics},

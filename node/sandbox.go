@@ -262,6 +262,7 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 	before := s.policy
 	s.before, s.policy = before, c // first, so that no event of the new policy is unknown
 	s.mu.Unlock()
+	s.learn(c)
 	reply, err := s.channel.GuardPolicy(ctx, c.Generation, c.Blob)
 	var applied guard.Applied
 	if err == nil {
@@ -271,6 +272,7 @@ func (s *sandbox) Enforce(ctx context.Context, g wire.Guard) error {
 		s.mu.Lock()
 		s.policy, s.unsure = before, c
 		s.mu.Unlock()
+		s.learn(before)
 		return fmt.Errorf("put policy generation %d in force: %w", g.Generation, err)
 	}
 	unheld := slices.Clone(c.Unsupported)
@@ -342,6 +344,7 @@ func (s *sandbox) Heartbeat(ctx context.Context) (wire.GuardHeartbeat, error) {
 	st, err := guard.DecodeStatus(raw)
 	if err == nil {
 		s.tally(st.Tallies)
+		s.tellLearnt()
 		err = s.compare(st)
 	}
 	if s.beats++; s.beats%weighEvery == 1 {

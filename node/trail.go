@@ -37,6 +37,8 @@ type trailOf struct {
 	trail   trail.Trail
 	history *trail.History
 	tallies map[guard.Op]guard.Tally
+	learner *guard.Learner // while some policy is in learn
+	news    bool           // that the control plane has not heard of it
 }
 
 func (g *guests) historyOf(id string) string { return filepath.Join(g.histories, id+".jsonl") }
@@ -112,6 +114,10 @@ func (s *sandbox) record(raw []byte) {
 	s.trail.mu.Lock()
 	r := s.trail.trail.Record(e, &policy, policy.Digest, time.Now())
 	s.keepLocked(r)
+	if l := s.trail.learner; l != nil {
+		l.Add(e, r.Count, r.Time)
+		s.trail.news = true
+	}
 	s.trail.mu.Unlock()
 	a, ok := s.g.n.find(s.id)
 	// A repetition was reported when it was none.
@@ -122,7 +128,11 @@ func (s *sandbox) record(raw []byte) {
 	if !known {
 		rule = guard.Rule{Policy: "unknown", Text: fmt.Sprintf("rule %d", e.Rule), Severity: spec.SeverityCritical}
 	}
+	if rule.Learn {
+		return // what is only watched is no violation
+	}
 	s.g.n.violation(a, wire.Report{Severity: rule.Severity, Cause: "guard", Rule: rule.String(), Detail: r.Text,
+		Policy:   rule.Policy,
 		Sequence: e.Sequence, Lost: e.Lost, Denied: e.Verdict != guard.Reported, Observed: r.Time})
 }
 
@@ -132,6 +142,10 @@ func (s *sandbox) tally(now map[guard.Op]guard.Tally) {
 	defer s.trail.mu.Unlock()
 	for _, r := range s.trail.trail.Losses(now, time.Now()) {
 		s.keepLocked(r)
+		if l := s.trail.learner; l != nil {
+			l.Lost(r.Count)
+			s.trail.news = true
+		}
 	}
 	s.g.n.metrics.Tally(s.trail.trail.Sandbox, s.trail.tallies, now)
 	s.trail.tallies = now

@@ -26,6 +26,8 @@ const (
 	PathLedger    = "/v1/ledger"        // ?from=&limit= : LedgerEntry list
 	PathJoin      = "/v1/join"          // POST Join, by root on this machine
 	PathGuard     = "/v1/guard"         // GuardState: policies, rollouts and switches
+	PathProposal  = "/v1/guard/learnt"  // ?policy: Proposal of a policy in learn
+	PathPromote   = "/v1/guard/promote" // Promote: what was learnt becomes the policy
 	PathRollout   = "/v1/guard/rollout" // POST Rollout
 	PathDegrade   = "/v1/guard/degrade" // POST Degrade
 	PathLedgerTar = "/v1/ledger.tar"    // the whole log and its public key, for offline verification
@@ -204,6 +206,10 @@ type GuardPolicy struct {
 	Applied    int    `json:"applied"`
 	// Settled means that every instance was given what is meant for it now.
 	Settled bool `json:"settled"`
+	// Mode of what is in force.
+	Mode string `json:"mode,omitempty"`
+	// WouldDeny counts, of a policy in audit or learn, what it would deny.
+	WouldDeny uint64 `json:"wouldDeny,omitempty"`
 	// Past generations that can be rolled back to, the newest first.
 	Past    []uint64      `json:"past,omitempty"`
 	Rollout *GuardRollout `json:"rollout,omitempty"`
@@ -249,6 +255,34 @@ type Degrade struct {
 	By      string `json:"by,omitempty"`
 	Reason  string `json:"reason"`
 	Seconds int64  `json:"seconds,omitempty"`
+}
+
+// Proposal is what was learnt under a policy.
+type Proposal struct {
+	Policy    string    `json:"policy"`    // as GuardPolicy.Name
+	Workloads []string  `json:"workloads"` // that were watched
+	Instances int       `json:"instances"`
+	Since     time.Time `json:"since"`
+	Until     time.Time `json:"until"`
+	Acts      uint64    `json:"acts"`
+	Lost      uint64    `json:"lost"`
+	Beyond    uint64    `json:"beyond"`
+	Denied    uint64    `json:"denied"`
+	// Digest names the proposal's content.
+	Digest   string          `json:"digest"`
+	Proposal json.RawMessage `json:"proposal"` // a guard.Proposal
+}
+
+// Promote makes a proposal the policy: by the person who read it.
+type Promote struct {
+	Policy string `json:"policy"`
+	Mode   string `json:"mode"` // enforce or audit
+	// Digest of the proposal that was read; another is not promoted.
+	Digest string `json:"digest"`
+	// Lossy takes what was learnt from a record with gaps.
+	Lossy  bool   `json:"lossy,omitempty"`
+	By     string `json:"by,omitempty"`
+	Reason string `json:"reason,omitempty"`
 }
 
 // Error is the body of every refusal: what is wrong and what to do next.

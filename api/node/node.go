@@ -31,6 +31,7 @@ const (
 	PathCSR      = "/v1/csr"
 	PathReport   = "/v1/report"
 	PathReceipt  = "/v1/receipt"
+	PathLearnt   = "/v1/learnt"
 	PathRegistry = "/v2/" // OCI distribution, read only
 )
 
@@ -211,6 +212,12 @@ type Certificate struct {
 	NotAfter time.Time `json:"notAfter"`
 }
 
+// Learnt is all that an instance did so far under policies in learn.
+type Learnt struct {
+	Instance    string          `json:"instance"`
+	Observation json.RawMessage `json:"observation"` // a guard.Observation
+}
+
 // Report is a violation, sent at once.
 type Report struct {
 	Instance string        `json:"instance"`
@@ -222,6 +229,8 @@ type Report struct {
 	Lost     uint64        `json:"lost"`
 	Observed time.Time     `json:"observed"`
 	Denied   bool          `json:"denied"` // false: seen in audit mode
+	// Policy whose rule it is, by the name it has in NamedGuardPolicy.
+	Policy string `json:"policy,omitempty"`
 }
 
 // Receipt says an enforcement point has applied an epoch.

@@ -5,10 +5,10 @@ package spec
 // default; several policies on one workload intersect, and a list of what is
 // allowed refuses only what its own section is about.
 type GuardPolicy struct {
-	// Mode: enforce denies, audit only reports, learn, which is
-	// refused so far, reports and gathers what a policy that allows just this would
-	// say. A policy in learn or audit never
-	// weakens another that enforces.
+	// Mode: enforce denies, audit only reports, learn reports too and gathers all
+	// that the workload does: status.learning has the policy that allows just this,
+	// for a person to promote. A policy in learn or audit never weakens another
+	// that enforces.
 	// +kubebuilder:validation:Enum=learn;audit;enforce
 	// +kubebuilder:default=enforce
 	// +optional

@@ -1,7 +1,10 @@
 package v1alpha1
 
 import (
+	"time"
+
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 
 	"hauberk.dev/api/spec"
 )
@@ -63,6 +66,47 @@ type GuardPolicyStatus struct {
 	// Rollout of a change that is on its way.
 	// +optional
 	Rollout *GuardRolloutStatus `json:"rollout,omitempty"`
+	// WouldDeny counts, while the policy is in audit or learn, what it would have
+	// denied: in audit the records of its rules, in learn the acts that the
+	// proposal refuses.
+	// +optional
+	WouldDeny *int64 `json:"wouldDeny,omitempty"`
+	// Learning is what was seen while the policy is in learn, and the policy that
+	// allows just this. It is never put in force by itself.
+	// +optional
+	Learning *GuardLearning `json:"learning,omitempty"`
+}
+
+// GuardLearning is what was observed of the workloads of a policy in learn.
+type GuardLearning struct {
+	// Since and Until are when it was watched.
+	Since metav1.Time `json:"since"`
+	Until metav1.Time `json:"until"`
+	// Instances that were watched.
+	Instances int32 `json:"instances"`
+	// Acts that were seen.
+	Acts int64 `json:"acts"`
+	// Whole: nothing was missed. If it is false the proposal may refuse what a
+	// workload does: see notes.
+	Whole bool `json:"whole"`
+	// Digest names the proposal's content.
+	Digest string `json:"digest"`
+	// Proposal is the spec of a GuardPolicy.
+	// +kubebuilder:pruning:PreserveUnknownFields
+	// +kubebuilder:validation:Type=object
+	Proposal runtime.RawExtension `json:"proposal"`
+	// Evidence of the proposal's fields, a line each.
+	// +optional
+	// +kubebuilder:validation:MaxItems=512
+	Evidence []string `json:"evidence,omitempty"`
+	// Refuses lists what was done and the proposal would deny.
+	// +optional
+	// +kubebuilder:validation:MaxItems=512
+	Refuses []string `json:"refuses,omitempty"`
+	// Notes say what a person should know before believing the proposal.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	Notes []string `json:"notes,omitempty"`
 }
 
 // GuardRolloutStatus says how far a change is.
@@ -84,6 +128,14 @@ type GuardRolloutStatus struct {
 	// +optional
 	Message string `json:"message,omitempty"`
 }
+
+// Watched sets when it was watched.
+func (l *GuardLearning) Watched(since, until time.Time) {
+	l.Since, l.Until = metav1.NewTime(since), metav1.NewTime(until)
+}
+
+// Propose sets the proposal, JSON of a policy's spec.
+func (l *GuardLearning) Propose(spec []byte) { l.Proposal = runtime.RawExtension{Raw: spec} }
 
 // GuardPolicyList is a list of guard policies.
 //

@@ -278,8 +278,9 @@ func (s State) For(i Subject, baseline spec.GuardPolicy) (out []wire.NamedGuardP
 			out = append(out, wire.NamedGuardPolicy{Name: p.Name.Name, Spec: v.Spec.GuardPolicy})
 		}
 	}
-	if len(i.Policies) == 0 && (len(floors) > 0 || own != ToFull) {
-		// A floor takes nothing away: the baseline holds beside it.
+	if len(i.Policies) == 0 && (len(floors) > 0 || own != ToFull) || len(out) > 0 && onlyWatched(out) {
+		// Neither a floor nor watching takes anything away: the baseline holds beside
+		// them.
 		out = append(out, wire.NamedGuardPolicy{Name: baselineName, Spec: baseline})
 	}
 	out = append(lower(out, own), lower(floors, floor)...)
@@ -288,6 +289,11 @@ func (s State) For(i Subject, baseline spec.GuardPolicy) (out []wire.NamedGuardP
 		out = append(out, wire.NamedGuardPolicy{Name: "degraded", Spec: spec.GuardPolicy{Mode: "audit"}})
 	}
 	return out
+}
+
+// onlyWatched tells whether all policies are in learn.
+func onlyWatched(list []wire.NamedGuardPolicy) bool {
+	return !slices.ContainsFunc(list, func(p wire.NamedGuardPolicy) bool { return p.Spec.Mode != "learn" })
 }
 
 func weaker(a, b To) To {

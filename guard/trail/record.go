@@ -42,7 +42,12 @@ type Record struct {
 	Target  string `json:"target,omitempty"` // address and port
 	Detail  uint64 `json:"detail,omitempty"`
 	Why     uint8  `json:"why,omitempty"`
-	Text    string `json:"text"` // the same in words
+	// Value is an argument or variable that a program was given.
+	Value string       `json:"value,omitempty"`
+	Names *guard.Names `json:"names,omitempty"` // a message of DNS
+	// Again: the record only counts more acts of its series.
+	Again bool   `json:"again,omitempty"`
+	Text  string `json:"text"` // the same in words
 	// Redacted is how many secrets were taken out of the texts.
 	Redacted int `json:"redacted,omitempty"`
 
@@ -120,6 +125,10 @@ type Trail struct {
 func (t *Trail) Record(e guard.Event, policy Policy, digest string, now time.Time) Record {
 	redacted := 0
 	e.Args, redacted = Redact(e.Args)
+	if e.Value != "" {
+		value, more := RedactText(e.Value)
+		e.Value, redacted = value, redacted+more
+	}
 	op := e.Op
 	if op == guard.OpRepeated {
 		op = guard.Op(e.Detail)
@@ -127,7 +136,7 @@ func (t *Trail) Record(e guard.Event, policy Policy, digest string, now time.Tim
 	r := Record{
 		Schema: Schema, Time: now.UTC(), Op: OpName(op), Verdict: e.Verdict.String(), Rule: e.Rule, Generation: e.Generation, Digest: digest,
 		Count: t.series.acts(e), Series: e.Series, Sequence: e.Sequence, Lost: e.Lost, Boot: e.SinceBoot,
-		Path: e.Path, PathCut: e.Truncated, Detail: e.Detail, Why: e.Why, Text: e.String(), Redacted: redacted, Sandbox: t.Sandbox,
+		Path: e.Path, PathCut: e.Truncated, Detail: e.Detail, Why: e.Why, Value: e.Value, Names: e.Names, Again: e.Op == guard.OpRepeated, Text: e.String(), Redacted: redacted, Sandbox: t.Sandbox,
 		Process: Process{PID: e.PID, Name: e.Command, Exe: e.Exe, Args: e.Args, UID: e.UID, Start: e.Start, PPID: e.PPID, Parent: e.Parent, Lineage: e.Lineage, Cut: e.Cut},
 	}
 	if e.Target.IsValid() {

@@ -605,13 +605,14 @@ static __always_inline void stamp(struct task_label *l, struct linux_binprm *bpr
 	l->flags = BPF_CORE_READ(bprm, interp) == BPF_CORE_READ(bprm, filename) ? 0 : LABEL_SCRIPT;
 }
 
-static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm, const struct lineage *who)
+static __always_inline void tell_started(const struct policy *p, struct linux_binprm *bprm, const struct lineage *who, __u32 origin)
 {
 	unsigned long size = bprm->exec - bprm->p;
 	struct started *s = (void *)begin_audit(p, OP_STARTED, sizeof(*s));
 
 	if (!s)
 		return;
+	s->e.why = origin;
 	s->e.argc = bprm->argc;
 	s->e.text_kind = TEXT_PATH;
 	if (!who->exe_cut)
@@ -639,7 +640,7 @@ int BPF_PROG(on_started, struct linux_binprm *bprm)
 	l->label = LABEL_WORKLOAD;
 	stamp(l, bprm);
 	lineage_exec(&l->who, bprm, label == LABEL_SETUP);
-	tell_started(policy_now(), bprm, &l->who);
+	tell_started(policy_now(), bprm, &l->who, l->origin);
 	return 0;
 }
 

@@ -104,6 +104,16 @@ func (c *Client) Guard(ctx context.Context) (g admin.GuardState, err error) {
 	return g, c.get(ctx, admin.PathGuard, nil, &g)
 }
 
+// Proposal is what was learnt under a guard policy.
+func (c *Client) Proposal(ctx context.Context, policy string) (p admin.Proposal, err error) {
+	return p, c.get(ctx, admin.PathProposal, url.Values{"policy": {policy}}, &p)
+}
+
+// Promote makes what was learnt the policy.
+func (c *Client) Promote(ctx context.Context, in admin.Promote) (p admin.GuardPolicy, err error) {
+	return p, c.postJSON(ctx, admin.PathPromote, in, &p)
+}
+
 // Rollout does something about a change of a guard policy.
 func (c *Client) Rollout(ctx context.Context, in admin.Rollout) (p admin.GuardPolicy, err error) {
 	return p, c.postJSON(ctx, admin.PathRollout, in, &p)

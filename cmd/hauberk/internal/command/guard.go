@@ -24,7 +24,9 @@ Ready, check, explain, diff and test ask no control plane.`,
 		Args: known,
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	c.AddCommand(s.guardStatus(), s.guardRollout(), s.guardRollback(), s.guardDegrade(), s.guardRestore(), s.guardReady())
+	c.AddCommand(s.guardStatus(), s.guardRollout(), s.guardRollback(), s.guardDegrade(), s.guardRestore(),
+		s.guardReady(), s.guardCheck(), s.guardExplain(), s.guardDiff(), s.guardTest(),
+		s.guardPropose(), s.guardPromote())
 	return c
 }
 
@@ -47,7 +49,7 @@ func (s *session) guardTable(w io.Writer, g admin.GuardState) error {
 	for _, p := range g.Policies {
 		rows = append(rows, policyRow(p))
 	}
-	if err := show.Rows(w, []string{"POLICY", "GENERATION", "APPLIED", "ROLLOUT", "MESSAGE"}, rows); err != nil || len(g.Switches) == 0 {
+	if err := show.Rows(w, []string{"POLICY", "GENERATION", "MODE", "APPLIED", "ROLLOUT", "MESSAGE"}, rows); err != nil || len(g.Switches) == 0 {
 		return err
 	}
 	fmt.Fprintln(w)
@@ -62,7 +64,11 @@ func policyRow(p admin.GuardPolicy) []string {
 			message = r.Message
 		}
 	}
-	return []string{p.Name, strconv.FormatUint(p.Generation, 10), fmt.Sprintf("%d of %d", p.Applied, p.Eligible), rollout, message}
+	mode := p.Mode
+	if mode == "audit" || mode == "learn" {
+		mode += fmt.Sprintf(", would deny %d", p.WouldDeny)
+	}
+	return []string{p.Name, strconv.FormatUint(p.Generation, 10), mode, fmt.Sprintf("%d of %d", p.Applied, p.Eligible), rollout, message}
 }
 
 func (s *session) switchTable(w io.Writer, list []admin.GuardSwitch) error {
@@ -105,7 +111,7 @@ func (s *session) guardRollout() *cobra.Command {
 }
 
 func policyTable(w io.Writer, p admin.GuardPolicy) error {
-	if err := show.Rows(w, []string{"POLICY", "GENERATION", "APPLIED", "ROLLOUT", "MESSAGE"}, [][]string{policyRow(p)}); err != nil || p.Rollout == nil {
+	if err := show.Rows(w, []string{"POLICY", "GENERATION", "MODE", "APPLIED", "ROLLOUT", "MESSAGE"}, [][]string{policyRow(p)}); err != nil || p.Rollout == nil {
 		return err
 	}
 	_, err := fmt.Fprintf(w, "\nit has the change: %s\n", show.Clean(strings.Join(p.Rollout.Instances, ", ")))
