@@ -294,7 +294,7 @@ as $B/initdb -D d -A trust -N >/dev/null; as $B/pg_ctl -D d -w -t 200 -o "-k $PW
 as psql -h $PWD -U postgres -Atq -v ON_ERROR_STOP=1 -c 'set jit=on; set jit_above_cost=0; set jit_optimize_above_cost=0; set jit_inline_above_cost=0; create table t as select g a from generate_series(1,2000) g; explain (analyze) select sum(a*2+1) from t where a%3=1' | grep -q 'JIT:'
 as $B/pg_ctl -D d -w -m fast stop`},
 	{name: "MariaDB", policy: "database", run: `
-mkdir d; chown mysql . d; mariadb-install-db --no-defaults --user=mysql --datadir=$PWD/d --auth-root-authentication-method=normal --skip-test-db >log 2>&1 || { cat log; exit 1; }
+mkdir d; chown mysql . d; mariadb-install-db --no-defaults --rpm --user=mysql --datadir=$PWD/d --auth-root-authentication-method=normal --skip-test-db >log 2>&1 || { cat log; exit 1; }
 mariadbd --no-defaults --user=mysql --datadir=$PWD/d --socket=$PWD/s --pid-file=$PWD/pid --bind-address=127.0.0.1 --port=3307 >>log 2>&1 & m=$!
 await mariadb --no-defaults -S s -e 'select 1'
 mariadb --no-defaults -S s -e 'create database x; use x; create table t(a int primary key, b text) engine=innodb; insert into t select seq, md5(seq) from seq_1_to_3000; select count(*) from t; flush logs' | grep -q 3000

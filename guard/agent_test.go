@@ -35,7 +35,6 @@ type guest struct {
 	disks  []string // with the serials w0, w1 ...
 	memory int      // MiB
 	open   bool     // without the Guard
-	trust  *Trust   // whose policies it takes
 }
 
 func startSandbox(t *testing.T) *sandbox {
@@ -91,11 +90,6 @@ func (g guest) start(t *testing.T) *sandbox {
 	if g.open {
 		bundle, state = nil, guestproto.GuardAbsent
 	}
-	if g.trust != nil {
-		if bundle, err = g.trust.Behind(bundle); err != nil {
-			t.Fatal(err)
-		}
-	}
 	initrd, err := k.Initrd(filepath.Join(m.dir, "agent"), bundle)
 	if err != nil {
 		t.Fatal(err)
@@ -128,7 +122,7 @@ func (g guest) start(t *testing.T) *sandbox {
 		}
 	})
 	s := &sandbox{}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	c, hello, err := vm.Dial(ctx, socket, s.hear(t))
 	if err != nil {

@@ -141,6 +141,7 @@ touch var/lib/dpkg/status
 java=usr/lib/jvm/java-17-openjdk-amd64/bin/java
 [ ! -e $java ] || ln -sf /$java usr/bin/java
 [ ! -e usr/bin/gcc ] || ln -sf gcc usr/bin/cc
+chroot . /usr/bin/python3 -m compileall -q /usr/lib/python3* || true # as the packages do
 for php in usr/bin/php[0-9]*; do [ ! -e "$php" ] || ln -sf "${php##*/}" usr/bin/php; done
 for lua in usr/bin/lua5*; do [ ! -e "$lua" ] || ln -sf "${lua##*/}" usr/bin/lua; done
 `

@@ -116,7 +116,11 @@ func boot(t *testing.T, withGuard bool, files map[string][]byte, steps ...string
 		t.Fatal(err)
 	}
 	image := buildImage(t, m, files, steps)
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	limit := 8 * time.Minute
+	if os.Getenv("HAUBERK_TEST_SWAPS") != "" { // many more than usual
+		limit = time.Hour
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	qemu := exec.CommandContext(ctx, "qemu-system-x86_64",
 		"-M", "microvm,acpi=on,pcie=on", "-accel", "tcg,tb-size=64", "-cpu", "max", "-smp", "1", "-m", "256",

@@ -25,9 +25,6 @@ type Guard struct {
 	lastMark   uint32
 	given      [][deviceKey]byte // devices of containers
 	repeats    repeats
-	trust      trust
-	refusals   []refusal // of policies, still to be told
-	refused    uint64    // so far
 	mounts     []mounted // of containers
 	volumes    []string  // of the policy in force
 }
@@ -55,7 +52,7 @@ func Attach(b []byte) (*Guard, error) {
 	if err := parsed.checkKernel(""); err != nil {
 		return nil, err
 	}
-	g := &Guard{poll: -1, maps: map[string]guardMap{}, marks: map[uint32]*mark{}, trust: parsed.trust}
+	g := &Guard{poll: -1, maps: map[string]guardMap{}, marks: map[uint32]*mark{}}
 	types, err := loadTypes(parsed.types)
 	if err != nil {
 		return nil, fail("load", "guard's types", err)
@@ -226,7 +223,7 @@ func (g *Guard) Ring() int { return g.poll }
 // no room; a record that emit refused stays in its ring. Denials go before the
 // record of what was allowed, and what was asked for by Recount between them.
 func (g *Guard) Drain(emit func(record []byte) bool) {
-	if g.denials.drain(emit) && g.tellRefusals(emit) && g.tellRepeats(emit) {
+	if g.denials.drain(emit) && g.tellRepeats(emit) {
 		g.audit.drain(emit)
 	}
 }
