@@ -116,9 +116,11 @@ func TestSharedKernel(t *testing.T) {
 		"runc/unknown": "exit 1 ", "runc/unheld": "exit 1 ", "runc/late": "exit 1 ",
 		// While there is no loader all stays in force.
 		"strict/drop=60": "exit 10 ", "strict/write=60": "exit 10 ", "strict/exec=60": "exit 10 ", "strict/connect=60": "exit 10 ",
-		"free/drop=60": "exit 0 ",
+		"free/drop=60": "exit 0 ", "free/connect=60": "exit 0 ",
+		// One that ended meanwhile is forgotten, and may come again.
+		"guard/status-open": "exit 1 ", "open/bpfmap=70": "exit 10 ",
 		// The next one takes over.
-		"strict/drop=70": "exit 10 ", "runc/after": "exit 0", "after/drop=70": "exit 10 ", "after/exec": "exit 0 ",
+		"strict/drop=70": "exit 10 ", "guard/policy-strict-open": "exit 1 ", "guard/status-strict": "exit 1 ", "runc/after": "exit 0", "after/drop=70": "exit 10 ", "after/exec": "exit 0 ",
 		"loader/capabilities": "000000c000001004",
 	} {
 		if got := s.ran[run]; !strings.HasPrefix(got, want) {
@@ -126,6 +128,7 @@ func TestSharedKernel(t *testing.T) {
 		}
 	}
 	for run, want := range map[string]string{
+		"guard/status-open": "not bound", "guard/status-strict": "not bound", "guard/policy-strict-open": "before the loader started",
 		"runc/unheld": "exec.volumes[0]", "runc/unknown": "no such file", "runc/late": "ask the loader",
 	} {
 		if !strings.Contains(s.ran[run], want) {
@@ -166,9 +169,9 @@ func sharedSteps(tried []attempt) []string {
 		"exec open nothing", "exec strict write=50 /etc/app/2", "exec strict drop=50 /tmp/x50",
 		"box unknown missing bound", "create unknown", "box unheld unheld bound", "create unheld",
 		"kill", "run strict drop=60 /tmp/x60", "run strict write=60 /etc/app/2", "run strict exec=60 /bin/curl", "run strict connect=60 192.0.2.1:81",
-		"run free drop=60 /tmp/x60", "box late - bound", "create late",
-		"loader", "run strict drop=70 /tmp/x70", "box after - bound", "create after", "run after drop=70 /tmp/x70", "run after exec /bin/tool",
-		"delete strict", "delete open", "delete after", "run free mkdir /shm/a", "run free write /tmp/kept")
+		"run free drop=60 /tmp/x60", "run free connect=60 192.0.2.1:81", "delete open", "box late - bound", "create late",
+		"loader", "run strict drop=70 /tmp/x70", "guard policy strict open", "guard status open", "create open", "run open bpfmap=70", "box after - bound", "create after", "run after drop=70 /tmp/x70", "run after exec /bin/tool",
+		"delete strict", "guard status strict", "delete open", "delete after", "run free mkdir /shm/a", "run free write /tmp/kept")
 	for _, a := range tried {
 		steps = append(steps, "run free "+a.run)
 	}

@@ -188,6 +188,25 @@ func pinnedObject(path string) (int, error) {
 	return fd, err
 }
 
+// openCgroup gives a descriptor of the cgroup of a number; ESTALE if there is none.
+func openCgroup(id uint64) (int, error) {
+	const top, openByHandle, ofKernfs = "/sys/fs/cgroup", 304, 0xfe
+	mount, err := syscall.Open(top, syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer syscall.Close(mount)
+	handle := struct {
+		size, kind uint32
+		id         uint64
+	}{8, ofKernfs, id}
+	fd, _, errno := syscall.Syscall(openByHandle, uintptr(mount), uintptr(unsafe.Pointer(&handle)), syscall.O_RDONLY|syscall.O_DIRECTORY|syscall.O_CLOEXEC)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(fd), nil
+}
+
 // openProcess gives a descriptor of a process.
 func openProcess(pid int) (int, error) {
 	const pidfdOpen = 434

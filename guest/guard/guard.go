@@ -8,7 +8,8 @@ import (
 // Guard is what is attached to this kernel. Closing a link would detach its
 // program, so nothing of it is ever closed.
 type Guard struct {
-	owner    uint32 // of a kernel that others share; 0 in a guest
+	owner    uint32               // of a kernel that others share; 0 in a guest
+	taken    func(id uint32) bool // there: whether a mark is another's
 	maps     map[string]guardMap
 	programs []int // descriptors
 	links    []int

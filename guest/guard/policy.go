@@ -445,7 +445,7 @@ func (g *Guard) take(fd int) (*mark, error) {
 			syscall.Close(fd)
 			return m, nil
 		}
-		if g.owner != 0 && id != 0 {
+		if g.taken != nil && g.taken(id) {
 			// Another owner's, whose rules would be overwritten.
 			syscall.Close(fd)
 			return nil, syscall.EBUSY

@@ -40,6 +40,7 @@ type bound struct {
 	g      *Guard // its policy; nil if it was bound before this process
 	cgroup int
 	id     uint64 // of the cgroup
+	gone   bool   // it was bound before this process, and its cgroup is no more
 	links  []int
 }
 
@@ -196,7 +197,14 @@ func (s *Shared) left() error {
 			continue
 		}
 		owner := (&cursor{b: value[:]}).u32()
-		s.bound[owner%owners] = &bound{owner: owner, cgroup: -1, id: (&cursor{b: key[:]}).u64()}
+		b := &bound{owner: owner, id: (&cursor{b: key[:]}).u64()}
+		var err error
+		if b.cgroup, err = openCgroup(b.id); err == syscall.ESTALE {
+			b.gone = true
+		} else if err != nil {
+			return fail("open", "cgroup "+strconv.FormatUint(b.id, 10), err)
+		}
+		s.bound[owner%owners] = b
 		s.turn = max(s.turn, owner>>placeBits)
 	}
 	return nil
@@ -316,7 +324,12 @@ func (s *Shared) policy(b *bound, generation uint64, blob []byte) ([]byte, error
 
 // guard is what holds one owner's policy in the maps of all.
 func (s *Shared) guard(owner uint32) *Guard {
-	return &Guard{owner: owner, maps: s.g.maps, marks: map[uint32]*mark{}, lastMark: uint32(sinceBoot() >> 10)}
+	// A mark of one who is gone, left when its loader ended, is nobody's.
+	taken := func(id uint32) bool {
+		place := id >> (32 - placeBits)
+		return id != 0 && place != owner%owners && s.bound[place] != nil
+	}
+	return &Guard{owner: owner, taken: taken, maps: s.g.maps, marks: map[uint32]*mark{}, lastMark: uint32(sinceBoot() >> 10)}
 }
 
 // attachPackets lets the programs that see packets see those of a cgroup.
@@ -344,6 +357,12 @@ func (s *Shared) packetPin(owner uint32, name string) string {
 	return s.pins + "/c_" + strconv.FormatUint(uint64(owner), 10) + "_" + name
 }
 
+// Bound says whether an owner is bound.
+func (s *Shared) Bound(owner uint32) bool {
+	b := s.bound[owner%owners]
+	return b != nil && b.owner == owner
+}
+
 // Unbind forgets an owner. Processes of it that are still there may do nothing
 // any more.
 func (s *Shared) Unbind(owner uint32) error {
@@ -358,7 +377,12 @@ func (s *Shared) Unbind(owner uint32) error {
 // Sweep forgets the owners whose cgroups are gone, and says which.
 func (s *Shared) Sweep() (gone []uint32) {
 	for _, b := range s.bound {
-		if b == nil || b.cgroup < 0 {
+		if b == nil {
+			continue
+		}
+		if b.gone {
+			gone = append(gone, b.owner)
+			s.drop(b)
 			continue
 		}
 		fd, err := syscall.Openat(b.cgroup, "cgroup.procs", syscall.O_RDONLY|syscall.O_CLOEXEC, 0)

@@ -83,8 +83,17 @@ func Open(o Options) (*Loader, error) {
 		return nil, err
 	}
 	var err error
-	l.kernel, err = loader.AttachShared(o.Bundle, o.Pins)
-	return l, err
+	if l.kernel, err = loader.AttachShared(o.Bundle, o.Pins); err != nil {
+		return nil, err
+	}
+	// What ended while there was no loader, or never came to be.
+	l.sweep()
+	for _, c := range l.bound {
+		if !l.kernel.Bound(c.owner) {
+			l.remove(c)
+		}
+	}
+	return l, nil
 }
 
 // remember reads who was bound before this process.

@@ -386,6 +386,10 @@ func swap(name, policy string, words []string) error {
 	result := make(chan string)
 	go func() { result <- attack(name, words[1:]) }()
 	failed := ""
+	// It goes on in the cgroup of another, which is not bound.
+	if err := move(name, words[1], "free"); err != nil {
+		return err
+	}
 	for range times {
 		if said := tool("hauberk-guard", "policy", "-policies", image+"/node/policies", name, policy); !strings.HasPrefix(said, "exit 0 ") {
 			failed = said
@@ -396,6 +400,23 @@ func swap(name, policy string, words []string) error {
 	}
 	fmt.Println("RAN", name+"/"+words[1], <-result, failed)
 	return nil
+}
+
+// move puts the process that makes an attack into another cgroup.
+func move(name, attack, to string) error {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		raw, err := os.ReadFile("/sys/fs/cgroup/boxes/" + name + "/cgroup.procs")
+		if err != nil {
+			return err
+		}
+		for pid := range strings.FieldsSeq(string(raw)) {
+			args, _ := os.ReadFile("/proc/" + pid + "/cmdline")
+			if strings.HasPrefix(string(args), "/attack\x00"+attack+"\x00") {
+				return os.WriteFile("/sys/fs/cgroup/boxes/"+to+"/cgroup.procs", []byte(pid), 0)
+			}
+		}
+	}
+	return fmt.Errorf("%s does not run in %s", attack, name)
 }
 
 // records says what the loader wrote down.
