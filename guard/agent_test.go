@@ -35,6 +35,7 @@ type guest struct {
 	disks  []string // with the serials w0, w1 ...
 	memory int      // MiB
 	open   bool     // without the Guard
+	trust  *Trust   // whose policies it takes
 }
 
 func startSandbox(t *testing.T) *sandbox {
@@ -89,6 +90,11 @@ func (g guest) start(t *testing.T) *sandbox {
 	bundle, state := m.bundle, guestproto.GuardAttached
 	if g.open {
 		bundle, state = nil, guestproto.GuardAbsent
+	}
+	if g.trust != nil {
+		if bundle, err = g.trust.Behind(bundle); err != nil {
+			t.Fatal(err)
+		}
 	}
 	initrd, err := k.Initrd(filepath.Join(m.dir, "agent"), bundle)
 	if err != nil {

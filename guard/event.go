@@ -54,6 +54,8 @@ const (
 	OpEnvironment Op = 80 // the loader's variables
 	// OpRepeated is the agent's: a record of denials was repeated.
 	OpRepeated Op = 120
+	// OpPolicy is the agent's, too: it was given a policy that it does not take.
+	OpPolicy Op = 121
 )
 
 // Verdict is what came of it.
@@ -158,6 +160,9 @@ var errRecord = errors.New("not a record of the guard")
 func DecodeEvents(record []byte) (Event, error) {
 	if len(record) == repeatedSize && record[0] == eventVersion && Op(record[1]) == OpRepeated {
 		return repeated(record)
+	}
+	if len(record) == repeatedSize && record[0] == eventVersion && Op(record[1]) == OpPolicy {
+		return untaken(record)
 	}
 	if len(record) < eventSize || record[0] != eventVersion {
 		return Event{}, fmt.Errorf("decode event of %d bytes: %w", len(record), errRecord)
@@ -321,6 +326,9 @@ var (
 
 // String says in plain words what happened.
 func (e Event) String() string {
+	if e.Op == OpPolicy {
+		return fmt.Sprintf("%s: policy of generation %d was not taken: %s (%d so far)", e.Verdict, e.Generation, sealWhy[e.Why], e.Count)
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: %q (pid %d, uid %d) %s", e.Verdict, e.Command, e.PID, e.UID, e.what())
 	if e.Rule != 0 {

@@ -13,6 +13,8 @@ type Manifest struct {
 	// BuildID of the kernel it was linked for.
 	BuildID  string
 	Programs []Program
+	// Trust is whose policies guests with the bundle take; nil is anybody's.
+	Trust *Trust
 }
 
 // Program of a bundle.
@@ -60,6 +62,7 @@ func ReadManifest(bundle []byte) (Manifest, error) {
 		p.Tag = hex.EncodeToString(tag[:8])
 		m.Programs = append(m.Programs, p)
 	}
+	m.Trust = c.trust()
 	if c.bad || len(c.b) != 0 {
 		return Manifest{}, fmt.Errorf("read bundle of %d bytes: %w", len(bundle), errBundle)
 	}

@@ -15,8 +15,7 @@ type ReadyPolicy struct {
 
 // Ready lists the policies that have a name, in the order in which they are
 // offered. None but the last is weaker than the baseline, save that a database may
-// use io_uring. docs/guard.md says more
-// of each.
+// use io_uring. docs/guard.md says more of each.
 func Ready() []ReadyPolicy {
 	return []ReadyPolicy{
 		{baselineName, "only the image's own programs run, and none does what a service does not do", Baseline()},

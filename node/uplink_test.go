@@ -23,7 +23,7 @@ func upTo(t *testing.T, h http.HandlerFunc) *uplink {
 	srv := httptest.NewTLSServer(h)
 	t.Cleanup(srv.Close)
 	u := newUplink(srv.Listener.Addr().String(), srv.Client().Transport.(*http.Transport).TLSClientConfig)
-	u.quiet = 300 * time.Millisecond
+	u.quiet = time.Minute
 	t.Cleanup(u.http.CloseIdleConnections)
 	return u
 }
@@ -59,16 +59,17 @@ func TestWatchEnds(t *testing.T) {
 		watch   func(w http.ResponseWriter, r *http.Request)
 		handled int
 		says    string
+		quiet   time.Duration // unless a minute will do
 	}{
-		"orders, then end":      {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "\n", good, "\n\n", good) }, 2, "EOF"},
-		"garbage":               {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, good, "{]\n", good) }, 1, "decode"},
-		"refused":               {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }, 0, "403"},
-		"silent from the start": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 0, "canceled"},
+		"orders, then end":      {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "\n", good, "\n\n", good) }, 2, "EOF", 0},
+		"garbage":               {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, good, "{]\n", good) }, 1, "decode", 0},
+		"refused":               {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(403) }, 0, "403", 0},
+		"silent from the start": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 0, "canceled", 100 * time.Millisecond},
 		"silent later": {func(w http.ResponseWriter, r *http.Request) {
 			fmt.Fprint(w, good)
 			http.NewResponseController(w).Flush()
 			<-r.Context().Done()
-		}, 1, "canceled"},
+		}, 1, "canceled", 3 * time.Second}, // in which a busy host shakes hands and sends one order
 	} {
 		t.Run(name, func(t *testing.T) {
 			u := upTo(t, func(w http.ResponseWriter, r *http.Request) {
@@ -78,7 +79,10 @@ func TestWatchEnds(t *testing.T) {
 				}
 				c.watch(w, r)
 			})
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			if c.quiet > 0 {
+				u.quiet = c.quiet
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			handled := 0
 			err := u.watch(ctx, wire.Hello{}, func(wire.Desired) { handled++ })

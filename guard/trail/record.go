@@ -93,7 +93,8 @@ var names = map[guard.Op]string{
 	guard.OpUnlisted: "unlisted", guard.OpPreload: "preload", guard.OpScript: "script", guard.OpInline: "inline",
 	guard.OpOperation: "operation", guard.OpCapability: "capability", guard.OpIngress: "ingress", guard.OpBind: "bind", guard.OpHost: "host",
 	guard.OpStarted: "started", guard.OpConnected: "connected", guard.OpListening: "listening", guard.OpAccepted: "accepted", guard.OpNames: "dns",
-	44: "intovolume", 80: "environment",
+	guard.OpPolicy: "policy",
+	44:             "intovolume", 80: "environment",
 }
 
 // OpName is the word for an operation.

@@ -45,6 +45,7 @@ type bundle struct {
 	types    []byte
 	maps     []bundleMap
 	programs []bundleProgram
+	trust    trust
 }
 
 // cursor reads little-endian values off the front of b. Once something is
@@ -122,10 +123,12 @@ func parseBundle(b []byte) (*bundle, error) {
 	for range c.count(c.u16(), maxPrograms) {
 		out.programs = append(out.programs, c.program(uint32(len(out.maps))))
 	}
-	if c.bad || len(c.b) != 0 {
+	if c.bad {
 		return nil, fail("read", "guard bundle", syscall.EBADMSG)
 	}
-	return out, nil
+	var err error
+	out.trust, err = parseTrust(c.b, out.kernel)
+	return out, err
 }
 
 func (c *cursor) program(maps uint32) bundleProgram {

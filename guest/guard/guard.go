@@ -26,6 +26,9 @@ type Guard struct {
 	lastMark   uint32
 	given      [][deviceKey]byte // devices of containers
 	repeats    repeats
+	trust      trust
+	refusals   []refusal // of policies, still to be told
+	refused    uint64    // so far
 	mounts     []mounted // of containers
 	volumes    []string  // of the policy in force
 }
@@ -53,7 +56,7 @@ func Attach(b []byte) (*Guard, error) {
 	if err := parsed.checkKernel(""); err != nil {
 		return nil, err
 	}
-	g := &Guard{poll: -1, maps: map[string]guardMap{}, marks: map[uint32]*mark{}}
+	g := &Guard{poll: -1, maps: map[string]guardMap{}, marks: map[uint32]*mark{}, trust: parsed.trust}
 	types, err := loadTypes(parsed.types)
 	if err != nil {
 		return nil, fail("load", "guard's types", err)
@@ -224,7 +227,7 @@ func (g *Guard) Ring() int { return g.poll }
 // no room; a record that emit refused stays in its ring. Denials go before the
 // record of what was allowed, and what was asked for by Recount between them.
 func (g *Guard) Drain(emit func(record []byte) bool) {
-	if g.denials.drain(emit) && g.tellRepeats(emit) {
+	if g.denials.drain(emit) && g.tellRefusals(emit) && g.tellRepeats(emit) {
 		g.audit.drain(emit)
 	}
 }

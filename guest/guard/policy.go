@@ -136,6 +136,11 @@ func (m *mark) bytes(b []byte) []byte {
 // cannot be held that must be, the reply says that the policy is refused, and
 // the one before it stays in force.
 func (g *Guard) Policy(generation uint64, blob []byte) (reply []byte, err error) {
+	blob, workload, why, err := g.trust.open(blob, generation, g.generation)
+	if err != nil {
+		g.refuse(why, generation)
+		return nil, err
+	}
 	p, err := parsePolicy(blob)
 	if err != nil {
 		return nil, err
@@ -149,6 +154,9 @@ func (g *Guard) Policy(generation uint64, blob []byte) (reply []byte, err error)
 	n, err := g.apply(append([]byte(nil), blob...))
 	if err != nil {
 		return nil, err
+	}
+	if g.trust.key != nil && !n.refused {
+		g.trust.workload = string(append([]byte(nil), workload...))
 	}
 	return n.reply(), nil
 }

@@ -61,7 +61,7 @@ func (g *Guard) Recount() {
 }
 
 // Recounts says whether a Drain would tell of repetitions.
-func (g *Guard) Recounts() bool { return g.repeats.due }
+func (g *Guard) Recounts() bool { return g.repeats.due || len(g.refusals) > 0 }
 
 // tellRepeats goes through the series once. One that did not grow since the
 // round before was told in full then, and is forgotten. It says whether emit
