@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path"
 	"slices"
@@ -75,7 +76,7 @@ func Compile(g node.Guard, facts CompileFacts) (Compiled, error) {
 	c.execSections()
 	blob := c.blob()
 	if len(blob) > maxBlob {
-		return Compiled{}, fmt.Errorf("compile guard policy: it takes %d bytes, at most %d are carried: name directories rather than files, ranges rather than addresses", len(blob), maxBlob)
+		return Compiled{}, fmt.Errorf("compile guard policy: %s: all rules together take %d bytes, at most %d are carried: name directories rather than files, ranges rather than addresses", c.longest(), len(blob), maxBlob)
 	}
 	digest := sha256.Sum256(blob)
 	copy(blob[len(policyMagic)+8:], digest[:])
@@ -348,6 +349,26 @@ func (c *compiler) fixedPart(b []byte) []byte {
 		b = le.AppendUint32(b, uint32(r))
 	}
 	return b
+}
+
+// longest names the field that takes most of the blob.
+func (c *compiler) longest() string {
+	sizes := map[string]int{"exec": 0, "files": 0, "net": len(c.appendDestinations(nil))}
+	for _, d := range c.denied {
+		sizes["exec"] += len(d.path)
+	}
+	for _, s := range c.sections {
+		switch s.tag {
+		case sectionFiles:
+			sizes["files"] += len(s.data)
+		case sectionPrograms:
+			sizes["exec"] += len(s.data)
+		case sectionDomains:
+			sizes["net"] += len(s.data)
+		}
+	}
+	names := slices.Sorted(maps.Keys(sizes))
+	return slices.MaxFunc(names, func(a, b string) int { return cmp.Compare(sizes[a], sizes[b]) })
 }
 
 func flag(b bool) uint32 {

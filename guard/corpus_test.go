@@ -19,6 +19,7 @@ import (
 type scenario struct {
 	name   string
 	policy spec.GuardPolicy
+	also   []spec.GuardPolicy // that hold at once
 	// before are steps of the machine that prepare it.
 	before  []string
 	attacks []attempt
@@ -43,6 +44,7 @@ func scenarios() []scenario {
 		{name: "programs", policy: programsPolicy(), attacks: programsAttempts(), benign: programsBenign},
 		filesScenario(),
 		netScenario(),
+		crowdScenario(),
 		{name: "interpreters", policy: interpretersPolicy(), attacks: interpretersAttempts(), benign: interpretersBenign},
 		{name: "volumes", policy: volumesPolicy(), attacks: volumesAttempts(), benign: volumesBenign},
 	}, callScenarios()...)
@@ -90,7 +92,12 @@ func policies(t *testing.T, files map[string][]byte, mode string) (by map[string
 			generation++
 			p := s.policy
 			p.Mode = mode
-			c := compileNamed(t, generation, node.NamedGuardPolicy{Name: s.name, Spec: p})
+			all := []node.NamedGuardPolicy{{Name: s.name, Spec: p}}
+			for _, also := range s.also {
+				also.Mode = mode
+				all = append(all, node.NamedGuardPolicy{Name: s.name, Spec: also})
+			}
+			c := compileNamed(t, generation, all...)
 			files["."+s.name+again] = c.Blob
 			by[s.name] = append(by[s.name], &c)
 		}
