@@ -107,7 +107,7 @@ func (f *fixture) refusals(t *testing.T) {
 	}{
 		{"port out of range", doc("Workload", ns, "w", `{application: bank, image: "bank/web:1", ports: [{port: 70000}]}`), []string{"document 1 (Workload " + ns + "/w)", "spec.ports[0].port", "70000", "65535"}},
 		{"negative replicas", doc("Workload", ns, "w", `{application: bank, image: "bank/web:1", replicas: -1}`), []string{"spec.replicas", "-1", "greater than or equal to 0"}},
-		{"memory too small", doc("Workload", ns, "w", `{application: bank, image: "bank/web:1", sandbox: {memoryMiB: 8}}`), []string{"spec.sandbox.memoryMiB", "8", "128"}},
+		{"memory too small", doc("Workload", ns, "w", `{application: bank, image: "bank/web:1", sandbox: {memoryMiB: 8}}`), []string{"spec.sandbox.memoryMiB", "8", "96"}},
 		{"wrong image reference", doc("Workload", ns, "w", `{application: bank, image: "Bank/Web"}`), []string{"spec.image", `"Bank/Web"`, "should match"}},
 		{"missing field", doc("Workload", ns, "w", `{application: bank}`), []string{"spec.image", "Required"}},
 		{"unknown field", doc("Workload", ns, "w", `{application: bank, image: "bank/web:1", imagePullPolicy: Never}`), []string{"spec.imagePullPolicy", "document 1"}},

@@ -84,10 +84,10 @@ type TemplateSpec struct {
 	TrustDomain string
 }
 
-// Bounds on a machine. In less memory a kernel's verifier has no room for the
-// Guard's programs.
+// Bounds on a machine. In less memory than the least a kernel has no room for its
+// modules, the agent and the verifier of the Guard's programs.
 const (
-	MinMemoryMiB = 128
+	MinMemoryMiB = 96
 	MaxMemoryMiB = 1 << 20
 	MaxCPUs      = 64
 	MaxNetworks  = 4

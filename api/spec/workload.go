@@ -79,7 +79,7 @@ type Sandbox struct {
 	// +optional
 	Class string `json:"class,omitempty"`
 	// MemoryMiB of the guest.
-	// +kubebuilder:validation:Minimum=128
+	// +kubebuilder:validation:Minimum=96
 	// +kubebuilder:validation:Maximum=16384
 	// +kubebuilder:default=160
 	// +optional
