@@ -12,6 +12,14 @@ func SharedGeneration(owner, n uint32) uint64 { return uint64(owner)<<32 | uint6
 
 // shared refuses what only a guest of its own can hold.
 func (c *compiler) shared(p spec.GuardPolicy) {
+	if p.Mode == "learn" {
+		c.fault("mode", p.Mode, "nothing gathers on a shared kernel what a container does: use audit")
+	}
+	for i, f := range p.Files {
+		if f.FIM {
+			c.fault(fmt.Sprintf("files[%d].fim", i), f.Path, "nobody on a shared kernel looks at what a change left: deny w")
+		}
+	}
 	if p.Exec != nil {
 		for i, v := range p.Exec.Volumes {
 			c.fault(fmt.Sprintf("exec.volumes[%d]", i), v, "on a shared kernel a volume may be another container's too: put the program into the image")

@@ -22,6 +22,7 @@ import (
 func strictShared() spec.GuardPolicy {
 	p := strict()
 	p.Exec.Deny = []string{"/bin/curl"}
+	p.Files = append(p.Files, spec.GuardFile{Path: "/mnt/kept", Deny: "w"})
 	p.Net = &spec.GuardNet{Egress: []spec.GuardEgress{{CIDR: "192.0.2.0/24", Ports: []int32{80}}, {CIDR: "198.51.100.7/32"}}}
 	return p
 }
@@ -39,6 +40,7 @@ var apart = map[string]string{
 // TestPoliciesOfSharedKernels refuses by field what only a guest can hold.
 func TestPoliciesOfSharedKernels(t *testing.T) {
 	p := spec.GuardPolicy{
+		Mode: "learn", Files: []spec.GuardFile{{Path: "/x", FIM: true}},
 		Exec: &spec.GuardExec{Volumes: []string{"/plugins"}, Deny: []string{"sha256:" + digestForTest}},
 		Net:  &spec.GuardNet{Egress: []spec.GuardEgress{{Service: "ledger"}, {Name: "example.org"}}, DNS: &spec.GuardDNS{}},
 	}
@@ -47,13 +49,14 @@ func TestPoliciesOfSharedKernels(t *testing.T) {
 	if err == nil {
 		t.Fatal("a policy that no shared kernel can hold was compiled")
 	}
-	for _, field := range []string{"exec.volumes[0]", "exec.deny[0]", "net.egress[0].service", "net.egress[1].name", "net.dns.servers"} {
+	for _, field := range []string{"mode ", "files[0].fim", "exec.volumes[0]", "exec.deny[0]", "net.egress[0].service", "net.egress[1].name", "net.dns.servers"} {
 		if !strings.Contains(err.Error(), field) {
 			t.Errorf("%v: want %s named", err, field)
 		}
 	}
 	facts.Shared = false
 	facts.FilesWith = filesForTest
+	p.Files = nil
 	if _, err := Compile(node.Guard{Generation: 1, Services: map[string]string{"ledger": "198.51.100.7"}, Policies: []node.NamedGuardPolicy{{Name: "web", Spec: p}}}, facts); err != nil {
 		t.Errorf("the same in a guest: %v", err)
 	}
@@ -116,6 +119,8 @@ func TestSharedKernel(t *testing.T) {
 		"runc/unknown": "exit 1 ", "runc/unheld": "exit 1 ", "runc/late": "exit 1 ",
 		// While there is no loader all stays in force.
 		"strict/drop=60": "exit 10 ", "strict/write=60": "exit 10 ", "strict/exec=60": "exit 10 ", "strict/connect=60": "exit 10 ",
+		// What two have rules for, only the first can have held; nobody else is.
+		"strict/write=80": "exit 10 ", "open/write=80": "exit 0 ", "runc/same": "exit 1 ",
 		"free/drop=60": "exit 0 ", "free/connect=60": "exit 0 ",
 		// One that ended meanwhile is forgotten, and may come again.
 		"guard/status-open": "exit 1 ", "open/bpfmap=70": "exit 10 ",
@@ -129,7 +134,7 @@ func TestSharedKernel(t *testing.T) {
 	}
 	for run, want := range map[string]string{
 		"guard/status-open": "not bound", "guard/status-strict": "not bound", "guard/policy-strict-open": "before the loader started",
-		"runc/unheld": "exec.volumes[0]", "runc/unknown": "no such file", "runc/late": "ask the loader",
+		"runc/same": "busy", "runc/unheld": "exec.volumes[0]", "runc/unknown": "no such file", "runc/late": "ask the loader",
 	} {
 		if !strings.Contains(s.ran[run], want) {
 			t.Errorf("%s: %q; want %q in it", run, s.ran[run], want)
@@ -167,6 +172,7 @@ func sharedSteps(tried []attempt) []string {
 	steps = append(steps,
 		"swap strict strict 5 underfire /shm/stop",
 		"exec open nothing", "exec strict write=50 /etc/app/2", "exec strict drop=50 /tmp/x50",
+		"run strict write=80 /mnt/kept", "run open write=80 /mnt/kept", "box same same bound", "create same",
 		"box unknown missing bound", "create unknown", "box unheld unheld bound", "create unheld",
 		"kill", "run strict drop=60 /tmp/x60", "run strict write=60 /etc/app/2", "run strict exec=60 /bin/curl", "run strict connect=60 192.0.2.1:81",
 		"run free drop=60 /tmp/x60", "run free connect=60 192.0.2.1:81", "delete open", "box late - bound", "create late",
@@ -267,6 +273,7 @@ func nodeFiles(t *testing.T, m *machine) map[string][]byte {
 	for name, p := range map[string]spec.GuardPolicy{
 		"strict": strictShared(),
 		"open":   {Exec: &spec.GuardExec{Origin: "any", AnonymousMemory: "allow", ShellOnSocket: "allow"}},
+		"same":   {Files: []spec.GuardFile{{Path: "/mnt/kept", Deny: "w"}}},
 		"unheld": {Exec: &spec.GuardExec{Volumes: []string{"/plugins"}}},
 	} {
 		raw, err := json.Marshal([]node.NamedGuardPolicy{{Name: name, Spec: p}})

@@ -19,10 +19,11 @@ import (
 )
 
 const (
-	image = "/run/image" // of containers; below node the programs of this machine
-	boxes = "/run/boxes"
-	run   = "/run/hauberk-guard"
-	pins  = "/sys/fs/bpf/hauberk"
+	image  = "/run/image" // of containers; below node the programs of this machine
+	boxes  = "/run/boxes"
+	common = "/run/common"
+	run    = "/run/hauberk-guard"
+	pins   = "/sys/fs/bpf/hauberk"
 )
 
 func main() {
@@ -112,6 +113,12 @@ func settle() error {
 		if err := os.Symlink(image+"/node/"+to, name); err != nil {
 			return err
 		}
+	}
+	if err := os.Mkdir(common, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(common+"/kept", nil, 0o644); err != nil {
+		return err
 	}
 	for i, a := range []string{"127.0.0.1", "192.0.2.1", "198.51.100.7", "203.0.113.9"} {
 		if err := address(i, a); err != nil {
@@ -286,6 +293,7 @@ func config(name, root, policy string, bound bool) object {
 			{"destination": "/sys", "type": "sysfs", "source": "sysfs"},
 			{"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
 			{"destination": "/shm", "type": "tmpfs", "source": "tmpfs"},
+			{"destination": "/mnt", "type": "bind", "source": common, "options": []string{"bind"}}, // a volume of all
 		},
 		"linux": object{
 			"cgroupsPath": "/boxes/" + name, "namespaces": []object{{"type": "mount"}},
