@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -65,12 +67,25 @@ type audited struct {
 func (l *lessons) wouldDeny(policy, namespace string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for n, a := range l.audited {
-		if n.Floor && n.String() == policy || !n.Floor && n.Namespace == namespace && n.Name == policy {
-			a.count++
-		}
+	n := rollout.Name{Namespace: namespace, Name: policy}
+	if name, floor := strings.CutPrefix(policy, rollout.Cluster+"/"); floor {
+		n = rollout.Name{Name: name, Floor: true}
+	}
+	if l.audited == nil {
+		l.audited = map[rollout.Name]*audited{}
+	}
+	a := l.audited[n]
+	if a == nil && len(l.audited) < maxAudited {
+		a = &audited{} // the next round finds out of which content it is
+		l.audited[n] = a
+	}
+	if a != nil {
+		a.count++
 	}
 }
+
+// maxAudited bounds how many policies' reports are counted.
+const maxAudited = 4096
 
 // wouldHaveDenied is what status shows of a policy in audit or learn.
 func (l *lessons) wouldHaveDenied(n rollout.Name) (count uint64, shown bool) {
@@ -148,7 +163,10 @@ func (c *Control) learn(w world) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.proposals == nil {
-		l.proposals, l.policies, l.audited = map[rollout.Name]admin.Proposal{}, map[rollout.Name]guard.Proposal{}, map[rollout.Name]*audited{}
+		l.proposals, l.policies = map[rollout.Name]admin.Proposal{}, map[rollout.Name]guard.Proposal{}
+	}
+	if l.audited == nil {
+		l.audited = map[rollout.Name]*audited{}
 	}
 	watched := map[key]bool{}
 	var errs []error
@@ -168,6 +186,7 @@ func (c *Control) learn(w world) error {
 		}
 		errs = append(errs, c.proposeLocked(w, p, of))
 	}
+	maps.DeleteFunc(l.audited, func(n rollout.Name, _ *audited) bool { return !named[n] })
 	for n := range l.proposals {
 		if !named[n] {
 			delete(l.proposals, n)
@@ -196,9 +215,12 @@ func (l *lessons) auditLocked(p rollout.Policy) {
 		delete(l.audited, p.Name)
 		return
 	}
-	if a := l.audited[p.Name]; a == nil || a.digest != p.Current.Digest {
-		l.audited[p.Name] = &audited{digest: p.Current.Digest}
+	a := l.audited[p.Name]
+	if a == nil || a.digest != "" && a.digest != p.Current.Digest {
+		a = &audited{}
+		l.audited[p.Name] = a
 	}
+	a.digest = p.Current.Digest
 }
 
 // watchedBy lists the workloads that a policy holds for.

@@ -66,6 +66,7 @@ func TestBank(t *testing.T) {
 			t.Errorf("up of what is up: %s", r)
 		}
 	})
+	t.Run("learn", func(t *testing.T) { learn(t, in, teller) })
 	if r := in.Hauberk(2*time.Minute, "down"); r.Code != 0 {
 		t.Fatal(r)
 	}

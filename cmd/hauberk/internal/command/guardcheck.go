@@ -231,19 +231,43 @@ func explainText(w io.Writer, list []guard.Finding) error {
 			continue
 		}
 		for _, verdict := range []string{"denied", "killed", "reported", "unknown", "allowed"} {
-			for _, f := range mine {
-				if f.Verdict != verdict {
-					continue
-				}
-				by := ""
-				if f.Policy != "" {
-					by = " (" + f.Policy + ")"
-				}
-				fmt.Fprintf(w, "  %-8s  %s%s\n", verdict, show.Clean(f.Act), show.Clean(by))
+			for _, line := range alike(mine, verdict) {
+				fmt.Fprintf(w, "  %-8s  %s\n", verdict, show.Clean(line))
 			}
 		}
 	}
 	return nil
+}
+
+// alike puts findings of one verdict into lines: operations and capabilities, of
+// which there are many, into one for each policy.
+func alike(list []guard.Finding, verdict string) (out []string) {
+	lines := map[string]int{}
+	for _, f := range list {
+		if f.Verdict != verdict {
+			continue
+		}
+		by := ""
+		if f.Policy != "" {
+			by = " (" + f.Policy + ")"
+		}
+		for _, many := range []string{"the operation ", "using the capability "} {
+			word, ok := strings.CutPrefix(f.Act, many)
+			if !ok {
+				continue
+			}
+			if at, known := lines[many+by]; known {
+				out[at] = strings.TrimSuffix(out[at], by) + ", " + word + by
+				f.Act = ""
+				continue
+			}
+			lines[many+by] = len(out)
+		}
+		if f.Act != "" {
+			out = append(out, f.Act+by)
+		}
+	}
+	return out
 }
 
 func (s *session) guardDiff() *cobra.Command {
