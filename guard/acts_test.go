@@ -244,9 +244,9 @@ frontend f
 backend b
  server s 127.0.0.1:8082
 E
-haproxy -W -p pid -f h.cfg & m=$!; await busybox wget -q -O - http://127.0.0.1:8083/x
+haproxy -W -p pid -f h.cfg & m=$!; await busybox wget -T 5 -q -O - http://127.0.0.1:8083/x
 workers() { pgrep -P $m | tr '\n' ' '; }; before=$(workers); kill -USR2 $m
-new() { w=$(workers); [ -n "$w" ] && [ "$w" != "$before" ] && busybox wget -q -O - http://127.0.0.1:8083/x; }; await new; kill -TERM $m; wait $m || true`},
+new() { w=$(workers); [ -n "$w" ] && [ "$w" != "$before" ] && busybox wget -T 5 -q -O - http://127.0.0.1:8083/x; }; await new; kill -TERM $m; wait $m || true`},
 	{name: "SSH client and server", policy: "dev", run: `
 mkdir -p /root/.ssh; chmod 700 /root /root/.ssh; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id; ssh-keygen -q -t ed25519 -N '' -f host; cp /root/.ssh/id.pub /root/.ssh/authorized_keys
 mkdir -p /run/sshd; /usr/sbin/sshd -f /dev/null -p 2222 -h $PWD/host -o ListenAddress=127.0.0.1 -o UsePAM=no -o Subsystem='sftp internal-sftp' -E log; o="-i /root/.ssh/id -o StrictHostKeyChecking=no -o UserKnownHostsFile=known"
@@ -351,9 +351,11 @@ mkdir r; dpkg-deb -Zgzip --build p r/fake_1_all.deb >/dev/null; (cd r; apt-ftpar
 chmod -R a+rX /work; echo "deb [trusted=yes] file:$PWD/r ./" >list
 A="apt-get -q -y -o Dir::Etc::sourcelist=$PWD/list -o Dir::Etc::sourceparts=-"; $A update; $A install fake; [ -s /usr/share/fake/data ]; apt-cache policy fake | grep -q Installed; $A remove fake`},
 	{name: "pip", policy: "baseline", run: `
-mkdir -p s/pkg; echo 'def f(): return 42' >s/pkg/__init__.py; printf 'from setuptools import setup\nsetup(name="pkg", version="1", packages=["pkg"])\n' >s/setup.py
-python3 -m pip wheel -q --no-index --no-build-isolation --no-deps -w wheels ./s; python3 -m pip install -q --no-index --target t wheels/*.whl; PYTHONPATH=t python3 -c 'import pkg; assert pkg.f() == 42'`},
-	{name: "python virtual environment", policy: "dev", run: `python3 -m venv v; v/bin/python -c 'import sys; assert sys.prefix != sys.base_prefix'; v/bin/pip --version | grep -q pip`},
+mkdir -p pkg pkg-1.dist-info; echo 'def f(): return 42' >pkg/__init__.py; printf 'Metadata-Version: 2.1\nName: pkg\nVersion: 1\n' >pkg-1.dist-info/METADATA
+printf 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n' >pkg-1.dist-info/WHEEL; printf 'pkg/__init__.py,,\npkg-1.dist-info/METADATA,,\npkg-1.dist-info/WHEEL,,\npkg-1.dist-info/RECORD,,\n' >pkg-1.dist-info/RECORD
+python3 -m zipfile -c pkg-1-py3-none-any.whl pkg pkg-1.dist-info
+python3 -m pip install -q --no-index --no-compile --target t ./pkg-1-py3-none-any.whl; PYTHONPATH=t python3 -c 'import pkg; assert pkg.f() == 42'`},
+	{name: "python virtual environment", policy: "dev", run: `python3 -m venv --copies --without-pip v; v/bin/python -c 'import sys; assert sys.prefix != sys.base_prefix'`},
 	{name: "npm", policy: "baseline", run: `
 mkdir -p dep app; echo '{"name":"dep","version":"1.0.0","main":"i.js","scripts":{"postinstall":"node -e \"require(String.fromCharCode(102,115)).writeFileSync(String.fromCharCode(112),String(1))\""}}' >dep/package.json; echo 'module.exports=()=>42' >dep/i.js
 (cd dep; npm pack --silent >/dev/null); cd app; npm init -y >/dev/null; npm install --offline --no-audit --no-fund ../dep/dep-1.0.0.tgz; node -e 'if (require("dep")() !== 42) process.exit(1)'

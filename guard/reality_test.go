@@ -114,7 +114,7 @@ func writeReality(t *testing.T, rows []realRow) {
 
 // reality runs acts one after the other.
 func (s *sandbox) reality(t *testing.T, list []act, rows []realRow, guarded bool) {
-	ctx, cancel := context.WithTimeout(t.Context(), 55*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 110*time.Minute)
 	defer cancel()
 	if _, err := s.c.MountRoot(ctx, guestproto.MountRoot{Serial: "root0", UpperBytes: 1 << 30}); err != nil {
 		t.Error(err)
@@ -211,7 +211,7 @@ func (s *sandbox) act(t *testing.T, ctx context.Context, a act, guarded bool) (g
 		said <- out
 	}()
 	go io.Copy(io.Discard, p.Stderr()) // it says all to the other
-	limit, stop := context.WithTimeout(ctx, 4*time.Minute)
+	limit, stop := context.WithTimeout(ctx, 10*time.Minute)
 	defer stop()
 	status, err := p.Wait(limit)
 	if err != nil && ctx.Err() == nil && limit.Err() != nil { // it hangs
