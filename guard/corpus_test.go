@@ -47,7 +47,7 @@ func scenarios() []scenario {
 		crowdScenario(),
 		{name: "interpreters", policy: interpretersPolicy(), attacks: interpretersAttempts(), benign: interpretersBenign},
 		{name: "volumes", policy: volumesPolicy(), attacks: volumesAttempts(), benign: volumesBenign},
-	}, callScenarios()...)
+	}, append(clearScenarios(), callScenarios()...)...)
 }
 
 // files of the image that the corpus needs.

@@ -21,6 +21,7 @@ type Guard struct {
 	generation uint64
 	digest     [32]byte
 	slot       uint32
+	applied    uint32 // policies, those that did not get through included
 	blob       []byte // of the policy in force
 	marks      map[uint32]*mark
 	lastMark   uint32

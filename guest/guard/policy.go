@@ -10,6 +10,7 @@ const (
 	policyMagic    = "HBPOLCY\x02"
 	policySize     = 416 // struct policy of guard/bpf/src/policy.h
 	policySlot     = 8   // where its slot stands
+	policyApplied  = 276 // how many there were
 	policyPlace    = 280 // where it stands in the maps
 	policyOwner    = 284 // and whose it is
 	destSize       = 24
@@ -349,6 +350,8 @@ func (n *next) fillMaps() (err error) {
 	}
 	fixed := append([]byte(nil), n.p.fixed...)
 	put32(fixed[policySlot:], n.slot)
+	n.g.applied++
+	put32(fixed[policyApplied:], n.g.applied)
 	put32(fixed[policyPlace:], n.g.place(n.slot))
 	put32(fixed[policyOwner:], n.g.owner)
 	var zero [4]byte

@@ -4,6 +4,7 @@
 #ifndef FILE_H
 #define FILE_H
 
+#include "clear.h"
 #include "exec.h"
 
 /* Deeper than this below a file system's root nothing can be decided; with
@@ -146,6 +147,37 @@ static __always_inline void look(const struct policy *p, struct dentry *d, struc
 	u->lost |= !w.done | nothing;
 }
 
+/* As look, of a place in a directory that was found clear at that moment; else
+   false. */
+static __always_inline bool look_in_clear(const struct policy *p, struct dentry *d, struct under *u, __u64 now)
+{
+	struct dentry *parent = d->d_parent;
+	struct known k;
+
+	if (parent == d || !is_clear(parent->d_inode, now))
+		return false;
+	know(p, d->d_inode, &k);
+	u->set[0] = k.rules;
+	u->set[1] = u->set[2] = u->anchor = u->lost = p->rule[NOTHING];
+	return true;
+}
+
+/* Notes that a directory is clear, if it is: nothing is said of it, of anything
+   above it or of names in it. It is looked at by itself: what was looked at
+   before may not be in it any more. */
+static __always_inline void learn_clear(const struct policy *p, struct dentry *dir, __u64 now)
+{
+	struct under u;
+	struct known k;
+
+	if (!may_be_clear(dir->d_inode, now))
+		return;
+	look(p, dir, &u);
+	know(p, dir->d_inode, &k);
+	if (!(u.set[0] | u.anchor | u.lost | k.names))
+		note_clear(dir->d_inode, now);
+}
+
 /* The rule that has the program of a task on a list; 0 if there is none. */
 static __always_inline __u32 trusted_ref(const struct policy *p, struct task_struct *task, __u32 list)
 {
@@ -258,10 +290,16 @@ static __always_inline __u32 ref_under(const struct policy *p, struct under *u, 
 
 static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want)
 {
+	struct dentry *parent = d->d_parent;
+	__u64 now = moment(p);
 	struct under u;
 	__u32 watch = 0;
 
-	look(p, d, &u);
+	if (!look_in_clear(p, d, &u, now)) {
+		look(p, d, &u);
+		if (parent != d && !(u.set[0] | u.anchor | u.lost))
+			learn_clear(p, parent, now);
+	}
 	return ref_under(p, &u, want, &watch);
 }
 
@@ -272,7 +310,8 @@ static __always_inline __u32 change_ref(const struct policy *p, struct dentry *d
 	__u32 watch = 0, ref;
 	struct known k;
 
-	look(p, d, u);
+	if (!look_in_clear(p, d, u, moment(p)))
+		look(p, d, u);
 	ref = stronger(ref_under(p, u, WANT_WRITE, &watch), u->anchor);
 	if (!moves)
 		return ref;
@@ -617,6 +656,42 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	if (!p->files || !want)
 		return 0;
 	return decide_at(p, file_ref(p, file->f_path.dentry, want), &a, path);
+}
+
+static __always_inline bool is_directory(struct dentry *d)
+{
+	return d->d_inode && (d->d_inode->i_mode & S_IFMT) == S_IFDIR;
+}
+
+/* The kernel moves a directory, whoever asked for it. */
+SEC("fentry/d_move")
+int BPF_PROG(on_move_begins, struct dentry *d, struct dentry *target)
+{
+	if (is_directory(d))
+		move_begins();
+	return 0;
+}
+
+SEC("fexit/d_move")
+int BPF_PROG(on_move_ended, struct dentry *d, struct dentry *target)
+{
+	if (is_directory(d))
+		move_ends();
+	return 0;
+}
+
+SEC("fentry/d_exchange")
+int BPF_PROG(on_exchange_begins, struct dentry *one, struct dentry *other)
+{
+	move_begins();
+	return 0;
+}
+
+SEC("fexit/d_exchange")
+int BPF_PROG(on_exchange_ended, struct dentry *one, struct dentry *other)
+{
+	move_ends();
+	return 0;
 }
 
 #endif

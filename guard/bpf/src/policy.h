@@ -81,6 +81,7 @@ enum rule_index {
 	HAS_NAMES, /* nonzero: some list has names */
 	DNS_AUDIT, /* nonzero: answers are recorded, too */
 
+	APPLIED = 61, /* no rule: how many policies the agent has put in force */
 	SLOT = 62,  /* no rule: its slot in the maps that have one for each policy */
 	OWNER = 63, /* whose the policy is, of a kernel that others share */
 	RULE_INDEXES = 64,
