@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strconv"
 	"syscall"
+	"time"
 	"unsafe"
 )
 
@@ -143,7 +144,7 @@ func sleeperOf(path string) (*exec.Cmd, error) {
 func killOwn([]string) error {
 	if os.Getenv("WAIT") != "" {
 		fmt.Println("up")
-		select {}
+		time.Sleep(time.Hour) // not select: that ends who waits for nothing
 	}
 	cmd, err := sleeper()
 	if err != nil {
