@@ -27,6 +27,7 @@ type sandbox struct {
 	disks  [2]string // of the machine, with the serials w0 and w1
 	mu     sync.Mutex
 	events []Event
+	shared string // what the guest has as the share "share"
 }
 
 // guest is what a machine with the real agent is made of.
@@ -36,6 +37,7 @@ type guest struct {
 	memory int      // MiB
 	open   bool     // without the Guard
 	trust  *Trust   // whose policies it takes
+	share  string   // a folder of this machine; none: nothing is shared
 }
 
 func startSandbox(t *testing.T) *sandbox {
@@ -53,8 +55,9 @@ func startSandbox(t *testing.T) *sandbox {
 	if out, err := exec.Command("mkfs.ext4", "-q", "-F", image+"0").CombinedOutput(); err != nil {
 		t.Fatalf("make file system: %v\n%s", err, out)
 	}
-	s := guest{image: image, disks: []string{image + "0", image + "1"}, memory: 256}.start(t)
-	s.disks = [2]string{image + "0", image + "1"}
+	shared := t.TempDir()
+	s := guest{image: image, disks: []string{image + "0", image + "1"}, memory: 256, share: shared}.start(t)
+	s.disks, s.shared = [2]string{image + "0", image + "1"}, shared
 	return s
 }
 
@@ -73,7 +76,7 @@ var withAgent = sync.OnceValues(func() (*kernel.Artefacts, error) {
 	if err != nil {
 		return nil, err
 	}
-	return kernel.Prepare(m.dir+"/cache", found, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay")
+	return kernel.Prepare(m.dir+"/cache", found, "virtio_pci", "virtio_console", "virtio_blk", "virtio_net", "erofs", "overlay", "virtiofs")
 })
 
 // start boots the machine, and ends it with the test.
@@ -114,6 +117,11 @@ func (g guest) start(t *testing.T) *sandbox {
 	for i, d := range g.disks {
 		args = append(args, "-drive", fmt.Sprintf("if=none,id=d%d,format=raw,file=%s", i, d), "-device", fmt.Sprintf("virtio-blk-pci,drive=d%d,serial=w%d", i, i))
 	}
+	if g.share != "" {
+		args[1] += ",memory-backend=mem"
+		args = append(args, "-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", g.memory),
+			"-chardev", "socket,id=vfs,path="+serveShare(t, g.share), "-device", "vhost-user-fs-pci,chardev=vfs,tag=share")
+	}
 	qemu := exec.CommandContext(t.Context(), "qemu-system-x86_64", args...)
 	var console bytes.Buffer
 	qemu.Stdout, qemu.Stderr = &console, &console
@@ -140,6 +148,32 @@ func (g guest) start(t *testing.T) *sandbox {
 	t.Cleanup(func() { c.Close() })
 	s.c = c
 	return s
+}
+
+// serveShare serves a folder to a machine, and gives the socket of it.
+func serveShare(t *testing.T, folder string) string {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "share")
+	server := exec.CommandContext(t.Context(), "/usr/lib/qemu/virtiofsd", "--socket-path="+socket, "-o", "source="+folder+",sandbox=chroot,cache=auto,log_level=err")
+	var said bytes.Buffer
+	server.Stdout, server.Stderr = &said, &said
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		server.Process.Kill()
+		server.Wait()
+		if t.Failed() {
+			t.Logf("file server:\n%s", &said)
+		}
+	})
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if _, err := os.Stat(socket); err == nil {
+			return socket
+		}
+	}
+	t.Fatal("the file server makes no socket")
+	return ""
 }
 
 func (s *sandbox) hear(t *testing.T) func([]byte) {
@@ -258,6 +292,7 @@ func TestAgentRunsContainersUnderGuard(t *testing.T) {
 		t.Errorf("status %+v %v; want generation 2, digest %s", st, err, open.Digest)
 	}
 	wantTags(t, st.Tags)
+	s.volumes(t, ctx, 3)
 	s.devices(t, ctx)
 	s.remount(t, ctx, create, first, box)
 	used, err := s.c.Stats(ctx)
@@ -309,7 +344,7 @@ func (s *sandbox) remount(t *testing.T, ctx context.Context, create guestproto.C
 	t.Helper()
 	policy := strict()
 	policy.Files = append(policy.Files, spec.GuardFile{Path: "/etc/hosts", Deny: "w"})
-	if _, err := s.c.GuardPolicy(ctx, 3, compileForTest(t, 3, policy).Blob); err != nil {
+	if _, err := s.c.GuardPolicy(ctx, 20, compileForTest(t, 20, policy).Blob); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {

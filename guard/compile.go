@@ -242,7 +242,6 @@ func (c *compiler) policy(index int, p node.NamedGuardPolicy) {
 		c.fault("mode", p.Spec.Mode, "want enforce, audit or learn")
 	}
 	c.enforce = p.Spec.Mode == "" || p.Spec.Mode == "enforce"
-	c.later(p.Spec)
 	if c.facts.Shared {
 		c.shared(p.Spec)
 	}

@@ -2,6 +2,7 @@ package guard
 
 import (
 	"encoding/json"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,11 +21,15 @@ type scenario struct {
 	name   string
 	policy spec.GuardPolicy
 	also   []spec.GuardPolicy // that hold at once
+	// image is what it needs of the image besides what all have.
+	image map[string][]byte
 	// before are steps of the machine that prepare it.
 	before  []string
 	attacks []attempt
 	// spoils are attacks that change what others run: they come last of all.
 	spoils []attempt
+	// watched is what works in all three and is told of all the same.
+	watched []watchedAct
 	// benign is what works in all three and is told of in none.
 	benign []string
 	// quiet is refused, or would be, without a word: programs do such things
@@ -46,6 +51,7 @@ func scenarios() []scenario {
 		netScenario(),
 		crowdScenario(),
 		{name: "interpreters", policy: interpretersPolicy(), attacks: interpretersAttempts(), benign: interpretersBenign},
+		waysScenario(), watchScenario(),
 		{name: "volumes", policy: volumesPolicy(), attacks: volumesAttempts(), benign: volumesBenign},
 	}, append(clearScenarios(), callScenarios()...)...)
 }
@@ -53,6 +59,13 @@ func scenarios() []scenario {
 // files of the image that the corpus needs.
 func corpusFiles() map[string][]byte {
 	files := imageFiles()
+	for _, name := range waysFiles() {
+		files["srv/ways/"+name], files["srv/watched/"+name] = []byte("kept"), []byte(watchedText)
+	}
+	files["srv/both/x"], files["srv/watched/over"] = []byte("kept"), []byte(watchedText)
+	for _, s := range scenarios() {
+		maps.Copy(files, s.image)
+	}
 	return files
 }
 
@@ -65,6 +78,9 @@ func steps(guarded bool) (out []string) {
 		}
 		for _, a := range s.attacks {
 			out = append(out, "run "+a.run)
+		}
+		for _, w := range s.watched {
+			out = append(out, "run "+w.run)
 		}
 		for _, b := range slices.Concat(s.benign, s.quiet) {
 			out = append(out, "run "+b)
@@ -156,6 +172,13 @@ func (r *report) open(t *testing.T) {
 				w.Open = "FAILS"
 			}
 		}
+		for _, w := range s.watched {
+			row := r.row(s, w.run, true)
+			if row.Open = "works"; !strings.HasPrefix(o.ran[name(w.run)], "exit 0 ") {
+				t.Errorf("%s: %s; want it to work", w.run, o.ran[name(w.run)])
+				row.Open = "FAILS"
+			}
+		}
 		for _, b := range slices.Concat(s.benign, s.quiet) {
 			want := "exit 0 "
 			if strings.HasPrefix(b, "securityxattr") && os.Getenv("HAUBERK_TEST_KERNEL") != "" {
@@ -188,6 +211,9 @@ func (r *report) guarded(t *testing.T, mode string) {
 			for _, a := range list {
 				r.attack(t, mode, s, by[s.name][i], a, o)
 			}
+		}
+		for _, w := range s.watched {
+			r.watched(t, mode, s, by[s.name][0], w, o)
 		}
 		for _, b := range s.benign {
 			r.benign(t, mode, s, b, o)

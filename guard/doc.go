@@ -23,10 +23,15 @@
 //   - what the workload itself writes to a volume that may hold programs: mount
 //     it read-only;
 //   - a file that was open for writing before the rule that protects it came;
-//   - what is in a volume, or in another file system mounted by the agent below a
-//     protected directory: rules for files are about the root file system;
-//   - a file that a directory's rule keeps from being read, and that has another
-//     name elsewhere already, in the image or since before the rule;
+//   - what the host does to a share of its files, where it puts another directory
+//     in the place of one that a rule's path leads through: that is found with the
+//     next heartbeat;
+//   - what a shared mapping writes after its file was closed, and a file that is
+//     watched by another name than the rule's: the record of a change
+//     (files[].fim) says of a mapping that there is one;
+//   - a file that a directory's rule covers, and that has another name elsewhere
+//     already: in the image, where it can be read by it, or since before the rule.
+//     One that a rule names itself is held by all its names;
 //   - a file that a program may read, once that program gives it away;
 //   - a listed program that was copied, where the origin of programs is "any";
 //   - a connection or flow of datagrams that stood before the policy which has no

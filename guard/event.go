@@ -2,12 +2,15 @@ package guard
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -48,6 +51,9 @@ const (
 	OpHost        Op = 54
 	OpStarted     Op = 64
 	OpConnected   Op = 65
+	OpChanged     Op = 66 // a file; of a watched one, under its rule
+	OpContent     Op = 67 // what a watched file holds after a change
+	OpMounted     Op = 68
 	OpListening   Op = 70
 	OpAccepted    Op = 71
 	OpNames       Op = 72 // a message of DNS
@@ -56,6 +62,9 @@ const (
 	OpRepeated Op = 120
 	// OpPolicy is the agent's, too: it was given a policy that it does not take.
 	OpPolicy Op = 121
+	// OpUnheld is the agent's, too: a rule does not hold in a container that came
+	// after its policy. Detail is the kernel's number of why.
+	OpUnheld Op = 122
 )
 
 // Verdict is what came of it.
@@ -116,6 +125,10 @@ type Event struct {
 	// were so far; many have no record of their own. 0: of no series.
 	Series uint64 `json:"series,omitempty"`
 	Count  uint64 `json:"count,omitempty"`
+	// Before and After are the SHA-256 of a watched file, in hexadecimal, or in
+	// parentheses why there is none.
+	Before string `json:"before,omitempty"`
+	After  string `json:"after,omitempty"`
 
 	// Exe is the program that the process runs, Parent what its parent ran when
 	// it made the process. A path that was too long is the file's name alone,
@@ -144,6 +157,7 @@ const (
 	ancestors    = 8
 	ancestorSize = 20
 	startedSize  = eventSize + argsSize
+	contentSize  = eventSize + 96
 	textSize     = 256
 	argsSize     = 256
 
@@ -158,7 +172,7 @@ var errRecord = errors.New("not a record of the guard")
 // DecodeEvents reads one record. Whatever the bytes are, it ends, and holds no
 // more than they do.
 func DecodeEvents(record []byte) (Event, error) {
-	if len(record) == repeatedSize && record[0] == eventVersion && Op(record[1]) == OpRepeated {
+	if len(record) == repeatedSize && record[0] == eventVersion && (Op(record[1]) == OpRepeated || Op(record[1]) == OpUnheld) {
 		return repeated(record)
 	}
 	if len(record) == repeatedSize && record[0] == eventVersion && Op(record[1]) == OpPolicy {
@@ -178,6 +192,8 @@ func DecodeEvents(record []byte) (Event, error) {
 	switch e.Op {
 	case OpStarted:
 		want = startedSize
+	case OpContent:
+		want = contentSize
 	case OpNames:
 		want += min(int(uint32(e.Detail)), namesShown)
 	}
@@ -194,12 +210,44 @@ func DecodeEvents(record []byte) (Event, error) {
 		e.Args = arguments(record[eventSize:], e.Detail, le.Uint16(record[6:]))
 		e.Detail = 0
 	}
+	if e.Op == OpContent {
+		e.contents(record[eventSize:])
+	}
 	if e.Op == OpNames {
 		if err := e.names(record[eventSize:], le.Uint16(record[6:])); err != nil {
 			return Event{}, err
 		}
 	}
 	return e, nil
+}
+
+// contents reads what the agent found out of struct content_event of
+// bpf/src/file.h.
+func (e *Event) contents(b []byte) {
+	const known, digests = 24, 32
+	content := func(i int) string {
+		if b[known+i] == 1 {
+			return hex.EncodeToString(b[digests+i*sha256.Size:][:sha256.Size])
+		}
+		if why, ok := noDigest[b[known+i]]; ok {
+			return why
+		}
+		return fmt.Sprintf("(not known: %d)", b[known+i])
+	}
+	e.Before, e.After = content(0), content(1)
+	e.Detail = uint64(e.Why)
+}
+
+// Why a content has no digest.
+var noDigest = map[byte]string{
+	0: "(not known)",
+	2: "(no file)",
+	3: "(more than 1 MiB)",
+	4: "(more than 8 MiB changed in a second)",
+	5: "(not at its path any more)",
+	6: "(in a volume)",
+	7: "(its path is too long)",
+	8: "(cannot be read)",
 }
 
 // repeatedSize is the length of the agent's record of repetitions.
@@ -209,9 +257,12 @@ const repeatedSize = 48
 // often, for the reader to set beside the record that has the series' number.
 func repeated(record []byte) (Event, error) {
 	le := binary.LittleEndian
-	e := Event{Op: OpRepeated, Verdict: Verdict(record[2]), Why: record[5], Rule: le.Uint32(record[8:]), PID: le.Uint32(record[12:]),
+	e := Event{Op: Op(record[1]), Verdict: Verdict(record[2]), Why: record[5], Rule: le.Uint32(record[8:]), PID: le.Uint32(record[12:]),
 		Series: le.Uint64(record[16:]), Count: le.Uint64(record[24:]), SinceBoot: time.Duration(le.Uint64(record[32:])), Detail: le.Uint64(record[40:])}
-	if e.Verdict > Killed || e.Detail >= uint64(OpRepeated) {
+	if e.Op == OpUnheld {
+		e.Series, e.Count = 0, 0
+	}
+	if e.Verdict > Killed || e.Op == OpRepeated && e.Detail >= uint64(OpRepeated) || e.Detail > 4095 {
 		return Event{}, fmt.Errorf("decode repetition of operation %d: %w", e.Detail, errRecord)
 	}
 	return e, nil
@@ -343,6 +394,8 @@ func (e Event) what() string {
 		again := e
 		again.Op, again.Detail = Op(e.Detail), 0
 		return fmt.Sprintf("did the same %d times in all: %s", e.Count, again.what())
+	case OpUnheld:
+		return "is not held to the rule everywhere: " + syscall.Errno(e.Detail).Error()
 	case OpStarted:
 		return fmt.Sprintf("started %q with arguments %q", e.Path, e.Args)
 	case OpEnvironment:
@@ -361,10 +414,40 @@ func (e Event) what() string {
 		return fmt.Sprintf("listens at %s", e.Target)
 	case OpAccepted:
 		return fmt.Sprintf("let %s in", e.Target)
+	case OpChanged:
+		return e.changed()
+	case OpContent:
+		text := fmt.Sprintf("left %q with %s, where it was %s", e.Path, e.After, e.Before)
+		if e.Why&contentMapped != 0 {
+			text += ", and may write to it through a mapping yet"
+		}
+		return text
+	case OpMounted:
+		if e.Path == "" {
+			return "unmounted a file system"
+		}
+		return fmt.Sprintf("mounted a file system at %q", e.Path)
 	case OpIngress:
 		return fmt.Sprintf("was to be reached by %s at port %d", e.Target, e.Detail)
 	}
 	return "tried to " + e.attempt()
+}
+
+// contentMapped says that a shared mapping outlives what was closed.
+const contentMapped = 2
+
+// What was done to a file, as in bpf/src/file.h.
+var changedWhat = map[uint8]string{
+	1: "created %q", 2: "opened %q to write to it", 3: "cut %q", 4: "removed %q", 5: "renamed %q", 6: "gave a file the name %q",
+	7: "linked %q", 8: "changed attributes of %q", 9: "changed extended attributes of %q", 10: "changed flags of %q", 11: "mounted over %q",
+}
+
+func (e Event) changed() string {
+	format, ok := changedWhat[e.Why]
+	if !ok {
+		format = "changed %q"
+	}
+	return fmt.Sprintf(format, e.Path)
 }
 
 func (e Event) attempt() string {

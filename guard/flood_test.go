@@ -172,10 +172,16 @@ func (s *sandbox) awaitAccount(t *testing.T, ctx context.Context) {
 		s.mu.Unlock()
 		came, sent, acts, series := uint64(0), uint64(0), uint64(0), map[uint64]uint64{}
 		for _, e := range told {
-			if e.Op != OpRepeated {
+			op := e.Op
+			if op == OpRepeated {
+				op = Op(e.Detail)
+			} else {
 				came++
 			}
-			if e.Series == 0 && e.Op < OpStarted {
+			if op >= OpStarted {
+				continue
+			}
+			if e.Series == 0 {
 				acts++
 			}
 			if e.Series != 0 && e.Count > series[e.Series] {

@@ -56,7 +56,7 @@ func makeContainer(m *guestproto.Create, machineID string) error {
 	c := container{Create: m}
 	steps := [...]func() error{
 		c.checkPaths, c.takeSources, c.pivot, c.mountAll, c.sayMounts, c.fillDev, c.makeDevices, c.name, c.setSysctls,
-		func() error { return c.writeFiles(machineID) }, c.bindBootID, c.protect, c.mask, c.finishRoot,
+		func() error { return c.writeFiles(machineID) }, c.bindBootID, c.protect, c.mask, c.sayPlaces, c.finishRoot,
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {

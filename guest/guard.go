@@ -63,6 +63,16 @@ func guardNoDevices(cgroup int) {
 // guardMount tells of what is mounted in the container of a cgroup; fd is the
 // Guard's then.
 func guardMount(cgroup int, path string, fd int) error {
+	return guardHand(cgroup, fd, func(id uint64) error { return attached.Mounted(id, path, fd) })
+}
+
+// guardPlace tells of what is at a path of the container of a cgroup, now that
+// all is mounted, and last of its root; fd is the Guard's then.
+func guardPlace(cgroup int, path string, fd int) error {
+	return guardHand(cgroup, fd, func(id uint64) error { return attached.Place(id, path, fd) })
+}
+
+func guardHand(cgroup, fd int, hand func(id uint64) error) error {
 	if attached == nil {
 		_ = syscall.Close(fd)
 		return nil
@@ -72,7 +82,7 @@ func guardMount(cgroup int, path string, fd int) error {
 		_ = syscall.Close(fd)
 		return fail("stat", "cgroup", err)
 	}
-	return fromGuard(attached.Mounted(st.Ino, path, fd))
+	return fromGuard(hand(st.Ino))
 }
 
 // guardPolicy puts a policy in force.

@@ -199,6 +199,35 @@ func (c *container) sayMounts() error {
 	return nil
 }
 
+// sayPlaces tells PID 1 what this container has mounted where, its root last,
+// which rules for files are about. What the kernel shows of itself is none.
+func (c *container) sayPlaces() error {
+	say := func(path string) error {
+		fd, err := c.in.open(path, asPath)
+		if err == nil {
+			err = syscall.Sendmsg(setupSocket, append([]byte{wordPlace}, path...), syscall.UnixRights(fd), nil, 0)
+			_ = syscall.Close(fd)
+		}
+		if err != nil {
+			return fail("tell of place", strconv.Quote(path), err)
+		}
+		return nil
+	}
+	for i := range c.Mounts {
+		m := &c.Mounts[i]
+		if m.Kind == guestproto.MountFS {
+			switch m.FS {
+			case "proc", "sysfs", "cgroup2", "devpts", "mqueue":
+				continue
+			}
+		}
+		if err := say(m.Target); err != nil {
+			return err
+		}
+	}
+	return say("/")
+}
+
 // mountFS mounts a file system of the kernel.
 func (c *container) mountFS(m *guestproto.Mount) error {
 	known := false

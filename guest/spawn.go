@@ -84,6 +84,7 @@ const (
 	wordTake  = 'T' // to the spare, with its descriptors: standard three, spec, cgroup
 	wordGive  = 'D' // from the setup stage: kind, u32 major, u32 minor of a device that the container was given
 	wordMount = 'M' // from the setup stage, with a descriptor: path of a mount that the container has
+	wordPlace = 'P' // from the setup stage, with a descriptor: path of a mount, or of the root, once all is mounted
 	wordReady = 'R' // from the setup stage, with the terminal's master if there is one
 	wordGo    = 'G' // to it: exec now
 	wordError = 'E' // from it: u32 errno, text
@@ -443,8 +444,8 @@ func (a *agent) hearSetup(p *process) bool {
 			a.setupFailed(p, err)
 		}
 		return err == nil
-	case msg[0] == wordMount && oobn > 0 && p.container == p:
-		err := p.mounted(string(msg[1:n]), oob[:oobn])
+	case (msg[0] == wordMount || msg[0] == wordPlace) && oobn > 0 && p.container == p:
+		err := p.mounted(msg[0], string(msg[1:n]), oob[:oobn])
 		if err != nil {
 			a.setupFailed(p, err)
 		}
@@ -492,7 +493,7 @@ func (p *process) give(b []byte) error {
 }
 
 // mounted tells the Guard what lies where in a container.
-func (p *process) mounted(path string, oob []byte) error {
+func (p *process) mounted(word byte, path string, oob []byte) error {
 	messages, err := syscall.ParseSocketControlMessage(oob)
 	if err != nil || len(messages) != 1 {
 		return fail("take", "mount at "+strconv.Quote(path), syscall.EBADMSG)
@@ -500,6 +501,9 @@ func (p *process) mounted(path string, oob []byte) error {
 	fds, err := syscall.ParseUnixRights(&messages[0])
 	if err != nil || len(fds) != 1 {
 		return fail("take", "mount at "+strconv.Quote(path), syscall.EBADMSG)
+	}
+	if word == wordPlace {
+		return guardPlace(p.cgroup, path, fds[0])
 	}
 	return guardMount(p.cgroup, path, fds[0])
 }

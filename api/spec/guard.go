@@ -211,11 +211,14 @@ type GuardScripts struct {
 // +kubebuilder:validation:XValidation:rule="has(self.deny) || has(self.allow) || (has(self.fim) && self.fim) || (has(self.bait) && self.bait)",message="set deny, allow, fim or bait"
 // +kubebuilder:validation:XValidation:rule="!has(self.by) || has(self.allow)",message="by says who has what allow says: set allow"
 type GuardFile struct {
-	// Path in the container's root file system, absolute; a directory covers what
-	// is below it. What is in a volume, or in another file system that is mounted
-	// there, is not covered. In one policy the rules of the deepest path decide; of
-	// several with that path each denies what it denies, and what any of those
-	// with allow allows is allowed by all of them.
+	// Path in the container, absolute, as its processes see it when it starts; a
+	// directory covers what is below it. What the container has mounted there, such
+	// as a volume, is covered like the rest, by whatever other mount it is reached.
+	// In a share of the host's files a rule holds what its path leads to when the
+	// container starts or the policy comes; if the host puts another directory on the
+	// way to it, from the next heartbeat. In one policy the rules of the deepest path decide; of
+	// several with that path each denies what it denies, and what any of those with
+	// allow allows is allowed by all of them.
 	// +kubebuilder:validation:Pattern=`^/`
 	// +kubebuilder:validation:MaxLength=4095
 	Path string `json:"path"`
@@ -239,8 +242,12 @@ type GuardFile struct {
 	// +kubebuilder:validation:Enum=r;w;rw
 	// +optional
 	Allow string `json:"allow,omitempty"`
-	// FIM is refused so far. It records every change of what the path covers, with the digest of small
-	// files before and after.
+	// FIM records every change of what the path covers, and denies nothing: who
+	// created, opened for writing, cut, removed, renamed or linked it or changed
+	// its attributes; and when a file of the root file system was written, its
+	// SHA-256 before and after. Files of up to 1 MiB are digested, 8 MiB in a
+	// second, and the last digests of 1,024 are remembered; what was the image's
+	// is known without. A digest that could not be taken is told as that, with why.
 	// +optional
 	FIM bool `json:"fim,omitempty"`
 	// Bait files are for nobody: reading or changing one is denied, as rw, and

@@ -40,8 +40,11 @@ type Record struct {
 	// PathCut: the path begins with "...": the rest was too long.
 	PathCut bool   `json:"pathCut,omitempty"`
 	Target  string `json:"target,omitempty"` // address and port
-	Detail  uint64 `json:"detail,omitempty"`
-	Why     uint8  `json:"why,omitempty"`
+	// Before and After are the SHA-256 of a watched file, or why there is none.
+	Before string `json:"before,omitempty"`
+	After  string `json:"after,omitempty"`
+	Detail uint64 `json:"detail,omitempty"`
+	Why    uint8  `json:"why,omitempty"`
 	// Value is an argument or variable that a program was given.
 	Value string       `json:"value,omitempty"`
 	Names *guard.Names `json:"names,omitempty"` // a message of DNS
@@ -93,8 +96,9 @@ var names = map[guard.Op]string{
 	guard.OpUnlisted: "unlisted", guard.OpPreload: "preload", guard.OpScript: "script", guard.OpInline: "inline",
 	guard.OpOperation: "operation", guard.OpCapability: "capability", guard.OpIngress: "ingress", guard.OpBind: "bind", guard.OpHost: "host",
 	guard.OpStarted: "started", guard.OpConnected: "connected", guard.OpListening: "listening", guard.OpAccepted: "accepted", guard.OpNames: "dns",
-	guard.OpPolicy: "policy",
-	44:             "intovolume", 80: "environment",
+	guard.OpPolicy:  "policy",
+	guard.OpChanged: "changed", guard.OpContent: "content", guard.OpMounted: "mounted", guard.OpUnheld: "unheld",
+	44: "intovolume", 80: "environment",
 }
 
 // OpName is the word for an operation.
@@ -136,7 +140,7 @@ func (t *Trail) Record(e guard.Event, policy Policy, digest string, now time.Tim
 	r := Record{
 		Schema: Schema, Time: now.UTC(), Op: OpName(op), Verdict: e.Verdict.String(), Rule: e.Rule, Generation: e.Generation, Digest: digest,
 		Count: t.series.acts(e), Series: e.Series, Sequence: e.Sequence, Lost: e.Lost, Boot: e.SinceBoot,
-		Path: e.Path, PathCut: e.Truncated, Detail: e.Detail, Why: e.Why, Value: e.Value, Names: e.Names, Again: e.Op == guard.OpRepeated, Text: e.String(), Redacted: redacted, Sandbox: t.Sandbox,
+		Path: e.Path, PathCut: e.Truncated, Before: e.Before, After: e.After, Detail: e.Detail, Why: e.Why, Value: e.Value, Names: e.Names, Again: e.Op == guard.OpRepeated, Text: e.String(), Redacted: redacted, Sandbox: t.Sandbox,
 		Process: Process{PID: e.PID, Name: e.Command, Exe: e.Exe, Args: e.Args, UID: e.UID, Start: e.Start, PPID: e.PPID, Parent: e.Parent, Lineage: e.Lineage, Cut: e.Cut},
 	}
 	if e.Target.IsValid() {

@@ -231,6 +231,9 @@ func (n *next) settle(at *place, set fileSet) error {
 	} else if at.anchor != 0 {
 		n.holdName(at, fileSet{})
 	}
+	if len(at.rules) == 0 && at.mounted && at.mark != nil && !set.empty() {
+		n.hold(at, set)
+	}
 	for _, c := range at.in {
 		if err := n.settle(c, set); err != nil {
 			return err

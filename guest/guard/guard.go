@@ -30,15 +30,21 @@ type Guard struct {
 	trust      trust
 	refusals   []refusal // of policies, still to be told
 	refused    uint64    // so far
+	contents   contents
 	mounts     []mounted // of containers
 	volumes    []string  // of the policy in force
+	places     []mounted // of containers: their mounts and, as "/", their roots
+	fileRules  int       // of the policy in force
+	inShares   bool      // rules are about what is in shares of the host's files
+	unheld     []absent  // rules that hold not everywhere, to be told
+	told       []absent  // the same, as of the last time
 }
 
 // guardedRoot is a container's root and the image below it.
 type guardedRoot struct {
 	path           string
-	overlay, image int // O_PATH descriptors
-	device         uint32
+	overlay, image int    // O_PATH descriptors
+	own, device    uint32 // numbers of the two
 }
 
 type guardMap struct {
@@ -129,7 +135,7 @@ func (g *Guard) createMaps(b *bundle, types int) (err error) {
 		}
 		g.maps[m.name] = guardMap{fd, m.inner}
 	}
-	for _, name := range []string{"labels", "marks", "current", "egress", "names", "domains", "filesets", "trusted", "listed", "kin", "execs", "written", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
+	for _, name := range []string{"labels", "marks", "current", "egress", "names", "domains", "filesets", "trusted", "listed", "kin", "execs", "written", "watched", "written_unseen", "images", "devices", "denials", "audit", "counters", "tallies", "repeats", "limits"} {
 		if _, ok := g.maps[name]; !ok {
 			return fail("find guard map", name, syscall.ENOENT)
 		}
@@ -228,8 +234,8 @@ func (g *Guard) Ring() int { return g.poll }
 // no room; a record that emit refused stays in its ring. Denials go before the
 // record of what was allowed, and what was asked for by Recount between them.
 func (g *Guard) Drain(emit func(record []byte) bool) {
-	if g.denials.drain(emit) && g.tellRefusals(emit) && g.tellRepeats(emit) {
-		g.audit.drain(emit)
+	if g.denials.drain(emit) && g.tellRefusals(emit) && g.tellRepeats(emit) && g.tellUnheld(emit) {
+		g.audit.drain(func(record []byte) bool { return emit(g.complete(record)) })
 	}
 }
 
@@ -318,7 +324,7 @@ func openRoot(path string, overlay, lower uint32) (r guardedRoot, err error) {
 			return r, err
 		}
 	}
-	r.path, r.device = path, lower
+	r.path, r.own, r.device = path, overlay, lower
 	return r, nil
 }
 

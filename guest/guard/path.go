@@ -41,6 +41,8 @@ type place struct {
 	name string
 	in   map[string]*place
 	mark *mark
+	// mounted: it is the root of a mount.
+	mounted bool
 	fileWishes
 }
 

@@ -165,14 +165,27 @@ func (g *Guard) Policy(generation uint64, blob []byte) (reply []byte, err error)
 // again applies the policy in force to the roots that there are now.
 func (g *Guard) again() error {
 	n, err := g.apply(g.blob)
-	if err == nil && n.refused {
-		for _, a := range n.absent {
-			if n.p.fatal(a) {
-				return fail("hold rule", strconv.FormatUint(uint64(a.rule), 10), a.errno)
-			}
+	if err != nil {
+		return err
+	}
+	var fatal error
+	var unheld []absent
+	for _, a := range n.absent {
+		if fatal == nil && n.p.fatal(a) {
+			fatal = fail("hold rule", strconv.FormatUint(uint64(a.rule), 10), a.errno)
+		}
+		if a.why == absentLost && a.errno != syscall.ENOENT {
+			unheld = append(unheld, a)
 		}
 	}
-	return err
+	same := len(unheld) == len(g.told)
+	for i := range unheld {
+		same = same && unheld[i] == g.told[i]
+	}
+	if !same {
+		g.unheld, g.told = unheld, unheld
+	}
+	return fatal
 }
 
 // apply makes blob the policy in force, unless it is refused.
@@ -195,7 +208,8 @@ func (g *Guard) apply(blob []byte) (*next, error) {
 	if err := n.swap(); err != nil {
 		return nil, err
 	}
-	g.slot, g.generation, g.digest, g.blob = n.slot, p.generation, p.digest, blob
+	g.slot, g.generation, g.digest, g.blob, g.fileRules = n.slot, p.generation, p.digest, blob, len(p.files)
+	g.inShares = n.inShares
 	g.forget()
 	g.volumes = g.volumes[:0]
 	for _, e := range p.entries {
@@ -288,9 +302,11 @@ type next struct {
 	absent  []absent
 	noted   map[absent]bool
 	refused bool
-	sets    uint32 // of names
-	opened  []int  // descriptors of inner maps
-	inner   struct{ policy, egress, names, filesets, trusted, listed, kin, execs, domains int }
+	// inShares: a rule is about what is in a share of the host's files.
+	inShares bool
+	sets     uint32 // of names
+	opened   []int  // descriptors of inner maps
+	inner    struct{ policy, egress, names, filesets, trusted, listed, kin, execs, domains int }
 }
 
 func (n *next) close() {
@@ -323,6 +339,9 @@ func (n *next) prepare() error {
 				return fail("list program", strconv.Quote(n.p.entries[i].path), err)
 			}
 		}
+	}
+	if err := n.protectPlaces(); err != nil {
+		return err
 	}
 	for i := range n.p.entries {
 		if e := &n.p.entries[i]; e.kind == entryVolume {

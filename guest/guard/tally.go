@@ -10,6 +10,7 @@ const (
 	seriesSize   = 48
 	repeatedSize = 48
 	opRepeated   = 120
+	opUnheld     = 122
 	eventVersion = 2
 )
 
@@ -53,6 +54,9 @@ type repeats struct {
 // Recount asks that the next Drain tell how often records were repeated since
 // it was last asked.
 func (g *Guard) Recount() {
+	if g.inShares {
+		_ = g.again() // the host may have changed what paths lead to; a rule that is not held is told
+	}
 	if g.repeats.due {
 		return
 	}
@@ -60,8 +64,24 @@ func (g *Guard) Recount() {
 	g.repeats.round = sinceBoot()
 }
 
-// Recounts says whether a Drain would tell of repetitions.
-func (g *Guard) Recounts() bool { return g.repeats.due || len(g.refusals) > 0 }
+// Recounts says whether a Drain would tell of what no ring announces.
+func (g *Guard) Recounts() bool { return g.repeats.due || len(g.refusals) > 0 || len(g.unheld) > 0 }
+
+// tellUnheld tells of rules that do not hold in what came after the policy. It
+// says whether emit may be asked again.
+func (g *Guard) tellUnheld(emit func(record []byte) bool) bool {
+	for ; len(g.unheld) > 0; g.unheld = g.unheld[1:] {
+		a := g.unheld[0]
+		b := make([]byte, 0, repeatedSize)
+		b = append(b, eventVersion, opUnheld, 1, 0, 0, 0, 0, 0)
+		b = append32(append32(b, a.rule), 0)
+		b = append64(append64(append64(b, 0), 1), sinceBoot())
+		if !emit(append64(b, uint64(a.errno))) {
+			return false
+		}
+	}
+	return true
+}
 
 // tellRepeats goes through the series once. One that did not grow since the
 // round before was told in full then, and is forgotten. It says whether emit

@@ -40,6 +40,9 @@ enum op {
 	OP_HOST,
 	OP_STARTED = 64, /* for the record only */
 	OP_CONNECTED,
+	OP_CHANGED, /* a file; why: enum changed */
+	OP_CONTENT, /* of a watched file is another: a struct content_event, which the agent completes */
+	OP_MOUNTED,
 	OP_LISTENING = 70,
 	OP_ACCEPTED,
 	OP_NAMES, /* a message of DNS: its size stands in detail, itself behind the event */
@@ -317,6 +320,18 @@ static __always_inline void write_names(struct event *e, struct dentry *d)
 	e->text_kind = TEXT_NAMES;
 }
 
+/* Gives the record the number of its series, which is that of the series' first
+   record; those of one ring are told from those of the other. */
+#define AUDIT_SERIES (1ull << 52)
+
+static __always_inline void number(struct event *e, struct series *s, __u64 sequence)
+{
+	e->series = __sync_val_compare_and_swap(&s->sequence, 0, sequence);
+	if (!e->series)
+		e->series = sequence;
+	e->count = __sync_fetch_and_add(&s->count, 1) + 1;
+}
+
 static __always_inline struct tally *tally_of(__u32 op)
 {
 	op &= OPS - 1;
@@ -462,12 +477,8 @@ ONCE int tell(const struct about *a, __u64 generation, __u32 ref, __u32 verdict)
 	e->rule = ref & ~DENY;
 	e->why = a->why;
 	e->detail = a->detail;
-	if (s) {
-		e->series = __sync_val_compare_and_swap(&s->sequence, 0, sequence);
-		if (!e->series)
-			e->series = sequence;
-		e->count = __sync_fetch_and_add(&s->count, 1) + 1;
-	}
+	if (s)
+		number(e, s, sequence);
 	write_text(e, a);
 	bpf_ringbuf_submit(e, 0);
 	return 0;
@@ -493,22 +504,13 @@ static __always_inline bool held_back(const struct policy *p)
 	return __sync_fetch_and_add(&l->used, 1) >= l->rate;
 }
 
-/* Begins a record of what was allowed, of that size; NULL if there is to be
-   none. It is counted in any case; the caller submits it. */
-static __always_inline struct event *begin_audit(const struct policy *p, __u32 op, __u64 size)
+/* Takes room in the ring for a record of what was allowed and counted as having
+   happened; NULL if there is none. */
+static __always_inline struct event *reserve_audit(const struct policy *p, __u32 op, __u64 size, struct tally *t, struct counters *c)
 {
-	struct counters *c = counters_now();
-	struct tally *t = tally_of(op);
 	struct event *e;
 	__u64 sequence;
 
-	if (!c || !t)
-		return NULL;
-	__sync_fetch_and_add(&t->happened, 1);
-	if (held_back(p)) {
-		__sync_fetch_and_add(&t->held, 1);
-		return NULL;
-	}
 	sequence = __sync_fetch_and_add(&c->audit_sequence, 1) + 1;
 	e = bpf_ringbuf_reserve(&audit, size, 0);
 	if (!e) {
@@ -519,6 +521,23 @@ static __always_inline struct event *begin_audit(const struct policy *p, __u32 o
 	__sync_fetch_and_add(&t->sent, 1);
 	fill(e, generation_of(p), op, sequence, c->audit_lost);
 	return e;
+}
+
+/* Begins a record of what was allowed, of that size; NULL if there is to be
+   none. It is counted in any case; the caller submits it. */
+static __always_inline struct event *begin_audit(const struct policy *p, __u32 op, __u64 size)
+{
+	struct counters *c = counters_now();
+	struct tally *t = tally_of(op);
+
+	if (!c || !t)
+		return NULL;
+	__sync_fetch_and_add(&t->happened, 1);
+	if (held_back(p)) {
+		__sync_fetch_and_add(&t->held, 1);
+		return NULL;
+	}
+	return reserve_audit(p, op, size, t, c);
 }
 
 /* Turns a reference to a rule into the hook's answer, and tells of it. */

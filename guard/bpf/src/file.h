@@ -288,51 +288,411 @@ static __always_inline __u32 ref_under(const struct policy *p, struct under *u, 
 	return stronger(ref, (DENY | RULE_DEPTH) & -((u->lost | -u->lost) >> 31));
 }
 
-static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want)
+static __always_inline __u32 file_ref(const struct policy *p, struct dentry *d, __u32 want, __u32 *watch)
 {
 	struct dentry *parent = d->d_parent;
 	__u64 now = moment(p);
 	struct under u;
-	__u32 watch = 0;
 
 	if (!look_in_clear(p, d, &u, now)) {
 		look(p, d, &u);
 		if (parent != d && !(u.set[0] | u.anchor | u.lost))
 			learn_clear(p, parent, now);
 	}
-	return ref_under(p, &u, want, &watch);
+	return ref_under(p, &u, want, watch);
 }
 
-/* The rule against changing what the dentry names. A directory on the way to
-   something protected can be changed but not moved. */
-static __always_inline __u32 change_ref(const struct policy *p, struct dentry *d, bool moves, struct under *u)
+/* The rule against changing what the dentry names, and the one that wants it
+   recorded. A directory on the way to something protected can be changed but not
+   moved. */
+static __always_inline __u32 change_ref(const struct policy *p, struct dentry *d, bool moves, struct under *u, __u32 *watch)
 {
-	__u32 watch = 0, ref;
+	__u32 ref;
 	struct known k;
 
 	if (!look_in_clear(p, d, u, moment(p)))
 		look(p, d, u);
-	ref = stronger(ref_under(p, u, WANT_WRITE, &watch), u->anchor);
+	ref = stronger(ref_under(p, u, WANT_WRITE, watch), u->anchor);
 	if (!moves)
 		return ref;
 	know(p, d->d_inode, &k);
 	return stronger(ref, k.anchor);
 }
 
-static __always_inline int change(struct dentry *d, bool moves)
+/* What was done to a file that may be changed. */
+enum changed {
+	CHANGED_CREATED = 1,
+	CHANGED_OPENED, /* to be written */
+	CHANGED_CUT,
+	CHANGED_REMOVED,
+	CHANGED_RENAMED, /* away from the name */
+	CHANGED_NAMED,   /* to the name */
+	CHANGED_LINKED,
+	CHANGED_BY_DEFAULT = CHANGED_LINKED, /* those above are recorded of every file */
+	CHANGED_ATTRIBUTES,
+	CHANGED_XATTR,
+	CHANGED_FLAGS,
+	CHANGED_COVERED, /* mounted over */
+};
+
+/* Changes of files that no rule watches are the same if one program does one
+   thing in one directory. What falls out of this map begins anew. */
+struct change_key {
+	__u64 exe_ino;
+	__u64 dir;
+	__u32 exe_dev;
+	__u32 dev;
+	__u64 why;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct change_key);
+	__type(value, struct series);
+} changes SEC(".maps");
+
+static __always_inline struct series *changes_of(const struct about *a)
+{
+	struct task_label *l = bpf_task_storage_get(&labels, bpf_get_current_task_btf(), 0, 0);
+	struct change_key key = {.why = a->why};
+	struct dentry *d = a->dentry;
+	struct series *s;
+	__u32 second = 1;
+	void *blank;
+
+	if (l) {
+		key.exe_ino = l->who.exe_ino;
+		key.exe_dev = l->who.exe_dev;
+	}
+	key.dir = BPF_CORE_READ(d, d_parent, d_inode, i_ino);
+	key.dev = BPF_CORE_READ(d, d_parent, d_inode, i_sb, s_dev);
+	s = bpf_map_lookup_elem(&changes, &key);
+	if (s)
+		return s;
+	blank = bpf_map_lookup_elem(&name_key, &second);
+	if (blank)
+		bpf_map_update_elem(&changes, &key, blank, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&changes, &key);
+}
+
+/* What the overlay does to the files below it, it does with the rights of who
+   mounted it: it is no act of the task's own. io_uring lends rights, too. */
+static __always_inline bool for_overlay(void)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
+
+	return task->cred != task->real_cred && !(task->flags & PF_IO_WORKER) && (regs->orig_ax & ~0x40000000u) != 426 /* io_uring_enter */;
+}
+
+/* Records a change that was allowed. Of a rule that watches none is held back. */
+static __attribute__((noinline)) void tell_change(const struct policy *p, __u32 ref, const struct about *a)
+{
+	struct counters *c = counters_now();
+	struct tally *t = tally_of(OP_CHANGED);
+	struct series *s;
+	struct event *e;
+
+	if (!c || !t)
+		return;
+	__sync_fetch_and_add(&t->happened, 1);
+	s = ref ? series_of(generation_of(p), ref, VERDICT_ALLOWED, a) : changes_of(a);
+	if (s && merge(s, bpf_ktime_get_boot_ns())) {
+		__sync_fetch_and_add(&t->merged, 1);
+		return;
+	}
+	if (!ref && held_back(p)) {
+		__sync_fetch_and_add(&t->held, 1);
+		return;
+	}
+	e = reserve_audit(p, OP_CHANGED, sizeof(*e), t, c);
+	if (!e)
+		return;
+	e->rule = ref & ~DENY;
+	e->why = a->why;
+	if (s)
+		number(e, s, e->sequence | AUDIT_SERIES);
+	write_names(e, a->dentry);
+	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline void changed(const struct policy *p, __u32 watch, struct dentry *d, __u64 why)
+{
+	struct about a = {.op = OP_CHANGED, .why = why, .dentry = d};
+
+	if (watch || (why <= CHANGED_BY_DEFAULT && !for_overlay()))
+		tell_change(p, watch, &a);
+}
+
+/* The content of a watched file, from the act that may change it to its end. */
+struct content {
+	__u64 id;    /* of the inode, as long as it is in memory */
+	__u64 image; /* number of the image's inode whose content it had; 0: none */
+	__u32 ref;
+	__u32 flags;
+};
+
+enum {
+	CONTENT_NEW = 1,    /* there was nothing of the name */
+	CONTENT_MAPPED = 2, /* a mapping may go on changing it */
+	CONTENT_GONE = 4,   /* the name is no more */
+};
+
+struct content_event {
+	struct event e;
+	__u64 id;
+	__u64 image;
+	__u32 dev;
+	__u32 flags;
+	/* The agent's: what is known of the two digests, and they. */
+	__u8 known[2];
+	__u8 pad[6];
+	__u8 digest[2][32];
+};
+
+AT(content_event, id, 816);
+AT(content_event, dev, 832);
+AT(content_event, known, 840);
+AT(content_event, digest, 848);
+
+struct watched {
+	__u64 id;
+	__u64 image;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_INODE_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct watched);
+} watched SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} watched_last SEC(".maps");
+
+/* Watched files that are open for writing, by the address of the open file. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, struct content);
+} writing SEC(".maps");
+
+/* Ends of writing that the agent has not seen yet: one stands for those after
+   it, for the agent looks at the file later than all of them. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u64);
+	__type(value, __u64);
+} written_unseen SEC(".maps");
+
+/* What a task is about to do to a watched file; what became of it is seen when
+   the kernel comes back from it. */
+struct acting {
+	struct content c;
+	__u64 dentry;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct acting);
+} acting SEC(".maps");
+
+/* Finds the number of a watched inode, and what it holds of the image. It is
+   asked before the first change, and remembers. */
+static __always_inline void know_content(struct inode *inode, struct content *c)
+{
+	struct watched *w = bpf_inode_storage_get(&watched, inode, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	struct object o = {};
+	__u32 zero = 0;
+	__u64 *last;
+
+	if (!w)
+		return;
+	last = bpf_map_lookup_elem(&watched_last, &zero);
+	if (!w->id && last) {
+		if (origin_of(inode, &o) == FROM_IMAGE)
+			w->image = o.ino;
+		w->id = __sync_fetch_and_add(last, 1) + 1;
+	}
+	c->id = w->id;
+	c->image = w->image;
+}
+
+static __always_inline void begin_writing(struct file *file, __u32 watch)
+{
+	struct content c = {.ref = watch};
+	__u64 key = (__u64)file;
+
+	if (file->f_mode & FMODE_CREATED)
+		c.flags = CONTENT_NEW;
+	know_content(file->f_inode, &c);
+	/* If there is no room, the end of it is not seen; that is counted. */
+	if (bpf_map_update_elem(&writing, &key, &c, BPF_ANY)) {
+		struct tally *t = tally_of(OP_CONTENT);
+
+		if (t) {
+			__sync_fetch_and_add(&t->happened, 1);
+			__sync_fetch_and_add(&t->lost, 1);
+		}
+	}
+}
+
+static __always_inline void begin_act(struct dentry *d, struct content *c)
+{
+	struct acting a = {.c = *c, .dentry = (__u64)d};
+	__u64 key = bpf_get_current_pid_tgid();
+
+	bpf_map_update_elem(&acting, &key, &a, BPF_ANY);
+}
+
+/* The content of what the dentry names is another now. */
+static __attribute__((noinline)) void tell_content(const struct policy *p, const struct content *of, struct dentry *d, __u64 once)
+{
+	struct counters *c = counters_now();
+	struct tally *t = tally_of(OP_CONTENT);
+	struct content_event *e;
+	__u64 id = of->id;
+
+	if (!c || !t)
+		return;
+	__sync_fetch_and_add(&t->happened, 1);
+	if (once && bpf_map_update_elem(&written_unseen, &id, &once, BPF_NOEXIST) && bpf_map_lookup_elem(&written_unseen, &id)) {
+		__sync_fetch_and_add(&t->merged, 1);
+		return;
+	}
+	e = (void *)reserve_audit(p, OP_CONTENT, sizeof(*e), t, c);
+	if (!e) {
+		bpf_map_delete_elem(&written_unseen, &id);
+		return;
+	}
+	e->e.rule = of->ref & ~DENY;
+	e->e.why = of->flags;
+	e->id = id;
+	e->image = of->image;
+	e->flags = of->flags;
+	e->dev = BPF_CORE_READ(d, d_parent, d_inode, i_sb, s_dev);
+	__builtin_memset(e->known, 0, sizeof(*e) - __builtin_offsetof(struct content_event, known));
+	write_names(&e->e, d);
+	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline void end_act(struct dentry *d)
+{
+	__u64 key = bpf_get_current_pid_tgid();
+	struct acting *a = bpf_map_lookup_elem(&acting, &key);
+	struct content c;
+
+	if (!a || a->dentry != (__u64)d)
+		return;
+	c = a->c;
+	bpf_map_delete_elem(&acting, &key);
+	tell_content(policy_now(), &c, d, 0);
+}
+
+/* The last use of an open file ends. */
+SEC("fentry/__fput")
+int BPF_PROG(on_close, struct file *file)
+{
+	__u64 key = (__u64)file;
+	struct content *of, c;
+
+	if (!(file->f_mode & FMODE_WRITE) || file->f_mode & FMODE_NOACCOUNT)
+		return 0;
+	of = bpf_map_lookup_elem(&writing, &key);
+	if (!of)
+		return 0;
+	c = *of;
+	bpf_map_delete_elem(&writing, &key);
+	tell_content(policy_now(), &c, file->f_path.dentry, 1);
+	return 0;
+}
+
+SEC("fexit/notify_change")
+int BPF_PROG(on_cut, void *idmap, struct dentry *d, struct iattr *attr, void *delegated, int ret)
+{
+	if (!ret)
+		end_act(d);
+	return 0;
+}
+
+SEC("fexit/vfs_rename")
+int BPF_PROG(on_renamed, struct renamedata *rd, int ret)
+{
+	if (!ret)
+		end_act(rd->old_dentry);
+	return 0;
+}
+
+SEC("fexit/vfs_unlink")
+int BPF_PROG(on_unlinked, void *idmap, struct inode *dir, struct dentry *d, void *delegated, int ret)
+{
+	if (!ret)
+		end_act(d);
+	return 0;
+}
+
+SEC("fexit/vfs_link")
+int BPF_PROG(on_linked, struct dentry *old, void *idmap, struct inode *dir, struct dentry *d, void *delegated, int ret)
+{
+	if (!ret)
+		end_act(d);
+	return 0;
+}
+
+/* What a shared mapping writes, it may write after the file was closed. */
+SEC("lsm/mmap_file")
+int BPF_PROG(on_map_shared, struct file *file, unsigned long reqprot, unsigned long prot, unsigned long flags, int prev)
+{
+	__u64 key = ctx[0];
+	struct content *c;
+
+	flags &= MAP_TYPE;
+	if (prev || !key || (flags != MAP_SHARED && flags != MAP_SHARED_VALIDATE))
+		return prev;
+	c = bpf_map_lookup_elem(&writing, &key);
+	if (c)
+		c->flags |= CONTENT_MAPPED;
+	return 0;
+}
+
+/* A change of what the dentry names, for which those that follow ask. */
+static __always_inline int change(struct dentry *d, bool moves, __u64 why, __u32 *watch)
 {
 	struct about a = {.op = OP_WRITE, .dentry = d};
 	const struct policy *p;
 	struct under u;
+	int err;
 
 	if (!is_workload())
 		return 0;
 	p = policy_now();
 	if (!p)
 		return decide(p, DENY | RULE_NO_POLICY, &a);
-	if (!p->files)
-		return 0;
-	return decide(p, change_ref(p, d, moves, &u), &a);
+	if (p->files) {
+		err = decide(p, change_ref(p, d, moves, &u, watch), &a);
+		if (err)
+			return err;
+	}
+	changed(p, *watch, d, why);
+	return 0;
+}
+
+static __always_inline int change_only(struct dentry *d, __u64 why)
+{
+	__u32 watch = 0;
+
+	return change(d, false, why, &watch);
 }
 
 /* Gives what is called old another name. What may not be read may not leave the
@@ -340,9 +700,10 @@ static __always_inline int change(struct dentry *d, bool moves)
 static __always_inline int refer(struct dentry *old, struct dentry *d, bool moves)
 {
 	struct about a = {.op = OP_WRITE, .dentry = old};
+	__u32 watch = 0, from_watch = 0, to_watch = 0;
+	struct content c = {};
 	struct under from, to;
 	const struct policy *p;
-	__u32 watch = 0;
 	int err;
 
 	if (!is_workload())
@@ -351,37 +712,86 @@ static __always_inline int refer(struct dentry *old, struct dentry *d, bool move
 	if (!p)
 		return decide(p, DENY | RULE_NO_POLICY, &a);
 	if (!p->files)
-		return 0;
-	err = decide(p, change_ref(p, old, moves, &from), &a);
+		goto told;
+	err = decide(p, change_ref(p, old, moves, &from, &from_watch), &a);
 	if (err)
 		return err;
 	a.dentry = d;
-	err = decide(p, change_ref(p, d, moves, &to), &a);
-	if (err || !p->reads)
+	err = decide(p, change_ref(p, d, moves, &to, &to_watch), &a);
+	if (err)
 		return err;
-	if (from.set[0] == to.set[0] && from.set[1] == to.set[1] && from.set[2] == to.set[2])
+	if (p->reads && (from.set[0] != to.set[0] || from.set[1] != to.set[1] || from.set[2] != to.set[2])) {
+		a.op = OP_READ;
+		a.dentry = old;
+		err = decide(p, ref_under(p, &from, WANT_READ, &watch), &a);
+		if (err)
+			return err;
+	}
+told:
+	changed(p, from_watch, old, moves ? CHANGED_RENAMED : CHANGED_LINKED);
+	if (moves || to_watch)
+		changed(p, to_watch, d, moves ? CHANGED_NAMED : CHANGED_CREATED);
+	if (!to_watch)
 		return 0;
-	a.op = OP_READ;
-	a.dentry = old;
-	return decide(p, ref_under(p, &from, WANT_READ, &watch), &a);
+	if ((BPF_CORE_READ(old, d_inode, i_mode) & S_IFMT) != S_IFREG)
+		return 0;
+	c.ref = to_watch;
+	know_content(old->d_inode, &c);
+	c.image = 0;
+	c.flags = CONTENT_NEW;
+	if (moves && !absent(&d->d_inode)) {
+		struct object o = {};
+
+		c.flags = 0;
+		if (origin_of(d->d_inode, &o) == FROM_IMAGE)
+			c.image = o.ino;
+	}
+	begin_act(moves ? old : d, &c);
+	return 0;
+}
+
+/* What is left of a watched file that is removed is what was known of it. */
+static __always_inline int removal(struct dentry *d)
+{
+	struct content c = {.flags = CONTENT_GONE};
+	int err = change(d, true, CHANGED_REMOVED, &c.ref);
+
+	if (err || !c.ref || (BPF_CORE_READ(d, d_inode, i_mode) & S_IFMT) != S_IFREG)
+		return err;
+	know_content(d->d_inode, &c);
+	begin_act(d, &c);
+	return 0;
+}
+
+static __always_inline int set_attributes(struct dentry *d, struct iattr *attr)
+{
+	bool cuts = attr->ia_valid & ATTR_SIZE;
+	struct content c = {};
+	int err = change(d, false, cuts ? CHANGED_CUT : CHANGED_ATTRIBUTES, &c.ref);
+
+	if (err || !c.ref || !cuts)
+		return err;
+	know_content(d->d_inode, &c);
+	begin_act(d, &c);
+	return 0;
 }
 
 SEC("lsm/inode_create")
 int BPF_PROG(on_create, struct inode *dir, struct dentry *d, unsigned short mode, int prev)
 {
-	return prev ? prev : change(d, false);
+	return prev ? prev : change_only(d, CHANGED_CREATED);
 }
 
 SEC("lsm/inode_mkdir")
 int BPF_PROG(on_mkdir, struct inode *dir, struct dentry *d, unsigned short mode, int prev)
 {
-	return prev ? prev : change(d, false);
+	return prev ? prev : change_only(d, CHANGED_CREATED);
 }
 
 SEC("lsm/inode_symlink")
 int BPF_PROG(on_symlink, struct inode *dir, struct dentry *d, const char *to, int prev)
 {
-	return prev ? prev : change(d, false);
+	return prev ? prev : change_only(d, CHANGED_CREATED);
 }
 
 SEC("lsm/inode_link")
@@ -407,13 +817,13 @@ int BPF_PROG(on_unlink, struct inode *dir, struct dentry *d, int prev)
 {
 	if (!prev)
 		prev = unpin(d);
-	return prev ? prev : change(d, true);
+	return prev ? prev : removal(d);
 }
 
 SEC("lsm/inode_rmdir")
 int BPF_PROG(on_rmdir, struct inode *dir, struct dentry *d, int prev)
 {
-	return prev ? prev : change(d, true);
+	return prev ? prev : removal(d);
 }
 
 SEC("lsm/inode_rename")
@@ -430,13 +840,13 @@ int BPF_PROG(on_rename, struct inode *old_dir, struct dentry *old, struct inode 
 SEC("lsm/inode_setattr")
 int BPF_PROG(on_setattr___2, struct dentry *d, struct iattr *attr, int prev)
 {
-	return prev ? prev : change(d, false);
+	return prev ? prev : set_attributes(d, attr);
 }
 
 SEC("lsm/inode_setattr")
 int BPF_PROG(on_setattr___3, struct mnt_idmap *idmap, struct dentry *d, struct iattr *attr, int prev)
 {
-	return prev ? prev : change(d, false);
+	return prev ? prev : set_attributes(d, attr);
 }
 
 /* What lets the kernel go on to its own check of capabilities. Before it asked
@@ -452,7 +862,7 @@ static __always_inline int go_on(void)
 SEC("lsm/inode_setxattr")
 int BPF_PROG(on_setxattr, struct user_namespace *ns, struct dentry *d, const char *name, const void *value, __u64 size, int flags, int prev)
 {
-	int err = prev < 0 ? prev : change(d, false);
+	int err = prev < 0 ? prev : change_only(d, CHANGED_XATTR);
 
 	return err ? err : go_on();
 }
@@ -460,7 +870,7 @@ int BPF_PROG(on_setxattr, struct user_namespace *ns, struct dentry *d, const cha
 SEC("lsm/inode_removexattr")
 int BPF_PROG(on_removexattr, struct user_namespace *ns, struct dentry *d, const char *name, int prev)
 {
-	int err = prev < 0 ? prev : change(d, false);
+	int err = prev < 0 ? prev : change_only(d, CHANGED_XATTR);
 
 	return err ? err : go_on();
 }
@@ -475,7 +885,7 @@ static __always_inline int set_flags(struct file *file, unsigned int cmd)
 	case FS_IOC_SETVERSION:
 	case FS_IOC_ENABLE_VERITY:
 	case FS_IOC_SET_ENCRYPTION_POLICY:
-		return change(file->f_path.dentry, false);
+		return change_only(file->f_path.dentry, CHANGED_FLAGS);
 	}
 	return 0;
 }
@@ -498,7 +908,7 @@ int BPF_PROG(on_mknod, struct inode *dir, struct dentry *d, unsigned short mode,
 	/* Character device 0:0 is a whiteout: the overlay makes them itself. */
 	if (type == S_IFBLK || (type == S_IFCHR && dev))
 		err = decide(policy_now(), ref_of(policy_now(), ON_MKNOD), &a);
-	return err ? err : change(d, false);
+	return err ? err : change_only(d, CHANGED_CREATED);
 }
 
 static __always_inline bool is_usual(__u32 type, __u32 rdev)
@@ -607,6 +1017,23 @@ static __always_inline void show(struct file *file)
 	s->times++;
 }
 
+static __always_inline void opened_to_write(const struct policy *p, struct file *file, __u32 watch)
+{
+	struct content c = {};
+
+	if (!(file->f_mode & FMODE_WRITE)) {
+		/* It is about to be cut, which is told where it is done. */
+		if (watch)
+			know_content(file->f_inode, &c);
+		return;
+	}
+	/* That it was created is told already. */
+	if (!(file->f_mode & FMODE_CREATED))
+		changed(p, watch, file->f_path.dentry, CHANGED_OPENED);
+	if (watch)
+		begin_writing(file, watch);
+}
+
 SEC("lsm/file_open")
 int BPF_PROG(on_open, struct file *file, int prev)
 {
@@ -614,7 +1041,7 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	struct path *path = &file->f_path;
 	const struct policy *p;
 	struct inode *inode;
-	__u32 type, want = 0, label;
+	__u32 type, want = 0, watch = 0, label;
 	int err;
 
 	/* NOACCOUNT is the overlay opening the file below one already checked. */
@@ -642,7 +1069,8 @@ int BPF_PROG(on_open, struct file *file, int prev)
 		err = check_write(p, file);
 		if (err)
 			return err;
-	}
+	} else if (file->f_flags & O_TRUNC)
+		want = WANT_WRITE;
 	a.op = want ? OP_WRITE : OP_READ;
 	if (!p)
 		return decide_at(p, DENY | RULE_NO_POLICY, &a, path);
@@ -653,9 +1081,14 @@ int BPF_PROG(on_open, struct file *file, int prev)
 	}
 	if (file->f_mode & FMODE_READ && p->reads)
 		want |= WANT_READ;
-	if (!p->files || !want)
-		return 0;
-	return decide_at(p, file_ref(p, file->f_path.dentry, want), &a, path);
+	if (p->files && want) {
+		err = decide_at(p, file_ref(p, file->f_path.dentry, want, &watch), &a, path);
+		if (err)
+			return err;
+	}
+	if (want & WANT_WRITE && type == S_IFREG && (watch || inode->i_sb->s_magic != PROC_SUPER_MAGIC))
+		opened_to_write(p, file, watch);
+	return 0;
 }
 
 static __always_inline bool is_directory(struct dentry *d)

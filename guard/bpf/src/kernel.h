@@ -58,10 +58,19 @@ struct path {
 	struct dentry *dentry;
 };
 
+struct iattr {
+	unsigned int ia_valid;
+};
+
+struct renamedata {
+	struct dentry *old_dentry;
+};
+
 struct file {
 	struct path f_path;
 	struct inode *f_inode;
 	unsigned int f_mode;
+	unsigned int f_flags;
 	void *private_data;
 };
 
@@ -231,7 +240,6 @@ struct perf_event_attr;
 struct user_namespace;
 struct mnt_idmap;
 struct super_block;
-struct iattr;
 struct kernel_siginfo;
 struct rlimit;
 struct bpf_map;
@@ -256,12 +264,18 @@ union bpf_attr;
 
 #define FMODE_READ 0x1
 #define FMODE_WRITE 0x2
+#define FMODE_CREATED 0x100000
 #define FMODE_NOACCOUNT 0x20000000
+
+#define O_TRUNC 01000
+#define ATTR_SIZE 0x8
 
 #define PROT_READ 0x1
 #define PROT_WRITE 0x2
 #define PROT_EXEC 0x4
 #define MAP_TYPE 0x0f
+#define MAP_SHARED 0x01
+#define MAP_SHARED_VALIDATE 0x03
 #define MAP_PRIVATE 0x02
 #define VM_WRITE 0x2
 #define READ_IMPLIES_EXEC 0x0400000

@@ -373,13 +373,33 @@ int BPF_PROG(on_traceme, struct task_struct *parent, int prev)
 	return decide(p, ref, &a);
 }
 
+/* Mounts that were allowed are recorded. */
+static __always_inline void mounted(struct dentry *d)
+{
+	struct event *e = is_workload() ? begin_audit(policy_now(), OP_MOUNTED, sizeof(*e)) : NULL;
+
+	if (!e)
+		return;
+	if (d)
+		write_names(e, d);
+	else
+		e->why = 1;
+	bpf_ringbuf_submit(e, 0);
+}
+
 /* A mount over a protected path, or over a directory on the way to it, would
    hide it. */
 static __always_inline int mount_on(struct dentry *d)
 {
 	int err = operation(ON_MOUNT, OP_MOUNT, d);
+	__u32 watch = 0;
 
-	return err ? err : change(d, true);
+	if (err)
+		return err;
+	err = change(d, true, CHANGED_COVERED, &watch);
+	if (!err)
+		mounted(d);
+	return err;
 }
 
 SEC("lsm/sb_mount")
@@ -438,7 +458,11 @@ int BPF_PROG(on_new_mount, struct super_block *sb, int prev)
 SEC("lsm/sb_umount")
 int BPF_PROG(on_umount, struct vfsmount *mount, int flags, int prev)
 {
-	return prev ? prev : operation(ON_MOUNT, OP_MOUNT, NULL);
+	int err = prev ? prev : operation(ON_MOUNT, OP_MOUNT, NULL);
+
+	if (!err)
+		mounted(NULL);
+	return err;
 }
 
 SEC("lsm/sb_remount")

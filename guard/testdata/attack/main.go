@@ -24,7 +24,7 @@ func void(err error) error {
 // all gives every attack by its name.
 func all() map[string]func([]string) error {
 	attacks := map[string]func([]string) error{"named": named, "thread": inThread}
-	for _, more := range []map[string]func([]string) error{execAttacks, memoryAttacks, fileAttacks, netAttacks, relayAttacks, systemAttacks, callAttacks, peerAttacks, clearAttacks} {
+	for _, more := range []map[string]func([]string) error{execAttacks, memoryAttacks, fileAttacks, netAttacks, relayAttacks, systemAttacks, callAttacks, peerAttacks, clearAttacks, wayAttacks} {
 		for name, f := range more {
 			attacks[name] = f
 		}

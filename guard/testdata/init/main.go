@@ -309,6 +309,11 @@ func step(g *guard.Guard, words []string) error {
 		fmt.Println("MEMORY", strings.Fields(after)[0])
 	case "file": // of the container, or of the guest with an absolute name
 		return makeFile(words[1])
+	case "link":
+		if err := os.MkdirAll(filepath.Dir(root+words[2]), 0o755); err != nil {
+			return err
+		}
+		return os.Link(root+words[1], root+words[2])
 	case "setting":
 		return os.WriteFile(words[1], []byte(strings.Join(words[2:], " ")), 0o644)
 	default:
