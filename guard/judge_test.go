@@ -33,9 +33,11 @@ func judgeForTest(t testing.TB, generation uint64, policies ...spec.GuardPolicy)
 // verdict and its rule are those that the kernel gave.
 func holdJudge(t *testing.T, s scenario, mode string, c *Compiled, o outcome) {
 	t.Helper()
-	p := s.policy
-	p.Mode = mode
-	j := judgeForTest(t, c.Generation, p)
+	policies := append([]spec.GuardPolicy{s.policy}, s.also...)
+	for i := range policies {
+		policies[i].Mode = mode
+	}
+	j := judgeForTest(t, c.Generation, policies...)
 	var events []Event
 	for name, list := range o.events {
 		for _, e := range list {
