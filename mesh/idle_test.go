@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"bufio"
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -78,7 +79,7 @@ func TestIdleServer(t *testing.T) {
 	}
 
 	// A client that reuses connections sees no fault of either kind.
-	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{Dial: web.dial}}
+	client := &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DialContext: func(_ context.Context, network, address string) (net.Conn, error) { return web.dial(network, address) }}}
 	defer client.CloseIdleConnections()
 	for range 5 {
 		resp, err := client.Get("http://" + w.service("waits").Address.String() + ":8080/")
