@@ -181,13 +181,15 @@ func (j *Judge) Judge(e Event) Judgement {
 			return Judgement{}
 		}
 		return lacks("the mounts that the two names are in")
-	case OpWrite:
+	case OpWrite, OpChanged:
 		return j.file(e, wantWrite)
+	case OpContent, OpPolicy, OpUnheld:
+		return Judgement{} // told of, and nothing that anybody does
 	case OpRead:
 		return j.file(e, wantRead)
 	case OpMknod:
 		return fixed(onMknod)
-	case OpMount:
+	case OpMount, OpMounted:
 		return fixed(onMount)
 	case OpIOUring:
 		return fixed(onIOUring)

@@ -14,14 +14,15 @@ func (j *Judge) file(e Event, want uint8) Judgement {
 	if e.Truncated || strings.HasPrefix(e.Path, "...") || strings.ContainsRune(e.Path, '\uFFFD') {
 		return lacks("the whole path of the file")
 	}
-	ref := reference(0)
+	var ref, lifted reference
 	for _, g := range j.groups(e.Path) {
-		r, known := j.group(g, e.Exe, want)
+		all, some, known := j.group(g, e.Exe, want)
 		if !known {
 			return lacks("the program that did it, and a rule lets only some")
 		}
-		ref = j.strongerFile(ref, r)
+		ref, lifted = j.strongerFile(ref, all), j.strongerFile(lifted, some)
 	}
+	ref = j.strongerFile(ref, lifted)
 	if ref == 0 && want == wantWrite {
 		if a := j.anchor(e.Path); a != 0 && !j.mounted {
 			return lacks("whether it was moved or mounted on, and a protected path leads through it")
@@ -67,15 +68,15 @@ func (j *Judge) groups(path string) (out [][]fileRule) {
 }
 
 // group is what the rules of one path of one policy say to a program, as
-// setBytes of guest/guard/files.go lays it out.
-func (j *Judge) group(rules []fileRule, exe string, want uint8) (ref reference, known bool) {
-	var base, all, mine uint8
+// setBytes of guest/guard/files.go lays it out: the rule that holds for everybody,
+// and the one that is lifted for some, of whom the program is none.
+func (j *Judge) group(rules []fileRule, exe string, want uint8) (everybody, others reference, known bool) {
+	var base, all, some, mine uint8
 	var exceptions reference
-	listed := false
 	for _, r := range rules {
 		if r.allow == 0 {
 			if r.base&want != 0 {
-				ref = j.strongerFile(ref, r.ref)
+				everybody = j.strongerFile(everybody, r.ref)
 			}
 			continue
 		}
@@ -89,18 +90,21 @@ func (j *Judge) group(rules []fileRule, exe string, want uint8) (ref reference, 
 			all |= r.allow
 			continue
 		}
-		listed = true
+		some |= r.allow
 		if j.trusts(r.list, exe) {
 			mine |= r.allow
 		}
 	}
-	if listed && (exe == "" || strings.HasPrefix(exe, "...")) && base&^all&want != 0 {
-		return 0, false
+	switch base &^= all; {
+	case base&want == 0:
+	case some&want == 0:
+		everybody = j.strongerFile(everybody, exceptions)
+	case exe == "" || strings.HasPrefix(exe, "..."):
+		return 0, 0, false
+	case mine&want == 0:
+		others = exceptions
 	}
-	if base&^all&^mine&want != 0 {
-		ref = j.strongerFile(ref, exceptions)
-	}
-	return ref, true
+	return everybody, others, true
 }
 
 func (j *Judge) trusts(list uint16, exe string) bool {
@@ -126,6 +130,11 @@ func (j *Judge) anchor(path string) reference {
 // is changed on a mount of its own only the path from there is told.
 func (j *Judge) elsewhere(path string) bool {
 	return slices.ContainsFunc(j.c.files, func(r fileRule) bool {
-		return r.path != path && (strings.Contains(r.path, path+"/") || strings.HasSuffix(r.path, path))
+		for i := 1; i < len(r.path); i++ {
+			if tail := r.path[i:]; r.path[i] == '/' && (below(path, tail) || below(tail, path)) {
+				return true
+			}
+		}
+		return false
 	})
 }
