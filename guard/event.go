@@ -436,6 +436,9 @@ func (e Event) what() string {
 // contentMapped says that a shared mapping outlives what was closed.
 const contentMapped = 2
 
+// openedToWrite is one of the following.
+const openedToWrite = 2
+
 // What was done to a file, as in bpf/src/file.h.
 var changedWhat = map[uint8]string{
 	1: "created %q", 2: "opened %q to write to it", 3: "cut %q", 4: "removed %q", 5: "renamed %q", 6: "gave a file the name %q",

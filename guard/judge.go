@@ -182,6 +182,9 @@ func (j *Judge) Judge(e Event) Judgement {
 		}
 		return lacks("the mounts that the two names are in")
 	case OpWrite, OpChanged:
+		if e.Op == OpChanged && e.Path == "/" && e.Why == openedToWrite {
+			return Judgement{} // no directory is opened to be written: the file has no name
+		}
 		return j.file(e, wantWrite)
 	case OpContent, OpPolicy, OpUnheld:
 		return Judgement{} // told of, and nothing that anybody does
