@@ -10,13 +10,13 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
 	"runtime"
 	"syscall"
 
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/node/share"
 )
 
@@ -135,7 +135,7 @@ func serve(ctx context.Context, s settings, stdout io.Writer) (err error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	ln, err := listen(filepath.Join(s.dir, "sock"))
+	ln, err := unixsock.Listen(filepath.Join(s.dir, "sock"))
 	if err != nil {
 		return err
 	}
@@ -148,23 +148,4 @@ func serve(ctx context.Context, s settings, stdout io.Writer) (err error) {
 		return err
 	}
 	return l.Run(ctx, ln)
-}
-
-// listen opens the socket. One that nobody listens on any more is replaced.
-func listen(path string) (*net.UnixListener, error) {
-	if c, err := net.Dial("unixpacket", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("listen on %s: another loader is there", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		os.Remove(path)
-	}
-	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		ln.Close()
-		return nil, err
-	}
-	return ln, nil
 }

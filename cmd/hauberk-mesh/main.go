@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -19,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"hauberk.dev/internal/overdue"
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/mesh"
 )
 
@@ -49,7 +49,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err := closeOff(); err != nil {
 		return err
 	}
-	ln, err := listen(*path)
+	ln, err := unixsock.Listen(*path)
 	if err != nil {
 		return err
 	}
@@ -83,24 +83,4 @@ func closeOff() error {
 		return fmt.Errorf("turn core dumps off: %w", err)
 	}
 	return nil
-}
-
-// listen opens the link's socket. A socket nobody listens on any more is
-// replaced.
-func listen(path string) (*net.UnixListener, error) {
-	if c, err := net.Dial("unixpacket", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("listen on %s: another hauberk-mesh is there", path)
-	} else if errors.Is(err, unix.ECONNREFUSED) {
-		os.Remove(path)
-	}
-	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		ln.Close()
-		return nil, err
-	}
-	return ln, nil
 }

@@ -19,6 +19,7 @@ import (
 	"hauberk.dev/guard"
 	"hauberk.dev/guard/trail"
 	loader "hauberk.dev/guest/guard"
+	"hauberk.dev/internal/unixsock"
 )
 
 // Options of a Loader.
@@ -196,7 +197,7 @@ func (l *Loader) serve(ctx context.Context, conn *net.UnixConn) {
 }
 
 func (l *Loader) hear(ctx context.Context, conn *net.UnixConn) (Answer, error) {
-	if err := onlyRoot(conn); err != nil {
+	if err := unixsock.OnlyRoot(conn); err != nil {
 		return Answer{}, err
 	}
 	r, files, err := heard(conn)
@@ -215,27 +216,6 @@ func (l *Loader) hear(ctx context.Context, conn *net.UnixConn) (Answer, error) {
 	case <-ctx.Done():
 		return Answer{}, errors.New("the loader is ending")
 	}
-}
-
-// onlyRoot checks who asks: the mode of the socket says the same, but a mode is
-// changed more easily than this.
-func onlyRoot(conn *net.UnixConn) error {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var who *unix.Ucred
-	var asked error
-	if err := raw.Control(func(fd uintptr) { who, asked = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
-	}
-	if asked != nil {
-		return fmt.Errorf("ask who asks: %w", asked)
-	}
-	if who.Uid != 0 {
-		return fmt.Errorf("user %d asks, and only root may", who.Uid)
-	}
-	return nil
 }
 
 func (l *Loader) answer(r request, files []*os.File) Answer {

@@ -22,6 +22,7 @@ import (
 
 	"hauberk.dev/internal/atomicfile"
 	"hauberk.dev/internal/flock"
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/boot"
 	"hauberk.dev/vm/pool"
@@ -233,7 +234,7 @@ func (k *keeper) count(n int) {
 
 // serve answers one request.
 func (k *keeper) serve(ctx context.Context, conn *net.UnixConn) error {
-	if err := onlyRoot(conn); err != nil {
+	if err := unixsock.OnlyRoot(conn); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, workTime)
@@ -408,27 +409,6 @@ func dup(f *os.File) (*os.File, error) {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), f.Name()), nil
-}
-
-// onlyRoot checks who has connected: the mode of the socket says the same, but a
-// mode is changed more easily than this.
-func onlyRoot(conn *net.UnixConn) error {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var who *unix.Ucred
-	var asked error
-	if err := raw.Control(func(fd uintptr) { who, asked = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
-	}
-	if asked != nil {
-		return fmt.Errorf("ask who asks: %w", asked)
-	}
-	if who.Uid != 0 {
-		return fmt.Errorf("give machine: user %d asks, and only root may", who.Uid)
-	}
-	return nil
 }
 
 func end(m *vm.Machine) error {

@@ -1,0 +1,56 @@
+// Package unixsock opens Unix sockets between programs of one machine, and says who
+// is at the other end.
+//
+// What is said on them is for those who talk.
+package unixsock
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Listen opens the socket at path, of whole messages (SOCK_SEQPACKET), for its owner
+// alone. One that nobody listens on
+// any more is replaced; one that somebody does is an error.
+func Listen(path string) (*net.UnixListener, error) {
+	if c, err := net.Dial("unixpacket", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("listen on %s: another program is there", path)
+	} else if errors.Is(err, unix.ECONNREFUSED) {
+		os.Remove(path)
+	}
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		ln.Close()
+		return nil, err
+	}
+	return ln, nil
+}
+
+// OnlyRoot fails if who has connected is not root: the mode of the socket says the
+// same, but a mode is changed more easily than this.
+func OnlyRoot(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var who *unix.Ucred
+	var asked error
+	if err := raw.Control(func(fd uintptr) { who, asked = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return err
+	}
+	if asked != nil {
+		return fmt.Errorf("ask who asks: %w", asked)
+	}
+	if who.Uid != 0 {
+		return fmt.Errorf("user %d asks, and only root may", who.Uid)
+	}
+	return nil
+}
