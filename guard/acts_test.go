@@ -82,7 +82,7 @@ screen -dmS s sh -c 'echo in >from; sleep 60'; await test -s from; screen -S s -
 printf 'a\nhello\n.\nw f\nq\n' | ed -s; grep -q hello f
 vim.tiny -es -c '%s/hello/goodbye/' -c wq f; grep -q goodbye f`},
 	{name: "cron", policy: "batch", run: `
-mkdir -p /var/spool/cron/crontabs; echo '* * * * * echo ran >>/work/cron/out' | crontab -; crontab -l | grep -q ran
+mkdir -p /var/spool/cron/crontabs; echo '* * * * * echo ran >>/acts/cron/out' | crontab -; crontab -l | grep -q ran
 cron -f & await test -s out; kill $!`},
 }
 
@@ -344,11 +344,11 @@ var packageActs = []act{
 	{name: "dpkg", policy: "baseline", run: fakePackage + `
 dpkg-deb -Zgzip --build p fake.deb >/dev/null; dpkg -i fake.deb; [ -s /usr/share/fake/data ]; dpkg -s fake | grep -q installed; dpkg -P fake; [ ! -e /usr/share/fake ]`},
 	{name: "dpkg with a script", policy: "dev", run: fakePackage + `
-printf '#!/bin/sh\necho configured >/work/configured\n' >p/DEBIAN/postinst; chmod 755 p/DEBIAN/postinst
-dpkg-deb -Zgzip --build p fake.deb >/dev/null; dpkg -i fake.deb; [ -s /work/configured ]; dpkg -P fake`},
+printf '#!/bin/sh\necho configured >/acts/configured\n' >p/DEBIAN/postinst; chmod 755 p/DEBIAN/postinst
+dpkg-deb -Zgzip --build p fake.deb >/dev/null; dpkg -i fake.deb; [ -s /acts/configured ]; dpkg -P fake`},
 	{name: "apt", policy: "baseline", run: fakePackage + `
 mkdir r; dpkg-deb -Zgzip --build p r/fake_1_all.deb >/dev/null; (cd r; apt-ftparchive packages . >Packages; apt-ftparchive release . >Release)
-chmod -R a+rX /work; echo "deb [trusted=yes] file:$PWD/r ./" >list
+chmod -R a+rX /acts; echo "deb [trusted=yes] file:$PWD/r ./" >list
 A="apt-get -q -y -o Dir::Etc::sourcelist=$PWD/list -o Dir::Etc::sourceparts=-"; $A update; $A install fake; [ -s /usr/share/fake/data ]; apt-cache policy fake | grep -q Installed; $A remove fake`},
 	{name: "pip", policy: "baseline", run: `
 mkdir -p pkg pkg-1.dist-info; echo 'def f(): return 42' >pkg/__init__.py; printf 'Metadata-Version: 2.1\nName: pkg\nVersion: 1\n' >pkg-1.dist-info/METADATA

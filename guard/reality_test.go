@@ -194,7 +194,7 @@ func (s *sandbox) act(t *testing.T, ctx context.Context, a act, guarded bool) (g
 	p, err := s.c.Create(ctx, guestproto.Create{
 		Hostname: "box", Files: []guestproto.File{{Path: "/etc/hosts", Mode: 0o644, Data: []byte("127.0.0.1 localhost box\n")}},
 		Program: guestproto.Program{
-			Args: []string{"/bin/sh", "-euc", scripted + a.run}, Cwd: "/work/" + strings.ReplaceAll(a.name, " ", "-"), NewPrivileges: true,
+			Args: []string{"/bin/sh", "-euc", scripted + a.run}, Cwd: "/acts/" + strings.ReplaceAll(a.name, " ", "-"), NewPrivileges: true,
 			Env:    []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LC_ALL=C.UTF-8", "TERM=xterm"},
 			Rights: guestproto.Rights{Given: true, Bounding: realRights, Effective: realRights, Permitted: realRights},
 		},
