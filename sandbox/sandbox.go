@@ -30,6 +30,7 @@ import (
 	"strings"
 	"time"
 
+	"hauberk.dev/internal/atomicfile"
 	"hauberk.dev/internal/flock"
 	"hauberk.dev/shim/client"
 )
@@ -113,7 +114,7 @@ func Open(c Config) (*Host, error) {
 			return nil, fmt.Errorf("open sandboxes: %w", err)
 		}
 	}
-	return h, nil
+	return h, atomicfile.Sweep(h.refs())
 }
 
 // Directories of a host.

@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
+	"syscall"
 )
 
 // Write replaces the file at path with data under the given mode, whatever the
@@ -24,14 +26,13 @@ func Write(path string, data []byte, mode fs.FileMode) error {
 // WriteFrom is Write for content too large to hold: fill writes it.
 func WriteFrom(path string, mode fs.FileMode, fill func(io.Writer) error) (err error) {
 	dir := filepath.Dir(path)
-	// The leading dot keeps leftovers of a killed writer out of globs.
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*")
+	f, err := create(dir, filepath.Base(path))
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	defer func() {
+		f.Close()
 		if err != nil {
-			f.Close()
 			os.Remove(f.Name())
 			err = fmt.Errorf("write %s: %w", path, err)
 		}
@@ -45,13 +46,71 @@ func WriteFrom(path string, mode fs.FileMode, fill func(io.Writer) error) (err e
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if err := f.Close(); err != nil {
-		return err
-	}
 	if err := os.Rename(f.Name(), path); err != nil {
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// create makes the file that is to replace name. The leading dot keeps what a
+// killed writer left out of globs, the lock what is being written from Sweep.
+func create(dir, name string) (*os.File, error) {
+	for {
+		f, err := os.CreateTemp(dir, "."+name+".*")
+		if err != nil {
+			return nil, err
+		}
+		var at syscall.Stat_t
+		err = errors.Join(syscall.Flock(int(f.Fd()), syscall.LOCK_EX), syscall.Fstat(int(f.Fd()), &at))
+		if err == nil && at.Nlink > 0 {
+			return f, nil
+		}
+		f.Close()
+		if err != nil {
+			os.Remove(f.Name())
+			return nil, err
+		} // else a sweep came between
+	}
+}
+
+// Sweep removes from a directory what killed writers left there, and nothing
+// that somebody writes.
+func Sweep(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("sweep %s: %w", dir, err)
+	}
+	for _, e := range entries {
+		if leftover.MatchString(e.Name()) && e.Type().IsRegular() {
+			if err := sweep(filepath.Join(dir, e.Name())); err != nil {
+				return fmt.Errorf("sweep %s: %w", dir, err)
+			}
+		}
+	}
+	return nil
+}
+
+// leftover is what os.CreateTemp makes of the pattern in create.
+var leftover = regexp.MustCompile(`^\..+\.[0-9]+$`)
+
+func sweep(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|syscall.O_NOFOLLOW, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // SyncDir makes the names in a directory as durable as the files behind them.

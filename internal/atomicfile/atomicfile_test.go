@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -51,6 +52,65 @@ func TestFailureLeavesTheOldFile(t *testing.T) {
 		t.Errorf("content is %q, %v", got, err)
 	}
 	onlyFile(t, path)
+}
+
+func TestSweep(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.json")
+	for _, name := range []string{"a.json", ".a.json.8723", ".hidden", "b.12"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o400); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := atomicfile.WriteFrom(path, 0o600, func(w io.Writer) error {
+		if err := atomicfile.Sweep(dir); err != nil {
+			return err
+		}
+		_, err := w.Write([]byte("kept"))
+		return err
+	})
+	if got, readErr := os.ReadFile(path); err != nil || readErr != nil || string(got) != "kept" {
+		t.Errorf("swept while it was written: %q, %v, %v", got, err, readErr)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 3 || left[0].Name() != ".hidden" || left[1].Name() != "a.json" || left[2].Name() != "b.12" {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// TestSweepsAtOnce has writers and sweeps in each other's way.
+func TestSweepsAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	var writers sync.WaitGroup
+	for range 4 {
+		writers.Go(func() {
+			for range 50 {
+				if err := atomicfile.Write(filepath.Join(dir, "a"), []byte("x"), 0o600); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	stop := make(chan struct{})
+	var sweeps sync.WaitGroup
+	for range 2 {
+		sweeps.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := atomicfile.Sweep(dir); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	writers.Wait()
+	close(stop)
+	sweeps.Wait()
+	onlyFile(t, filepath.Join(dir, "a"))
 }
 
 func TestWriteOverADirectory(t *testing.T) {
