@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard critest critest-sandbox critest-debian critest-runc soak guard-attacks clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard critest critest-sandbox critest-debian critest-runc soak guard-attacks mesh-interop clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ soak: ## 500 containers, processes killed at random, then count what is left (ro
 guard-attacks: ## the Guard's corpus of attacks, three ways on two kernels (root)
 	scripts/setup test
 	go run ./test/attacks
+
+mesh-interop: ## the mesh against programs and suites of others
+	cd test/interop/h2spec && go run .
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

@@ -1,0 +1,412 @@
+package http2
+
+import (
+	"bytes"
+	"encoding/binary"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/net/http2/hpack"
+)
+
+// rough is a client that sends whatever it is told.
+type rough struct {
+	t     testing.TB
+	c     net.Conn
+	block bytes.Buffer
+	hpack *hpack.Encoder
+	dec   *hpack.Decoder
+	// statuses of responses, by stream
+	status map[uint32]string
+}
+
+func newRough(t testing.TB, address string) *rough {
+	t.Helper()
+	c, err := net.Dial("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(time.Minute))
+	r := &rough{t: t, c: c, dec: hpack.NewDecoder(tableSize, nil), status: map[uint32]string{}}
+	r.hpack = hpack.NewEncoder(&r.block)
+	r.raw([]byte(preface))
+	r.raw(appendFrame(nil, frameSettings, 0, 0, nil))
+	return r
+}
+
+// raw sends bytes. The other end may have given up already.
+func (r *rough) raw(b []byte) error {
+	_, err := r.c.Write(b)
+	return err
+}
+
+var plainHead = []string{":method", "GET", ":scheme", "http", ":path", "/", ":authority", "a"}
+
+func with(fields []string, more ...string) []string {
+	return append(append([]string{}, fields...), more...)
+}
+
+// encode makes a header block of names and values.
+func (r *rough) encode(fields ...string) []byte {
+	r.block.Reset()
+	for i := 0; i < len(fields); i += 2 {
+		r.hpack.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	return bytes.Clone(r.block.Bytes())
+}
+
+func (r *rough) headers(stream uint32, end bool, fields ...string) error {
+	flags := byte(flagEndHeaders)
+	if end {
+		flags |= flagEndStream
+	}
+	return r.raw(appendFrame(nil, frameHeaders, flags, stream, r.encode(fields...)))
+}
+
+// next reads a frame.
+func (r *rough) next() (f frameHeader, p []byte, err error) {
+	var b [headerLen]byte
+	if _, err := io.ReadFull(r.c, b[:]); err != nil {
+		return f, nil, err
+	}
+	f = parseHeader(b[:])
+	p = make([]byte, f.length)
+	if _, err = io.ReadFull(r.c, p); err != nil {
+		return f, p, err
+	}
+	if f.kind == frameHeaders {
+		fields, err := r.dec.DecodeFull(p)
+		if err != nil {
+			r.t.Errorf("the proxy sent a block that cannot be read: %v", err)
+		}
+		for _, f2 := range fields {
+			if f2.Name == ":status" {
+				r.status[f.stream] = f2.Value
+			}
+		}
+	}
+	return f, p, nil
+}
+
+// ended reads to GOAWAY and returns its code, or CodeNone if there is none.
+func (r *rough) ended() Code {
+	r.t.Helper()
+	for {
+		f, p, err := r.next()
+		if err != nil {
+			if ne, ok := err.(net.Error); ok && ne.Timeout() {
+				r.t.Fatal("the connection goes on")
+			}
+			return CodeNone
+		}
+		if f.kind == frameGoAway {
+			return Code(binary.BigEndian.Uint32(p[4:]))
+		}
+	}
+}
+
+// reset reads to the RST_STREAM of a stream, or the end of its response.
+func (r *rough) reset(stream uint32) (code Code, status string) {
+	r.t.Helper()
+	for {
+		f, p, err := r.next()
+		switch {
+		case err != nil:
+			r.t.Fatalf("waiting for the end of stream %d: %v", stream, err)
+		case f.kind == frameReset && f.stream == stream:
+			return Code(binary.BigEndian.Uint32(p)), r.status[stream]
+		case f.kind == frameGoAway:
+			r.t.Fatalf("GOAWAY with code %d", binary.BigEndian.Uint32(p[4:]))
+		case f.stream == stream && (f.kind == frameHeaders || f.kind == frameData) && f.has(flagEndStream):
+			return CodeNone, r.status[stream]
+		}
+	}
+}
+
+func quietServer(t testing.TB) string {
+	return serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
+		io.Copy(io.Discard, r.Body)
+		io.WriteString(w, "fine")
+	})
+}
+
+// TestMalformedStreams ends the stream that is malformed, and no other; the
+// server sees none of it.
+func TestMalformedStreams(t *testing.T) {
+	saw := make(chan string, 100)
+	r := newRelay(t, serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
+		saw <- r.URL.Path
+		io.Copy(io.Discard, r.Body)
+	}))
+	c := newRough(t, r.address())
+	id := uint32(1)
+	for name, fields := range map[string][]string{
+		"upper case":            with(plainHead, "X-A", "b"),
+		"empty name":            with(plainHead, "", "b"),
+		"colon in name":         with(plainHead, "a:b", "b"),
+		"space in name":         with(plainHead, "a b", "b"),
+		"line feed in value":    with(plainHead, "a", "b\r\nc: d"),
+		"nul in value":          with(plainHead, "a", "b\x00"),
+		"space around value":    with(plainHead, "a", " b"),
+		"late pseudo":           {":method", "GET", ":scheme", "http", "a", "b", ":path", "/"},
+		"pseudo twice":          with(plainHead, ":path", "/b"),
+		"unknown pseudo":        with(plainHead, ":x", "y"),
+		"status":                with(plainHead, ":status", "200"),
+		"extended CONNECT":      {":method", "CONNECT", ":protocol", "websocket", ":scheme", "http", ":path", "/", ":authority", "a"},
+		"CONNECT with path":     {":method", "CONNECT", ":path", "/", ":authority", "a"},
+		"no path":               {":method", "GET", ":scheme", "http", ":authority", "a"},
+		"path without slash":    {":method", "GET", ":scheme", "http", ":path", "a", ":authority", "a"},
+		"absolute path":         {":method", "GET", ":scheme", "http", ":path", "http://b/", ":authority", "a"},
+		"path with fragment":    {":method", "GET", ":scheme", "http", ":path", "/#a", ":authority", "a"},
+		"path with space":       {":method", "GET", ":scheme", "http", ":path", "/a HTTP/1.1", ":authority", "a"},
+		"asterisk":              {":method", "GET", ":scheme", "http", ":path", "*", ":authority", "a"},
+		"method with space":     {":method", "GET / HTTP/1.1", ":scheme", "http", ":path", "/", ":authority", "a"},
+		"scheme":                {":method", "GET", ":scheme", "ftp", ":path", "/", ":authority", "a"},
+		"user in authority":     {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "u@a"},
+		"two hosts":             with(plainHead, "host", "b"),
+		"host twice":            {":method", "GET", ":scheme", "http", ":path", "/", "host", "a", "host", "a"},
+		"connection":            with(plainHead, "connection", "close"),
+		"transfer-encoding":     with(plainHead, "transfer-encoding", "chunked"),
+		"upgrade":               with(plainHead, "upgrade", "h2c"),
+		"te":                    with(plainHead, "te", "gzip"),
+		"content-length twice":  with(plainHead, "content-length", "0", "content-length", "0"),
+		"content-length signed": with(plainHead, "content-length", "+1"),
+		"content-length list":   with(plainHead, "content-length", "1, 1"),
+		"content-length unmet":  with(plainHead, "content-length", "5"),
+	} {
+		c.headers(id, true, fields...)
+		if code, status := c.reset(id); code != CodeProtocol || status != "" {
+			t.Errorf("%s: code %d, status %q", name, code, status)
+		}
+		id += 2
+	}
+	if len(saw) > 0 {
+		t.Errorf("the server has seen %s", <-saw)
+	}
+	for name, send := range map[string]func(){
+		"more data than announced": func() {
+			c.headers(id, false, with(plainHead, "content-length", "1")...)
+			c.raw(appendFrame(nil, frameData, flagEndStream, id, []byte("ab")))
+		},
+		"less data than announced": func() {
+			c.headers(id, false, with(plainHead, "content-length", "3")...)
+			c.raw(appendFrame(nil, frameData, flagEndStream, id, []byte("ab")))
+		},
+		"less data before trailers": func() {
+			c.headers(id, false, with(plainHead, "content-length", "3")...)
+			c.headers(id, true, "a", "b")
+		},
+		"length in a trailer": func() {
+			c.headers(id, false, plainHead...)
+			c.headers(id, true, "content-length", "0")
+		},
+		"pseudo in a trailer": func() {
+			c.headers(id, false, plainHead...)
+			c.headers(id, true, ":path", "/admin")
+		},
+	} {
+		send()
+		if code, status := c.reset(id); code != CodeProtocol || status != "" {
+			t.Errorf("%s: code %d, status %q", name, code, status)
+		}
+		id += 2
+	}
+	for len(saw) > 0 {
+		<-saw // their heads had gone on before the fault was there
+	}
+	// The connection goes on.
+	c.headers(id, true, with(plainHead, "te", "trailers")...)
+	if code, status := c.reset(id); code != CodeNone || status != "200" || <-saw != "/" {
+		t.Errorf("a good request after all that: code %d, status %q", code, status)
+	}
+}
+
+// TestHeadTooLarge answers 431 and stays in step with the client's table.
+func TestHeadTooLarge(t *testing.T) {
+	r := newRelay(t, quietServer(t))
+	for name, more := range map[string]func(i int) (string, string){
+		"size":  func(i int) (string, string) { return "a", strings.Repeat("x", 400) },
+		"count": func(i int) (string, string) { return "a", "" },
+	} {
+		c := newRough(t, r.address())
+		fields := plainHead
+		for i := range 140 {
+			n, v := more(i)
+			fields = with(fields, n, v)
+		}
+		block := c.encode(fields...)
+		flags := byte(flagEndStream)
+		kind := byte(frameHeaders)
+		for len(block) > maxFrame {
+			c.raw(appendFrame(nil, kind, flags, 1, block[:maxFrame]))
+			block, kind, flags = block[maxFrame:], frameContinuation, 0
+		}
+		c.raw(appendFrame(nil, kind, flags|flagEndHeaders, 1, block))
+		if _, status := c.reset(1); status != "431" {
+			t.Errorf("%s: status %q", name, status)
+		}
+		c.headers(3, true, plainHead...)
+		if code, status := c.reset(3); code != CodeNone || status != "200" {
+			t.Errorf("after %s: code %d, status %q", name, code, status)
+		}
+	}
+}
+
+// TestAttacks: each ends its own connection with a word, and no other.
+func TestAttacks(t *testing.T) {
+	r := newRelay(t, quietServer(t))
+	other := newRough(t, r.address())
+	other.headers(1, false, plainHead...)
+	flood := func(c *rough, n int, frame func(i int) []byte) {
+		go func() {
+			for i := range n {
+				if c.raw(frame(i)) != nil {
+					return
+				}
+			}
+		}()
+	}
+	for name, a := range map[string]struct {
+		code Code
+		run  func(*rough)
+	}{
+		"rapid reset": {CodeCalm, func(c *rough) {
+			flood(c, 5000, func(i int) []byte {
+				id := uint32(2*i + 1)
+				return appendWord(appendFrame(nil, frameHeaders, flagEndHeaders, id, c.encode(plainHead...)), frameReset, id, uint32(CodeCancel))
+			})
+		}},
+		"resets made here": {CodeCalm, func(c *rough) { // MadeYouReset
+			flood(c, 5000, func(i int) []byte {
+				id := uint32(2*i + 1)
+				return appendWord(appendFrame(nil, frameHeaders, flagEndHeaders, id, c.encode(plainHead...)), frameWindow, id, 0)
+			})
+		}},
+		"continuation flood": {CodeCalm, func(c *rough) {
+			c.raw(appendFrame(nil, frameHeaders, 0, 1, c.encode(plainHead...)))
+			flood(c, 1000, func(i int) []byte { return appendFrame(nil, frameContinuation, 0, 1, nil) })
+		}},
+		"block without end": {CodeCalm, func(c *rough) {
+			c.raw(appendFrame(nil, frameHeaders, 0, 1, c.encode(plainHead...)))
+			flood(c, 1000, func(i int) []byte {
+				return appendFrame(nil, frameContinuation, 0, 1, bytes.Repeat([]byte{0x82}, maxFrame))
+			})
+		}},
+		"hpack string": {CodeCompression, func(c *rough) {
+			c.raw(appendFrame(nil, frameHeaders, flagEndHeaders, 1, []byte{0x00, 0x01, 'a', 0x7f, 0xff, 0xff, 0xff, 0x7f}))
+		}},
+		"hpack table": {CodeCompression, func(c *rough) {
+			c.raw(appendFrame(nil, frameHeaders, flagEndHeaders, 1, []byte{0x3f, 0xff, 0xff, 0xff, 0x7f}))
+		}},
+		"settings flood": {CodeCalm, func(c *rough) {
+			flood(c, 5000, func(i int) []byte { return appendFrame(nil, frameSettings, 0, 0, nil) })
+		}},
+		"ping flood": {CodeCalm, func(c *rough) {
+			flood(c, 5000, func(i int) []byte { return appendFrame(nil, framePing, 0, 0, make([]byte, 8)) })
+		}},
+		"priority flood": {CodeCalm, func(c *rough) {
+			flood(c, 5000, func(i int) []byte { return appendFrame(nil, framePriority, 0, 1, make([]byte, 5)) })
+		}},
+		"unknown flood": {CodeCalm, func(c *rough) {
+			flood(c, 5000, func(i int) []byte { return appendFrame(nil, 0x77, 0, 0, nil) })
+		}},
+		"empty data flood": {CodeCalm, func(c *rough) {
+			c.headers(1, false, plainHead...)
+			flood(c, 1000, func(i int) []byte { return appendFrame(nil, frameData, 0, 1, nil) })
+		}},
+		"window flood": {CodeCalm, func(c *rough) {
+			c.headers(1, false, plainHead...)
+			flood(c, 20000, func(i int) []byte { return appendWord(nil, frameWindow, 1, 1) })
+		}},
+		"interleaved block": {CodeProtocol, func(c *rough) {
+			c.raw(appendFrame(nil, frameHeaders, 0, 1, c.encode(plainHead...)))
+			c.raw(appendFrame(nil, framePing, 0, 0, make([]byte, 8)))
+		}},
+		"long frame":  {CodeFrameSize, func(c *rough) { c.raw(appendHeader(nil, maxFrame+1, frameData, 0, 1)) }},
+		"even stream": {CodeProtocol, func(c *rough) { c.headers(2, true, plainHead...) }},
+		"push":        {CodeProtocol, func(c *rough) { c.raw(appendFrame(nil, framePush, flagEndHeaders, 1, make([]byte, 4))) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := newRough(t, r.address())
+			a.run(c)
+			if code := c.ended(); code != a.code {
+				t.Errorf("ended with code %d, want %d", code, a.code)
+			}
+		})
+	}
+	other.raw(appendFrame(nil, frameData, flagEndStream, 1, []byte("x")))
+	if code, status := other.reset(1); code != CodeNone || status != "200" {
+		t.Errorf("the connection beside: code %d, status %q", code, status)
+	}
+}
+
+// TestMoreThanTheWindow ends the stream of a client that does not wait.
+func TestMoreThanTheWindow(t *testing.T) {
+	r := newRelay(t, serveHTTP(t, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+	c := newRough(t, r.address())
+	c.headers(1, false, plainHead...)
+	for range 1<<20/maxFrame - 1 { // the server takes some, but not this much
+		c.raw(appendFrame(nil, frameData, 0, 1, make([]byte, maxFrame)))
+	}
+	if code, _ := c.reset(1); code != CodeFlowControl {
+		t.Errorf("code %d", code)
+	}
+}
+
+// TestFirstBytes tells early what is not HTTP/2.
+func TestFirstBytes(t *testing.T) {
+	r := newRelay(t, quietServer(t))
+	for name, send := range map[string]string{
+		"http/1":      "PUT / HTTP/1.1\r\n",
+		"no settings": preface + string(appendFrame(nil, framePing, 0, 0, make([]byte, 8))),
+	} {
+		c := newRough(t, r.address())
+		c.c.Close()
+		c.c, _ = net.Dial("tcp", r.address())
+		c.c.SetDeadline(time.Now().Add(time.Minute))
+		io.WriteString(c.c, send)
+		if code := c.ended(); code != CodeProtocol {
+			t.Errorf("%s: code %d", name, code)
+		}
+		c.c.Close()
+	}
+}
+
+// TestUnreadAnswers bounds what a peer that reads nothing makes this side hold.
+func TestUnreadAnswers(t *testing.T) {
+	r := newRelay(t, serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Write(make([]byte, 1<<20))
+	}))
+	c := newRough(t, r.address())
+	c.raw(appendFrame(nil, frameSettings, 0, 0, appendSetting(nil, settingWindow, maxWindow)))
+	c.raw(appendWord(nil, frameWindow, 0, maxWindow-65535))
+	for i := range MaxStreams {
+		c.headers(uint32(2*i+1), true, plainHead...)
+	}
+	// The proxy has stopped reading the server when nothing moves any more.
+	deadline := time.Now().Add(20 * time.Second)
+	var held int64
+	for stable := 0; stable < 20 && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		n := int64(0)
+		r.mu.Lock()
+		for _, k := range r.conns {
+			k.mu.Lock()
+			n += k.held + int64(len(k.out))
+			k.mu.Unlock()
+		}
+		r.mu.Unlock()
+		if n == held {
+			stable++
+		} else {
+			held, stable = n, 0
+		}
+	}
+	if most := int64(maxHeld + connWindow + 2*outFull); held == 0 || held > most {
+		t.Errorf("%d bytes are held, want some and at most %d", held, most)
+	}
+}

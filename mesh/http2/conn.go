@@ -1,0 +1,471 @@
+// Package http2 passes HTTP/2 from one connection to another, stream by stream.
+//
+// It is an engine for a proxy: a Conn hands over the head of each request, and
+// its owner either answers it or forwards it to another Conn. From then on the
+// two streams are mates: bodies, trailers and resets go from one to the other
+// without a goroutine of their own, and what one side may send is what the
+// other has taken. What is accepted is passed on field for field; what RFC 9113
+// calls malformed, and what a server behind could read in another way, is not.
+//
+// Nothing is offered that a proxy has no use for: no push, no priorities, no
+// extended CONNECT (RFC 8441). The package opens no connection, knows no TLS
+// and holds no policy.
+package http2
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/http2/hpack"
+)
+
+// Bounds of what a peer may make this side hold or do.
+const (
+	// MaxStreams are open at once on one connection.
+	MaxStreams = 250
+	// MaxFields and MaxList bound a header list, as RFC 9113 measures it.
+	MaxFields = 128
+	MaxList   = 32 << 10
+
+	maxBlock         = 64 << 10 // a header block over all its frames
+	maxContinuations = 16       // frames of one block
+	maxFrame         = 16 << 10 // what this side takes in one frame, the protocol's least
+	maxSend          = 16 << 10 // and what it sends
+	tableSize        = 4096     // HPACK, both ways
+
+	streamWindow = 128 << 10
+	// connWindow is given back on receipt while less than maxHeld waits to go
+	// on, so that a slow stream does not hold up the others, but many may.
+	connWindow = 1 << 20
+	maxHeld    = 4 << 20
+
+	outFull       = 64 << 10 // of frames ready to be written; more wait as they are
+	maxAnswers    = 64 << 10 // bytes of answers a peer may leave unread
+	maxHeadsHeld  = 1 << 20  // bytes of request heads waiting for a server
+	maxInterim    = 8        // heads of one stream waiting to be sent
+	maxEmptyData  = 100      // in a row
+	rememberEnded = 256      // streams whose way to end is remembered
+
+	prefaceTimeout = 10 * time.Second
+	// pulse is how often a connection is looked at. A peer that takes longer
+	// than two for one frame or one header block is given up.
+	pulse      = 15 * time.Second
+	lingerTime = time.Second // for a peer to read the last frames
+	lingerMost = 256 << 10
+)
+
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+// Preface is what a client of HTTP/2 sends first.
+const Preface = preface
+
+var (
+	// ErrClosed is why a connection ended that was closed on this side.
+	ErrClosed = errors.New("connection closed")
+	// ErrBusy is returned by Forward when the server takes no more requests.
+	ErrBusy = errors.New("the server takes no more requests on this connection")
+
+	errGone    = errors.New("the peer has closed the connection")
+	errDrained = errors.New("connection drained")
+	errSlow    = fmt.Errorf("a frame or header block took the peer more than %v", pulse)
+)
+
+// Transport is the connection below.
+type Transport interface {
+	io.ReadWriter
+	CloseWrite() error
+	Abort()  // ends both halves at once; Read and Write return
+	Finish() // lets go after both halves have ended
+}
+
+// Options of a Conn.
+type Options struct {
+	// Request is called for each request a server's end receives, by the
+	// goroutine that reads. It must Forward or Answer it.
+	Request func(*Stream, *Head)
+	// Failed is called for a request that was forwarded and can get no answer
+	// any more, with none begun. It must Answer it.
+	Failed func(*Stream, error)
+	// Malformed, if set, is told what the peer did that may not be passed on.
+	Malformed func(error)
+	// Draining, if set, is called when the peer takes no more requests.
+	Draining func()
+}
+
+// Conn is one end of an HTTP/2 connection.
+type Conn struct {
+	t      Transport
+	client bool
+	o      Options
+
+	// For the reading goroutine.
+	r       *bufio.Reader
+	decode  *fieldReader
+	head    Head
+	block   []byte
+	touched *Conn // has frames to write because of what was read
+	own     bool  // and so has this one
+	empty   int   // DATA frames without data, in a row
+	cheap   allowance
+	resets  allowance
+	updates allowance
+	sent    uint64 // frames sent when updates was last refilled
+
+	mid   atomic.Bool   // in the middle of a frame or header block
+	stage atomic.Uint64 // counts those complete
+	seen  uint64        // stage at the last pulse; for the pulse
+
+	mu       sync.Mutex
+	streams  map[uint32]*Stream
+	ready    line // streams with something to send
+	waiting  line // streams to be opened when the peer takes more
+	blocked  line // streams waiting for the window of the connection
+	out      []byte
+	answers  int // bytes of out that the peer has caused
+	heads    int // bytes of heads in waiting streams
+	credits  []credit
+	encoder  *hpack.Encoder
+	encoded  blockWriter
+	window   int64 // what may be sent
+	credit   int64 // what the peer may send
+	owed     int64 // received and not given back
+	held     int64 // received and not passed on
+	initial  int64 // window of a new stream
+	frame    int   // payload of one frame
+	most     int   // streams the peer takes
+	frames   uint64
+	nextID   uint32 // client
+	lastID   uint32 // server: highest the peer opened
+	draining bool   // this side takes, or opens, no more streams
+	ended    [rememberEnded]ending
+	endedAt  int
+	started  bool
+	err      error
+	farewell bool        // the peer is told, and has a moment to read it
+	linger   *time.Timer // ends that moment
+	pulsing  *time.Timer
+
+	kick    chan struct{}
+	done    chan struct{} // err is set
+	written chan struct{} // the writer has ended
+}
+
+// credit is data of a stream that has left this connection's mate.
+type credit struct {
+	to *Stream
+	n  int
+}
+
+// ending is how a stream ended.
+type ending struct {
+	id  uint32
+	how endKind
+}
+
+type endKind uint8
+
+const (
+	endNever   endKind = iota // never opened, or forgotten
+	endOrderly                // by both sides
+	endTheirs                 // reset by the peer
+	endOurs                   // reset by this side
+)
+
+// Server makes the server's end.
+func Server(t Transport, o Options) *Conn { return newConn(t, false, o) }
+
+// Client makes the client's end.
+func Client(t Transport, o Options) *Conn { return newConn(t, true, o) }
+
+func newConn(t Transport, client bool, o Options) *Conn {
+	c := &Conn{
+		t: t, client: client, o: o,
+		r: bufio.NewReaderSize(t, maxFrame+headerLen), decode: newFieldReader(),
+		cheap:   allowance{left: 1000, most: 1000, perSecond: 100},
+		resets:  allowance{left: 500, most: 500, perSecond: 100},
+		updates: allowance{left: 2000, most: 2000, perSecond: 1000},
+		streams: map[uint32]*Stream{}, nextID: 1, seen: ^uint64(0),
+		window: 65535, credit: connWindow, initial: 65535, frame: maxSend, most: 100,
+		kick: make(chan struct{}, 1), done: make(chan struct{}), written: make(chan struct{}),
+	}
+	c.encoder = hpack.NewEncoder(&c.encoded)
+	return c
+}
+
+// hello is what either side sends first.
+func (c *Conn) hello() []byte {
+	var s []byte
+	if c.client {
+		s = appendSetting(s, settingPush, 0)
+	}
+	s = appendSetting(s, settingMaxStreams, MaxStreams)
+	s = appendSetting(s, settingWindow, streamWindow)
+	s = appendSetting(s, settingMaxList, MaxList)
+	var b []byte
+	if c.client {
+		b = append(b, preface...)
+	}
+	b = appendFrame(b, frameSettings, 0, 0, s)
+	return appendWord(b, frameWindow, 0, connWindow-65535)
+}
+
+// Run serves the connection until it ends, and returns why. A server's end that
+// its client has closed in good order, or that was drained, returns nil.
+func (c *Conn) Run() error {
+	c.mu.Lock()
+	c.started = true // what was asked before comes after the greeting
+	c.out = append(c.hello(), c.out...)
+	if c.err == nil {
+		c.pulsing = time.AfterFunc(pulse, c.look)
+	}
+	c.fillLocked()
+	c.unlock()
+	c.wake()
+	go c.write()
+	err := c.read()
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		err = errGone
+	}
+	c.end(err)
+	io.CopyN(io.Discard, c.t, lingerMost) // ends when the writer says so
+	<-c.written
+	if c.linger != nil {
+		c.linger.Stop()
+	}
+	c.t.Finish()
+	if err := c.Err(); err != errGone && err != errDrained {
+		return err
+	}
+	return nil
+}
+
+// Err is why the connection ended, nil while it has not.
+func (c *Conn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// Done is closed when the connection has ended.
+func (c *Conn) Done() <-chan struct{} { return c.done }
+
+// Open tells whether the connection takes requests.
+func (c *Conn) Open() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err == nil && !c.draining
+}
+
+// Drain takes no more requests; the connection ends when those under way have.
+func (c *Conn) Drain() {
+	c.mu.Lock()
+	if !c.draining && c.err == nil {
+		c.draining = true
+		c.out = appendGoAway(c.outLocked(), c.lastID, CodeNone)
+	}
+	c.unlock()
+	c.wake()
+	c.drained()
+}
+
+// drained ends a connection that has nothing left to do.
+func (c *Conn) drained() {
+	c.mu.Lock()
+	over := c.draining && len(c.streams) == 0 && c.waiting.first == nil && c.ready.first == nil
+	c.mu.Unlock()
+	if over {
+		c.end(errDrained)
+	}
+}
+
+// Close ends the connection and all its streams at once.
+func (c *Conn) Close() { c.end(ErrClosed) }
+
+// look gives up a peer that is too slow with a frame. A peer may say nothing for
+// as long as it likes.
+func (c *Conn) look() {
+	stage := c.stage.Load()
+	if c.mid.Load() && stage == c.seen {
+		c.end(errSlow)
+		return
+	}
+	c.seen = stage
+	if !c.mid.Load() {
+		c.seen = stage - 1 // what begins now has a whole pulse
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.pulsing.Reset(pulse)
+	}
+}
+
+// end is the one way a connection ends. It does not wait for the peer.
+func (c *Conn) end(err error) {
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return
+	}
+	c.err = err
+	var ce *ConnError
+	told := errors.As(err, &ce)
+	c.farewell = told || err == errGone || err == errDrained
+	if told {
+		c.out = appendGoAway(c.outLocked(), c.lastID, ce.Code)
+	}
+	if c.farewell {
+		c.linger = time.AfterFunc(lingerTime, c.t.Abort)
+	}
+	if c.pulsing != nil {
+		c.pulsing.Stop()
+	}
+	var all []*Stream
+	for _, s := range c.streams {
+		all = append(all, s)
+	}
+	for _, l := range []*line{&c.ready, &c.waiting} {
+		for s := l.first; s != nil; s = s.next {
+			if s.id == 0 {
+				all = append(all, s)
+			}
+		}
+	}
+	for _, s := range all {
+		c.dropLocked(s, endOurs)
+	}
+	c.unlock()
+	close(c.done)
+	if !c.farewell {
+		c.t.Abort()
+	}
+	if told && c.o.Malformed != nil {
+		c.o.Malformed(err)
+	}
+	for _, s := range all {
+		if mate := s.mate.Load(); mate != nil {
+			mate.lost(CodeCancel, err)
+		}
+	}
+	if c.o.Draining != nil {
+		c.o.Draining()
+	}
+}
+
+// write is the goroutine that writes.
+func (c *Conn) write() {
+	defer close(c.written)
+	for {
+		ending := false
+		select {
+		case <-c.kick:
+		case <-c.done:
+			ending = true
+		}
+		for {
+			c.mu.Lock()
+			c.fillLocked()
+			b := c.out
+			c.out, c.answers = nil, 0
+			c.unlock()
+			if len(b) == 0 {
+				break
+			}
+			_, err := c.t.Write(b)
+			putBuffer(b)
+			if err != nil {
+				c.end(fmt.Errorf("write: %w", err))
+				break
+			}
+		}
+		if ending {
+			c.t.CloseWrite()
+			return
+		}
+	}
+}
+
+func (c *Conn) wake() {
+	select {
+	case c.kick <- struct{}{}:
+	default:
+	}
+}
+
+// unlock lets go of the lock, and then gives the mates of streams whose data
+// has left the room for more: no two connections are locked at once.
+func (c *Conn) unlock() {
+	for {
+		var some [16]credit
+		n := copy(some[:], c.credits)
+		c.credits = c.credits[:copy(c.credits, c.credits[n:])]
+		more := len(c.credits) > 0
+		c.mu.Unlock()
+		for _, k := range some[:n] {
+			k.to.consumed(k.n)
+		}
+		if !more {
+			return
+		}
+		c.mu.Lock()
+	}
+}
+
+// buffers hold frames ready to be written. An idle connection has none.
+var buffers = sync.Pool{New: func() any { return new([outFull + maxSend + headerLen]byte) }}
+
+func takeBuffer() []byte { return buffers.Get().(*[outFull + maxSend + headerLen]byte)[:0] }
+
+func putBuffer(b []byte) {
+	const size = outFull + maxSend + headerLen
+	if cap(b) == size { // one that has grown is left to the collector
+		buffers.Put((*[size]byte)(b[:size]))
+	}
+}
+
+func (c *Conn) outLocked() []byte {
+	if c.out == nil {
+		return takeBuffer()
+	}
+	return c.out
+}
+
+// answerLocked queues a frame that the peer has caused. One who does not read
+// them is given up: it reports whether that is so.
+func (c *Conn) answerLocked(frame []byte) (fits bool) {
+	c.answers += len(frame)
+	c.out = append(c.outLocked(), frame...)
+	return c.answers <= maxAnswers
+}
+
+// allowance bounds how often a peer may do what costs it little.
+type allowance struct {
+	left, most, perSecond int
+	at                    time.Time
+}
+
+// spend takes one, and tells whether there was one.
+func (a *allowance) spend() bool {
+	if a.left == 0 {
+		now := time.Now()
+		if a.at.IsZero() {
+			a.at = now.Add(-time.Second)
+		}
+		if n := int(min(now.Sub(a.at), time.Hour).Seconds() * float64(a.perSecond)); n > 0 {
+			a.give(n)
+			a.at = now
+		}
+	}
+	if a.left == 0 {
+		return false
+	}
+	a.left--
+	return true
+}
+
+func (a *allowance) give(n int) { a.left = min(a.left+n, a.most) }
