@@ -95,16 +95,25 @@ const (
 
 // ring makes a hash ring (Karger et al., "Consistent hashing and random trees",
 // 1997; Envoy: "Ring hash"), where a host has points in proportion to its weight.
+// How many for a weight of one is a power of two, so that it seldom changes when
+// a host comes or goes, and the points of the others stay where they are.
 func ring(members []member, size int) []point {
 	var sum uint64
 	for _, m := range members {
 		sum += uint64(m.weight)
 	}
 	total := uint64(min(max(size, minPoints*len(members)), maxRing))
+	up, down := 0, 0
+	for sum<<(up+1) <= total {
+		up++
+	}
+	for sum>>down > total {
+		down++
+	}
 	points := make([]point, 0, total+uint64(len(members)))
 	for i, m := range members {
 		h := Hash(m.host.name)
-		for n := range max(total*uint64(m.weight)/sum, 1) {
+		for n := range max(uint64(m.weight)<<up>>down, 1) {
 			points = append(points, point{mix(h + n), uint16(i)})
 		}
 	}
