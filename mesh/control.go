@@ -116,6 +116,9 @@ func (c *control) plan(m plan.Mesh) error {
 	if err != nil {
 		return fmt.Errorf("plan %d: %w", m.Generation, err)
 	}
+	if err := p.traffic.follow(d, m.Sandboxes); err != nil {
+		return fmt.Errorf("plan %d: %w", m.Generation, err)
+	}
 	p.directory.Store(d)
 	p.plans.Do(func() { close(p.planned) })
 	p.refreshFacts(m.Sandboxes)

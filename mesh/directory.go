@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"sync/atomic"
 
 	"hauberk.dev/id"
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/plan"
 )
 
@@ -27,7 +27,8 @@ type service struct {
 	identity id.Name
 	ports    map[uint16]plan.Port
 	paths    bool // some rule has paths
-	next     atomic.Uint32
+	policy   balance.Policy
+	set      *balance.Set // of the endpoints; kept from plan to plan
 }
 
 func (s *service) String() string { return s.Name + "." + s.Namespace }
@@ -71,6 +72,9 @@ func (d *directory) add(s *service) (err error) {
 	if s.Address.IsValid() && !s.Address.Is4() {
 		return fmt.Errorf("address %q is not IPv4", s.Address)
 	}
+	if s.policy, err = trafficPolicy(s.Traffic); err != nil {
+		return err
+	}
 	key := serviceKey(s.Namespace, s.Name)
 	if d.services[key] != nil {
 		return errors.New("named twice")
@@ -86,8 +90,17 @@ func (d *directory) add(s *service) (err error) {
 			return err
 		}
 	}
+	if len(s.Endpoints) > balance.MaxEndpoints {
+		return fmt.Errorf("%d endpoints; at most %d", len(s.Endpoints), balance.MaxEndpoints)
+	}
+	named := make(map[string]bool, len(s.Endpoints))
 	for i := range s.Endpoints {
 		e := &s.Endpoints[i]
+		if name := endpointName(e); named[name] {
+			return fmt.Errorf("endpoint %q named twice", e.Instance)
+		} else {
+			named[name] = true
+		}
 		if !e.Address.Is4() || !e.Gateway.IsValid() {
 			return fmt.Errorf("endpoint %q with address %q and gateway %q", e.Instance, e.Address, e.Gateway)
 		}

@@ -26,6 +26,7 @@ import (
 	"time"
 
 	api "hauberk.dev/api/mesh"
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/link"
 )
 
@@ -61,6 +62,7 @@ type Proxy struct {
 	started time.Time
 
 	directory atomic.Pointer[directory]
+	traffic   traffic
 	planned   chan struct{} // closed when there is a plan
 	plans     sync.Once
 	registry  registry
@@ -94,6 +96,7 @@ func New(o Options) *Proxy {
 		log: o.Log, limit: o.Connections, silence: o.silence, started: time.Now(), events: newEvents(),
 		sandboxes: map[string]*sandbox{}, byAddress: map[netip.Addr]*sandbox{},
 		shakes: make(chan struct{}, maxHandshakes), planned: make(chan struct{}),
+		traffic: traffic{clock: balance.NewClock(), sets: map[string]*balance.Set{}},
 	}
 	p.directory.Store(&directory{})
 	return p

@@ -3,16 +3,13 @@ package mesh
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 
 	api "hauberk.dev/api/mesh"
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/hbone"
-	"hauberk.dev/plan"
 )
-
-const maxTries = 5 // endpoints, for one connection
 
 // outbound serves a connection that the sandbox has made. Its local address is
 // where the sandbox wants to go.
@@ -64,13 +61,14 @@ func (sb *sandbox) toService(c *net.TCPConn, t target, ev api.Event) {
 		sb.refuseOutbound(c, t, ev)
 		return
 	}
-	stream, endpoint, err := sb.reach(ctx, me, t, ev.Source)
+	stream, pick, err := sb.reach(ctx, me, t, ev.Source)
 	if err != nil {
 		ev.Kind, ev.Reason = outboundKind(err), err.Error()
 		sb.refuseOutbound(c, t, ev)
 		return
 	}
-	e.peerInstance = endpoint.Instance
+	defer pick.Release()
+	e.peerInstance = endpointOf(pick.Host()).Instance
 	e.guest = func() *net.TCPConn { return c }
 	e.sever = func() { severTCP(c) }
 	e.close = func() { abortTCP(c); stream.Reset(hbone.CodeCancel) }
@@ -91,45 +89,14 @@ func outboundKind(err error) api.EventKind {
 	switch {
 	case errors.Is(err, errRevoked):
 		return api.EventRevoked
+	case errors.Is(err, balance.ErrOverflow):
+		return api.EventLimit
 	case errors.As(err, &status) && status.Status == 401:
 		return api.EventAccessDenied
 	case errors.As(err, &peer):
 		return api.EventPeerRefused
 	}
 	return api.EventUnreachable
-}
-
-// reach opens a stream to an endpoint: the one dialled, or each in turn until
-// one takes it. A refusal by the rules is final.
-func (sb *sandbox) reach(ctx context.Context, me identity, t target, source string) (*hbone.Stream, *plan.Endpoint, error) {
-	endpoints := t.service.Endpoints
-	if t.endpoint != nil {
-		endpoints = []plan.Endpoint{*t.endpoint}
-	}
-	if len(endpoints) == 0 {
-		return nil, nil, fmt.Errorf("%s has no endpoint", t.service)
-	}
-	first := int(t.service.next.Add(1))
-	var faults []error
-	for i := range min(len(endpoints), maxTries) {
-		e := &endpoints[(first+i)%len(endpoints)]
-		if err := sb.p.registry.check(party{peerInstance: e.Instance}); err != nil {
-			faults = append(faults, err)
-			continue
-		}
-		try, cancel := context.WithTimeout(ctx, connectTimeout)
-		stream, err := sb.p.open(try, sb, me, t.service, e, t.port.Port, source)
-		cancel()
-		if err == nil {
-			return stream, e, nil
-		}
-		faults = append(faults, fmt.Errorf("endpoint %s: %w", e.Instance, err))
-		var status *hbone.StatusError
-		if errors.As(err, &status) && status.Status == 401 || ctx.Err() != nil {
-			break
-		}
-	}
-	return nil, nil, errors.Join(faults...)
 }
 
 // refuseOutbound ends a connection that goes nowhere: with an explanation where

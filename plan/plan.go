@@ -41,6 +41,8 @@ type Service struct {
 	// call arrives. Deny beats allow; nothing allowed means nobody may call.
 	Allow []Rule `json:"allow,omitempty"`
 	Deny  []Rule `json:"deny,omitempty"`
+	// Traffic is how calls are spread and bounded; nil is as the proxy does it.
+	Traffic *Traffic `json:"traffic,omitempty"`
 }
 
 // Port of a service.

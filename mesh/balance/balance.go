@@ -304,6 +304,27 @@ func (p Pick) Done(now Time, o Outcome) {
 // Pick picks a host for a request and counts it in.
 func (s *Set) Pick(now Time, r Request) (Pick, error) { return s.all.Pick(now, r) }
 
+// PickNamed counts a request in at one host, which the caller has chosen.
+func (s *Set) PickNamed(now Time, name string) (Pick, error) {
+	p := s.policy.Load()
+	for _, l := range s.all.live.Load().levels {
+		for _, m := range l.members {
+			if m.host.name != name {
+				continue
+			}
+			if !s.counts.take(Requests, p.Limits.Requests) {
+				return Pick{}, ErrOverflow
+			}
+			if !m.host.counts.take(Requests, p.EndpointLimits.Requests) {
+				s.counts.give(Requests)
+				return Pick{}, ErrOverflow
+			}
+			return Pick{s, m.host, now}, nil
+		}
+	}
+	return Pick{}, ErrNoEndpoint
+}
+
 // Subset is the part of a set whose endpoints carry given labels. It follows
 // the set's changes. (Envoy: load balancer subsets.)
 type Subset struct {

@@ -266,6 +266,18 @@ func TestBreakers(t *testing.T) {
 	} else {
 		p.Release()
 	}
+	s = newSet(t, Policy{Limits: Limits{Requests: 3}, EndpointLimits: Limits{Requests: 2}}, endpoints(2))
+	for i, c := range []struct {
+		name string
+		err  error
+	}{{"e1", nil}, {"e1", nil}, {"e1", ErrOverflow}, {"e2", ErrNoEndpoint}, {"e0", nil}, {"e0", ErrOverflow}} {
+		if p, err := s.PickNamed(0, c.name); !errors.Is(err, c.err) || err == nil && p.Host().name != c.name {
+			t.Errorf("named pick %d: %v", i, err)
+		}
+	}
+	if s.Active() != 3 {
+		t.Errorf("%d are under way", s.Active())
+	}
 	// One endpoint's limit, with all others tried.
 	s = newSet(t, Policy{EndpointLimits: Limits{Requests: 1}}, endpoints(2))
 	p, err := s.Pick(0, Request{})
