@@ -228,6 +228,7 @@ type arrival struct {
 	accept func()
 	refuse func(status int, reason string)
 	guest  atomic.Pointer[net.TCPConn]
+	early  *early // to the guest, before it is needed
 }
 
 // sever stops both sides. A stream stops with its flow's mark, or with the
@@ -251,6 +252,9 @@ func (a *arrival) cut() {
 
 // connect connects to the guest, unless the connection has been cut meanwhile.
 func (a *arrival) connect(e *entry) (*net.TCPConn, error) {
+	if c := a.metGuest(); c != nil {
+		return c, nil
+	}
 	c, err := a.sb.connect(a.sb.ctx, a.port)
 	if err != nil {
 		a.unreachable(err)
@@ -288,6 +292,11 @@ func (a *arrival) serve(svc *service) {
 	defer a.sb.ended(e)
 	defer a.p.registry.remove(e)
 	if isHTTP {
+		if err := a.meetGuest(svc, e); err != nil {
+			a.refuse(503, err.Error())
+			return
+		}
+		defer a.leaveGuest()
 		a.accept()
 		a.serveHTTP(e, key)
 		return

@@ -266,8 +266,24 @@ func (w *world) awaitEvent(kind api.EventKind, reason string) api.Event {
 func (w *world) add(workload string, ports []plan.Port, allow, deny []plan.Rule) *box {
 	w.t.Helper()
 	n := byte(len(w.boxes) + 1)
+	b := w.instance(workload, workload+"-1")
+	w.plan.Services = append(w.plan.Services, plan.Service{Name: workload, Namespace: "bank", Address: netip.AddrFrom4([4]byte{10, 99, 0, n}),
+		Identity: spiffe(workload), Ports: ports, Allow: allow, Deny: deny,
+		Endpoints: []plan.Endpoint{w.endpoint(b)}})
+	return b
+}
+
+func (w *world) endpoint(b *box) plan.Endpoint {
+	return plan.Endpoint{Instance: b.Instance, Address: b.Address, Gateway: w.gateway}
+}
+
+// instance makes one more instance of a workload, without an endpoint in its
+// service.
+func (w *world) instance(workload, name string) *box {
+	w.t.Helper()
+	n := byte(len(w.boxes) + 1)
 	address := netip.AddrFrom4([4]byte{10, 88, 0, n})
-	b := &box{Sandbox: plan.Sandbox{Instance: workload + "-1", Address: address, Identity: spiffe(workload), Service: workload, Namespace: "bank"}}
+	b := &box{Sandbox: plan.Sandbox{Instance: name, Address: address, Identity: spiffe(workload), Service: workload, Namespace: "bank"}}
 	var err error
 	if b.ns, err = netns.Create(w.dir+"/ns", b.Instance); err != nil {
 		w.t.Fatal(err)
@@ -292,9 +308,6 @@ func (w *world) add(workload string, ports []plan.Port, allow, deny []plan.Rule)
 		w.t.Fatal(err)
 	}
 	w.plan.Sandboxes = append(w.plan.Sandboxes, b.Sandbox)
-	w.plan.Services = append(w.plan.Services, plan.Service{Name: workload, Namespace: "bank", Address: netip.AddrFrom4([4]byte{10, 99, 0, n}),
-		Identity: spiffe(workload), Ports: ports, Allow: allow, Deny: deny,
-		Endpoints: []plan.Endpoint{{Instance: b.Instance, Address: address, Gateway: w.gateway}}})
 	return b
 }
 
