@@ -1,6 +1,7 @@
 // Command hauberk-mesh is the proxy of a node. It faces the network, so it runs
 // as a user of its own with no capability: every socket it uses comes from
-// hauberk-node over the link.
+// hauberk-node over the link. With -c it is a proxy by itself, told by a file,
+// with sockets of its own; the two never meet in one process.
 package main
 
 import (
@@ -32,8 +33,12 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, stderr io.Writer) error {
+	if len(args) > 0 && args[0] == "check" {
+		return check(args[1:], stderr)
+	}
 	flags := flag.NewFlagSet("hauberk-mesh", flag.ContinueOnError)
 	flags.SetOutput(stderr)
+	config := flags.String("c", "", "serve alone, as this file says; see docs/proxy.md")
 	path := flags.String("link", "/run/hauberk/mesh.sock", "socket to listen on for hauberk-node")
 	limit := flags.Int("connections", 0, "connections open at once, per sandbox and direction; 0 means 1024")
 	root := flags.Bool("allow-root", false, "run as root, for tests only")
@@ -48,6 +53,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	if err := closeOff(); err != nil {
 		return err
+	}
+	if *config != "" {
+		return alone(ctx, *config, stderr)
 	}
 	ln, err := unixsock.Listen(*path)
 	if err != nil {

@@ -164,12 +164,8 @@ func (r *Reader) trailer(out *bufio.Writer) error {
 			return malformed("trailer over %d bytes", maxTrailer)
 		}
 		if len(line) > 2 {
-			name, value, ok := bytes.Cut(line[:len(line)-2], []byte(":"))
-			if !ok || !isToken(string(name)) || !isValue(value) {
-				return malformed("trailer field %.40q", name)
-			}
-			if is(name, "Content-Length") || is(name, "Transfer-Encoding") || is(name, "Host") {
-				return malformed("%s in a trailer", name)
+			if err := checkTrailer(line); err != nil {
+				return err
 			}
 		}
 		if _, err := out.Write(line); err != nil {
@@ -179,4 +175,17 @@ func (r *Reader) trailer(out *bufio.Writer) error {
 			return nil
 		}
 	}
+}
+
+// checkTrailer refuses a field that would change the framing or the routing of
+// the message it follows.
+func checkTrailer(line []byte) error {
+	name, value, ok := bytes.Cut(line[:len(line)-2], []byte(":"))
+	if !ok || !isToken(name) || !isValue(value) {
+		return malformed("trailer field %.40q", name)
+	}
+	if is(name, "Content-Length") || is(name, "Transfer-Encoding") || is(name, "Host") {
+		return malformed("%s in a trailer", name)
+	}
+	return nil
 }

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"hauberk.dev/internal/overdue"
+	proxy "hauberk.dev/mesh/alone"
+)
+
+// alone serves a file until ctx ends. SIGHUP reads the file again: one that is
+// wrong changes nothing, and the log says why.
+func alone(ctx context.Context, path string, stderr io.Writer) error {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	defer signal.Stop(hangup)
+	c, err := proxy.Load(path)
+	if err != nil {
+		return err
+	}
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	p, err := proxy.Open(c, log)
+	if err != nil {
+		return err
+	}
+	for _, l := range c.Listeners {
+		log.Info("listening", "listener", l.Name, "address", p.Address(l.Name))
+	}
+	inTime := overdue.Tell(ctx, p.Patience()+endTime, func(stacks []byte) {
+		fmt.Fprintf(stderr, "hauberk-mesh: not ended %v after it was asked to; all goroutines:\n%s\n", p.Patience()+endTime, stacks)
+		os.Exit(1)
+	})
+	defer inTime()
+	done := make(chan struct{})
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-hangup:
+				reload(p, path, log)
+			case <-done:
+				return
+			}
+		}
+	}()
+	err = p.Run(ctx)
+	close(done)
+	<-ended
+	return err
+}
+
+func reload(p *proxy.Proxy, path string, log *slog.Logger) {
+	c, err := proxy.Load(path)
+	if err == nil {
+		err = p.Reload(c)
+	} else {
+		p.Refused()
+	}
+	if err != nil {
+		log.Error("reload refused: the old configuration stays", "file", path, "err", err)
+		return
+	}
+	log.Info("reloaded", "file", path)
+}
+
+// check says everything that is wrong with a file.
+func check(args []string, stderr io.Writer) error {
+	if len(args) != 1 {
+		return errors.New("check takes one file: hauberk-mesh check proxy.yaml")
+	}
+	_, err := proxy.Load(args[0])
+	var faults *proxy.Faults
+	if errors.As(err, &faults) {
+		fmt.Fprintln(stderr, err)
+		return fmt.Errorf("%s: %d faults", args[0], len(faults.All))
+	}
+	return err
+}

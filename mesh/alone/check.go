@@ -1,0 +1,407 @@
+package alone
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"hauberk.dev/mesh/http1"
+	"hauberk.dev/mesh/route"
+)
+
+// check notes everything that could not work, and compiles what Load returns.
+func (r *reading) check(c *Config) {
+	if c.Version != 1 {
+		r.fault("version", "%d is not known; write version: 1", c.Version)
+	}
+	r.oneOf("access_log.format", c.AccessLog.Format, "text", "json")
+	if c.Limits.Head > http1.MaxHead || c.Limits.Head < 1<<10 {
+		r.fault("limits.head", "%d bytes is out of range; use 1KiB to 64KiB", c.Limits.Head)
+	}
+	r.positive("limits.connections", c.Limits.Connections)
+	upstreams := r.upstreams(c)
+	r.listeners(c, upstreams)
+	r.hosts(c, upstreams)
+}
+
+func (r *reading) oneOf(field, value string, known ...string) {
+	if !slices.Contains(known, value) {
+		r.fault(field, "%q is not known; use %s", value, strings.Join(known, ", "))
+	}
+}
+
+func (r *reading) positive(field string, n int) {
+	if n < 1 {
+		r.fault(field, "%d is too few; use 1 or more", n)
+	}
+}
+
+// name notes a name that is missing or taken.
+func (r *reading) name(field, name string, seen map[string]bool) {
+	switch {
+	case name == "":
+		r.fault(field, "is missing; give it a name of its own")
+	case seen[name]:
+		r.fault(field, "%q is taken; give it a name of its own", name)
+	}
+	seen[name] = true
+}
+
+func (r *reading) known(field, name string, names map[string]bool) {
+	if !names[name] {
+		r.fault(field, "no upstream %q; declare it under upstreams", name)
+	}
+}
+
+func (r *reading) address(field, s string, server bool) {
+	host, port, err := net.SplitHostPort(s)
+	n, perr := strconv.ParseUint(port, 10, 16)
+	if err != nil || perr != nil || server && (host == "" || n == 0) {
+		r.fault(field, "%q is no address; write for example 127.0.0.1:8080 or [::1]:8080", s)
+	}
+}
+
+func (r *reading) upstreams(c *Config) map[string]bool {
+	seen := map[string]bool{}
+	for i, u := range c.Upstreams {
+		at := fmt.Sprintf("upstreams[%d]", i)
+		r.name(at+".name", u.Name, seen)
+		if len(u.Endpoints) == 0 {
+			r.fault(at+".endpoints", "is empty; list at least one address")
+		}
+		for j, e := range u.Endpoints {
+			r.address(fmt.Sprintf("%s.endpoints[%d].address", at, j), e.Address, true)
+			if e.Weight < 1 || e.Weight > 1000 {
+				r.fault(fmt.Sprintf("%s.endpoints[%d].weight", at, j), "%d is out of range; use 1 to 1000", e.Weight)
+			}
+		}
+		r.oneOf(at+".balance", u.Balance, policies...)
+		r.oneOf(at+".proxy_protocol", u.ProxyProtocol, "", "v1", "v2")
+		if u.Connections < 0 || u.Idle < 0 {
+			r.fault(at, "a negative number of connections")
+		}
+		if u.TLS != nil {
+			if _, err := u.TLS.config(u.Endpoints[:min(1, len(u.Endpoints))]); err != nil {
+				r.fault(at+".tls.ca", "%v", err)
+			}
+		}
+	}
+	return seen
+}
+
+// config is the TLS configuration towards an upstream.
+func (t *ClientTLS) config(es []Endpoint) (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.Name, NextProtos: []string{"http/1.1"}}
+	if cfg.ServerName == "" && len(es) > 0 {
+		cfg.ServerName, _, _ = net.SplitHostPort(es[0].Address)
+	}
+	if t.CA != "" {
+		b, err := os.ReadFile(t.CA)
+		if err != nil {
+			return nil, err
+		}
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM(b) {
+			return nil, fmt.Errorf("%s holds no certificate in PEM", t.CA)
+		}
+	}
+	return cfg, nil
+}
+
+func (r *reading) listeners(c *Config, upstreams map[string]bool) {
+	if len(c.Listeners) == 0 {
+		r.fault("listeners", "is empty; list at least one address to serve")
+	}
+	names, addresses := map[string]bool{}, map[string]bool{}
+	for i := range c.Listeners {
+		l := &c.Listeners[i]
+		at := fmt.Sprintf("listeners[%d]", i)
+		r.name(at+".name", l.Name, names)
+		r.address(at+".address", l.Address, false)
+		if addresses[l.Address] {
+			r.fault(at+".address", "%q is served by another listener", l.Address)
+		}
+		addresses[l.Address] = !strings.HasSuffix(l.Address, ":0")
+		r.oneOf(at+".protocol", l.Protocol, "http", "tcp", "sni")
+		r.positive(at+".connections", l.Connections)
+		for j, s := range l.ProxyProtocol {
+			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				r.fault(fmt.Sprintf("%s.proxy_protocol_from[%d]", at, j), "%q is no network; write for example 10.0.0.0/8", s)
+			}
+			l.from = append(l.from, p)
+		}
+		r.serverTLS(at, l)
+		r.layer4(at, l, upstreams)
+	}
+}
+
+func (r *reading) serverTLS(at string, l *Listener) {
+	if l.TLS == nil {
+		return
+	}
+	if l.Protocol == "sni" {
+		r.fault(at+".tls", "sni passes TLS on; end it with protocol http or tcp")
+	}
+	if len(l.TLS.Certificates) == 0 {
+		r.fault(at+".tls.certificates", "is empty; list at least one chain and its key")
+	}
+	r.oneOf(at+".tls.min_version", l.TLS.MinVersion, "1.2", "1.3")
+	for j, cert := range l.TLS.Certificates {
+		if _, err := cert.load(); err != nil {
+			r.fault(fmt.Sprintf("%s.tls.certificates[%d]", at, j), "%v", err)
+		}
+	}
+}
+
+func (r *reading) layer4(at string, l *Listener, upstreams map[string]bool) {
+	if l.Protocol == "tcp" {
+		r.known(at+".upstream", l.Upstream, upstreams)
+	} else if l.Upstream != "" {
+		r.fault(at+".upstream", "goes with protocol tcp; http is routed under hosts")
+	}
+	if l.Protocol != "sni" {
+		if len(l.Names) > 0 {
+			r.fault(at+".names", "goes with protocol sni")
+		}
+		return
+	}
+	if len(l.Names) == 0 {
+		r.fault(at+".names", "is empty; list the names and their upstream")
+	}
+	var table route.Table[string]
+	for j, n := range l.Names {
+		field := fmt.Sprintf("%s.names[%d]", at, j)
+		r.known(field+".upstream", n.Upstream, upstreams)
+		for _, name := range n.Names {
+			if err := table.Add(name, &route.Host[string]{}); err != nil {
+				r.fault(field+".names", "%v", err)
+			}
+		}
+	}
+}
+
+func (r *reading) hosts(c *Config, upstreams map[string]bool) {
+	tables := map[string]*route.Table[bool]{}
+	for _, l := range c.Listeners {
+		if l.Protocol == "http" {
+			tables[l.Name] = &route.Table[bool]{}
+		}
+	}
+	if len(tables) > 0 && len(c.Hosts) == 0 {
+		r.fault("hosts", `is empty; a listener of protocol http needs one, for example names: ["*"]`)
+	}
+	for i := range c.Hosts {
+		h := &c.Hosts[i]
+		at := fmt.Sprintf("hosts[%d]", i)
+		r.oneOf(at+".paths", h.Paths, "strict", "loose")
+		if len(h.Names) == 0 {
+			r.fault(at+".names", `is empty; name hosts, or write "*" for any`)
+		}
+		if len(h.Routes) == 0 {
+			r.fault(at+".routes", "is empty; list at least one")
+		}
+		for j, l := range h.Listeners {
+			if tables[l] == nil {
+				r.fault(fmt.Sprintf("%s.listeners[%d]", at, j), "no listener %q of protocol http", l)
+			}
+		}
+		for name, t := range tables {
+			if len(h.Listeners) > 0 && !slices.Contains(h.Listeners, name) {
+				continue
+			}
+			for j, n := range h.Names {
+				if err := t.Add(n, &route.Host[bool]{}); err != nil {
+					r.fault(fmt.Sprintf("%s.names[%d]", at, j), "%v on listener %s", err, name)
+				}
+			}
+		}
+		for j := range h.Routes {
+			r.route(fmt.Sprintf("%s.routes[%d]", at, j), &h.Routes[j], upstreams)
+		}
+	}
+}
+
+func (r *reading) route(at string, x *Route, upstreams map[string]bool) {
+	groups := r.match(at, x)
+	r.action(at, x, groups, upstreams)
+	r.template(at+".rewrite", x.Rewrite, groups)
+	if x.Rewrite != "" && x.Rewrite[0] != '/' && x.Rewrite[0] != '$' {
+		r.fault(at+".rewrite", "%q is no path; begin with /", x.Rewrite)
+	}
+	r.edit(at+".request_headers", &x.RequestHeaders, groups)
+	r.edit(at+".response_headers", &x.ResponseHeaders, groups)
+	if m := x.Mirror; m != nil {
+		r.known(at+".mirror.upstream", m.Upstream, upstreams)
+		if m.Percent < 1 || m.Percent > 100 {
+			r.fault(at+".mirror.percent", "%d is out of range; use 1 to 100", m.Percent)
+		}
+	}
+	if x.Retries != nil && (x.Retries.Attempts < 1 || x.Retries.Attempts > 10) {
+		r.fault(at+".retries.attempts", "%d is out of range; use 1 to 10, the first included", x.Retries.Attempts)
+	}
+	if g := x.Gzip; g != nil && (g.Level < 1 || g.Level > 9) {
+		r.fault(at+".gzip.level", "%d is out of range; use 1 to 9", g.Level)
+	}
+	if l := x.Rate; l != nil {
+		r.positive(at+".rate.requests", l.Requests)
+		r.positive(at+".rate.burst", l.Burst)
+		r.oneOf(at+".rate.by", l.By, "client", "route")
+	}
+	if name, ok := strings.CutPrefix(x.Hash, "header:"); x.Hash != "" && x.Hash != "client" && (!ok || http1.CheckField(name, "") != nil) {
+		r.fault(at+".hash", "%q is not known; use client or header:NAME", x.Hash)
+	}
+}
+
+// match compiles what is demanded of a request, and counts the groups of its
+// expression.
+func (r *reading) match(at string, x *Route) (groups int) {
+	m := route.Match{Exact: x.Path, Prefix: x.Prefix, Methods: x.Methods}
+	ways := 0
+	for _, s := range []string{x.Path, x.Prefix, x.Regex} {
+		if s != "" {
+			ways++
+		}
+	}
+	if ways > 1 {
+		r.fault(at, "more than one of path, prefix and regex; use one")
+	}
+	for field, s := range map[string]string{".path": x.Path, ".prefix": x.Prefix} {
+		if s != "" && s[0] != '/' {
+			r.fault(at+field, "%q does not begin with /", s)
+		}
+	}
+	if x.Regex != "" {
+		var err error
+		if m.Pattern, err = regexp.Compile(x.Regex); err != nil {
+			r.fault(at+".regex", "%v; expressions are RE2, begin with ^ to bind the beginning", err)
+			m.Pattern = regexp.MustCompile("$^")
+		}
+		groups = m.Pattern.NumSubexp()
+	}
+	for i, method := range x.Methods {
+		if http1.CheckField(method, "") != nil {
+			r.fault(fmt.Sprintf("%s.methods[%d]", at, i), "%q is no method", method)
+		}
+	}
+	ok := r.values(at+".headers", x.Headers)
+	if r.values(at+".query", x.Query) && ok {
+		m.Fields, m.Query = values(x.Headers), values(x.Query)
+	}
+	x.match = m
+	return groups
+}
+
+func (r *reading) values(at string, vs []Value) bool {
+	before := len(r.faults)
+	for i, v := range vs {
+		field := fmt.Sprintf("%s[%d]", at, i)
+		if v.Name == "" {
+			r.fault(field+".name", "is missing")
+		}
+		if v.Equal != nil && v.Regex != "" {
+			r.fault(field, "both equal and regex; use one")
+		}
+		if _, err := regexp.Compile(v.Regex); err != nil {
+			r.fault(field+".regex", "%v", err)
+		}
+	}
+	return len(r.faults) == before
+}
+
+func (r *reading) action(at string, x *Route, groups int, upstreams map[string]bool) {
+	actions := 0
+	if x.Upstream != "" {
+		actions++
+		r.known(at+".upstream", x.Upstream, upstreams)
+	}
+	if len(x.Split) > 0 {
+		actions++
+		total := 0
+		for i, s := range x.Split {
+			field := fmt.Sprintf("%s.split[%d]", at, i)
+			r.known(field+".upstream", s.Upstream, upstreams)
+			if s.Weight < 0 || s.Weight > 1e6 {
+				r.fault(field+".weight", "%d is out of range; use 0 to 1000000", s.Weight)
+			}
+			total += s.Weight
+		}
+		if total <= 0 {
+			r.fault(at+".split", "no weight above zero")
+		}
+	}
+	if d := x.Redirect; d != nil {
+		actions++
+		r.template(at+".redirect.to", d.To, groups)
+		if !slices.Contains([]int{301, 302, 303, 307, 308}, d.Status) {
+			r.fault(at+".redirect.status", "%d does not redirect; use 301, 302, 303, 307 or 308", d.Status)
+		}
+		if d.To == "" {
+			r.fault(at+".redirect.to", "is missing; write for example https://$host$uri")
+		}
+	}
+	if d := x.Respond; d != nil {
+		actions++
+		if d.Status < 200 || d.Status > 599 {
+			r.fault(at+".respond.status", "%d is out of range; use 200 to 599", d.Status)
+		}
+		if err := http1.CheckField("Content-Type", d.Type); err != nil {
+			r.fault(at+".respond.type", "%v", err)
+		}
+	}
+	if s := x.Static; s != nil {
+		actions++
+		if fi, err := os.Stat(s.Root); err != nil || !fi.IsDir() {
+			r.fault(at+".static.root", "%v", errors.Join(err, fmt.Errorf("%q is no directory", s.Root)))
+		}
+	}
+	if actions != 1 {
+		r.fault(at, "%d actions; use exactly one of upstream, split, redirect, respond and static", actions)
+	}
+}
+
+func (r *reading) template(field, s string, groups int) {
+	t, err := route.ParseTemplate(s)
+	if err != nil {
+		r.fault(field, "%v", err)
+		return
+	}
+	if n := t.Groups(); n > groups {
+		r.fault(field, "$%d, but the regex of the route has %d groups", n, groups)
+	}
+	if err := http1.CheckField("x", s); err != nil {
+		r.fault(field, "a control character")
+	}
+}
+
+// framed are fields that say where a message ends or who gets it.
+var framed = []string{"Content-Length", "Transfer-Encoding", "Connection", "Host", "Upgrade", "Trailer", "TE", "Keep-Alive"}
+
+func (r *reading) edit(at string, e *Edit, groups int) {
+	for field, m := range map[string]map[string]string{at + ".set": e.Set, at + ".add": e.Add} {
+		for name, value := range m {
+			r.fieldName(field, name)
+			r.template(field+"."+name, value, groups)
+		}
+	}
+	for i, name := range e.Remove {
+		r.fieldName(fmt.Sprintf("%s.remove[%d]", at, i), name)
+	}
+}
+
+func (r *reading) fieldName(field, name string) {
+	if err := http1.CheckField(name, ""); err != nil {
+		r.fault(field, "%v", err)
+	}
+	if slices.ContainsFunc(framed, func(f string) bool { return strings.EqualFold(f, name) }) {
+		r.fault(field, "%s is the proxy's own to write; to change the Host sent, use host", name)
+	}
+}

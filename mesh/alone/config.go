@@ -1,0 +1,311 @@
+package alone
+
+import (
+	"net/netip"
+	"regexp"
+	"time"
+
+	"hauberk.dev/mesh/route"
+)
+
+// Config is what proxy.yaml says. Load reads and checks it; it never changes
+// after.
+type Config struct {
+	Version   int        `yaml:"version"`
+	Admin     string     `yaml:"admin"` // Unix socket
+	AccessLog AccessLog  `yaml:"access_log"`
+	Limits    Limits     `yaml:"limits"`
+	Listeners []Listener `yaml:"listeners"`
+	Hosts     []Host     `yaml:"hosts"`
+	Upstreams []Upstream `yaml:"upstreams"`
+}
+
+// AccessLog is where requests are noted, and how.
+type AccessLog struct {
+	Path   string `yaml:"path"`   // "" none, "-" the standard output
+	Format string `yaml:"format"` // text, json
+}
+
+// Limits hold for everything the proxy serves.
+type Limits struct {
+	Connections   int      `yaml:"connections"`
+	Head          Size     `yaml:"head"`
+	Body          Size     `yaml:"body"`
+	HeadTimeout   Duration `yaml:"head_timeout"`
+	IdleTimeout   Duration `yaml:"idle_timeout"`
+	StreamTimeout Duration `yaml:"stream_timeout"`
+	StopTimeout   Duration `yaml:"stop_timeout"`
+}
+
+// Listener is an address the proxy serves.
+type Listener struct {
+	Name          string      `yaml:"name"`
+	Address       string      `yaml:"address"`
+	Protocol      string      `yaml:"protocol"` // http, tcp, sni
+	TLS           *ServerTLS  `yaml:"tls"`
+	ProxyProtocol []string    `yaml:"proxy_protocol_from"` // networks
+	Connections   int         `yaml:"connections"`
+	Upstream      string      `yaml:"upstream"` // tcp
+	Names         []NameRoute `yaml:"names"`    // sni
+
+	from []netip.Prefix
+}
+
+// ServerTLS ends TLS at a listener.
+type ServerTLS struct {
+	Certificates []Certificate `yaml:"certificates"`
+	MinVersion   string        `yaml:"min_version"` // 1.2, 1.3
+}
+
+// Certificate is a chain and its key, in files that are read again when they
+// change.
+type Certificate struct {
+	Chain string `yaml:"chain"`
+	Key   string `yaml:"key"`
+}
+
+// NameRoute says where a TLS connection that asks for one of these names goes.
+type NameRoute struct {
+	Names    []string `yaml:"names"`
+	Upstream string   `yaml:"upstream"`
+}
+
+// Host is a virtual host.
+type Host struct {
+	Names     []string `yaml:"names"`
+	Listeners []string `yaml:"listeners"` // none: all that speak http
+	Paths     string   `yaml:"paths"`     // strict, loose
+	Routes    []Route  `yaml:"routes"`
+}
+
+// Route is what is demanded of a request and what then happens. The first of a
+// host that matches decides.
+type Route struct {
+	Name    string   `yaml:"name"`
+	Path    string   `yaml:"path"`
+	Prefix  string   `yaml:"prefix"`
+	Regex   string   `yaml:"regex"`
+	Methods []string `yaml:"methods"`
+	Headers []Value  `yaml:"headers"`
+	Query   []Value  `yaml:"query"`
+
+	Upstream string    `yaml:"upstream"`
+	Split    []Share   `yaml:"split"`
+	Redirect *Redirect `yaml:"redirect"`
+	Respond  *Respond  `yaml:"respond"`
+	Static   *Static   `yaml:"static"`
+
+	Rewrite         string   `yaml:"rewrite"`
+	Host            string   `yaml:"host"` // sent to the upstream
+	RequestHeaders  Edit     `yaml:"request_headers"`
+	ResponseHeaders Edit     `yaml:"response_headers"`
+	Mirror          *Mirror  `yaml:"mirror"`
+	Timeout         Duration `yaml:"timeout"`
+	Retries         *Retries `yaml:"retries"`
+	Gzip            *Gzip    `yaml:"gzip"`
+	Rate            *Rate    `yaml:"rate"`
+	Body            Size     `yaml:"body"`
+	Hash            string   `yaml:"hash"`
+
+	match route.Match
+}
+
+// Value is a condition on a header field or a query parameter.
+type Value struct {
+	Name  string  `yaml:"name"`
+	Equal *string `yaml:"equal"`
+	Regex string  `yaml:"regex"`
+}
+
+// Share is an upstream's part of a route.
+type Share struct {
+	Upstream string `yaml:"upstream"`
+	Weight   int    `yaml:"weight"`
+}
+
+// Redirect answers with another address.
+type Redirect struct {
+	Status int    `yaml:"status"`
+	To     string `yaml:"to"`
+}
+
+// Respond answers by itself.
+type Respond struct {
+	Status int    `yaml:"status"`
+	Type   string `yaml:"type"`
+	Body   string `yaml:"body"`
+}
+
+// Static serves files below a directory.
+type Static struct {
+	Root  string   `yaml:"root"`
+	Index []string `yaml:"index"`
+	Try   string   `yaml:"try"` // a file for what is not there
+}
+
+// Edit changes header fields. Values may be templates.
+type Edit struct {
+	Set    map[string]string `yaml:"set"`
+	Add    map[string]string `yaml:"add"`
+	Remove []string          `yaml:"remove"`
+}
+
+// Mirror sends copies of requests whose answers nobody waits for.
+type Mirror struct {
+	Upstream string `yaml:"upstream"`
+	Percent  int    `yaml:"percent"`
+}
+
+// Retries of requests that were not sent, or that may be sent twice.
+type Retries struct {
+	Attempts int   `yaml:"attempts"` // in all
+	Statuses []int `yaml:"statuses"` // of answers to idempotent requests
+}
+
+// Gzip compresses answers.
+type Gzip struct {
+	Types []string `yaml:"types"`
+	Min   Size     `yaml:"min"`
+	Level int      `yaml:"level"`
+}
+
+// Rate is a token bucket.
+type Rate struct {
+	Requests int      `yaml:"requests"`
+	Per      Duration `yaml:"per"`
+	Burst    int      `yaml:"burst"`
+	By       string   `yaml:"by"` // client, route
+}
+
+// Upstream is a set of servers.
+type Upstream struct {
+	Name           string     `yaml:"name"`
+	Endpoints      []Endpoint `yaml:"endpoints"`
+	Balance        string     `yaml:"balance"`
+	ConnectTimeout Duration   `yaml:"connect_timeout"`
+	Idle           int        `yaml:"idle"` // connections kept per endpoint
+	Connections    int        `yaml:"connections"`
+	ProxyProtocol  string     `yaml:"proxy_protocol"` // v1, v2
+	TLS            *ClientTLS `yaml:"tls"`
+}
+
+// Endpoint is one server.
+type Endpoint struct {
+	Address string `yaml:"address"`
+	Weight  int    `yaml:"weight"`
+}
+
+// ClientTLS is how an upstream is spoken to.
+type ClientTLS struct {
+	Name string `yaml:"name"`
+	CA   string `yaml:"ca"`
+}
+
+// Duration is written as in 30s or 5m.
+type Duration time.Duration
+
+// Size is written as in 512, 16KiB, 10MiB.
+type Size int64
+
+// Defaults.
+const (
+	defaultConnections    = 10000
+	defaultHead           = 16 << 10
+	defaultBody           = 8 << 20
+	defaultHeadTimeout    = 10 * time.Second
+	defaultIdleTimeout    = 75 * time.Second
+	defaultStreamTimeout  = time.Hour
+	defaultStopTimeout    = 30 * time.Second
+	defaultTimeout        = 60 * time.Second
+	defaultConnectTimeout = 2 * time.Second
+	defaultIdle           = 128
+	defaultGzipMin        = 1 << 10
+	defaultGzipLevel      = 5
+	maxConfig             = 8 << 20
+)
+
+var defaultGzipTypes = []string{"text/html", "text/plain", "text/css", "text/xml", "application/json", "application/javascript",
+	"text/javascript", "application/xml", "image/svg+xml"}
+
+// def sets what the file leaves out.
+func def[T comparable](p *T, v T) {
+	var zero T
+	if *p == zero {
+		*p = v
+	}
+}
+
+func (c *Config) defaults() {
+	def(&c.AccessLog.Format, "text")
+	l := &c.Limits
+	def(&l.Connections, defaultConnections)
+	def(&l.Head, defaultHead)
+	def(&l.Body, defaultBody)
+	def(&l.HeadTimeout, Duration(defaultHeadTimeout))
+	def(&l.IdleTimeout, Duration(defaultIdleTimeout))
+	def(&l.StreamTimeout, Duration(defaultStreamTimeout))
+	def(&l.StopTimeout, Duration(defaultStopTimeout))
+	for i := range c.Listeners {
+		def(&c.Listeners[i].Protocol, "http")
+		def(&c.Listeners[i].Connections, l.Connections)
+		if t := c.Listeners[i].TLS; t != nil {
+			def(&t.MinVersion, "1.2")
+		}
+	}
+	for i := range c.Hosts {
+		def(&c.Hosts[i].Paths, "strict")
+		for j := range c.Hosts[i].Routes {
+			c.Hosts[i].Routes[j].defaults(l.Body)
+		}
+	}
+	for i := range c.Upstreams {
+		u := &c.Upstreams[i]
+		def(&u.Balance, "round_robin")
+		def(&u.ConnectTimeout, Duration(defaultConnectTimeout))
+		def(&u.Idle, defaultIdle)
+		for j := range u.Endpoints {
+			def(&u.Endpoints[j].Weight, 1)
+		}
+	}
+}
+
+func (r *Route) defaults(body Size) {
+	def(&r.Timeout, Duration(defaultTimeout))
+	def(&r.Body, body)
+	if r.Redirect != nil {
+		def(&r.Redirect.Status, 308)
+	}
+	if r.Respond != nil {
+		def(&r.Respond.Type, "text/plain; charset=utf-8")
+	}
+	if r.Static != nil && r.Static.Index == nil {
+		r.Static.Index = []string{"index.html"}
+	}
+	if r.Mirror != nil {
+		def(&r.Mirror.Percent, 100)
+	}
+	if g := r.Gzip; g != nil {
+		if g.Types == nil {
+			g.Types = defaultGzipTypes
+		}
+		def(&g.Min, defaultGzipMin)
+		def(&g.Level, defaultGzipLevel)
+	}
+	if r.Rate != nil {
+		def(&r.Rate.Per, Duration(time.Second))
+		def(&r.Rate.Burst, r.Rate.Requests)
+		def(&r.Rate.By, "client")
+	}
+}
+
+// values compiles conditions; Check has seen that they compile.
+func values(vs []Value) (out []route.Value) {
+	for _, v := range vs {
+		c := route.Value{Name: v.Name, Equal: v.Equal}
+		if v.Regex != "" {
+			c.Pattern = regexp.MustCompile(v.Regex)
+		}
+		out = append(out, c)
+	}
+	return out
+}

@@ -1,0 +1,298 @@
+package alone
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"hauberk.dev/mesh/http1"
+	"hauberk.dev/mesh/route"
+)
+
+// Patience with clients that are told something they may not read.
+const (
+	lingerTime  = time.Second
+	lingerBytes = 256 << 10
+)
+
+// States of a session, so that a stop ends those nobody waits for.
+const (
+	idle int32 = iota
+	busy
+	stopped
+)
+
+// session is one client connection that speaks HTTP. One goroutine reads a
+// request, passes it on, reads the answer and passes that back; nothing is
+// allocated for a request that is only passed on.
+type session struct {
+	p    *Proxy
+	l    *listener
+	conn net.Conn
+	tcp  *net.TCPConn
+	raw  syscall.RawConn
+	tls  bool
+
+	client, local netip.AddrPort
+	clientText    []byte // of its address
+
+	state atomic.Int32
+	in    inflow
+	out   outflow
+	one   [1]byte
+	try   func(uintptr) bool
+	tried error
+
+	// Of the request at hand.
+	world   *world
+	req     http1.Message
+	resp    http1.Message
+	body    http1.Payload // of the request
+	back    http1.Payload // of the answer
+	route   route.Request
+	path    []byte
+	named   [][]byte // by a Connection field
+	action  *action
+	began   time.Time
+	status  int
+	got     int64     // bytes of the body received
+	server  *endpoint // that was asked last
+	sent    int64
+	final   bool // no more requests on this connection
+	aborted bool // what the client got is not whole
+	line    []byte
+	why     string
+	up      outflow    // to the server
+	upload  chan error // of a body that is passed on while the answer is read
+	asked   []*endpoint
+}
+
+func (s *session) serve() {
+	defer s.end()
+	s.try = s.firstBytes
+	for s.await() {
+		if !s.state.CompareAndSwap(idle, busy) {
+			return
+		}
+		s.exchange()
+		if s.final || !s.state.CompareAndSwap(busy, idle) || s.p.stopping.Load() {
+			return
+		}
+	}
+}
+
+// end closes the connection. A client that is still sending gets to read the
+// last answer: a plain close would reset it.
+func (s *session) end() {
+	if s.aborted {
+		s.tcp.SetLinger(0)
+	} else if s.final {
+		s.conn.SetDeadline(time.Now().Add(lingerTime))
+		if c, ok := s.conn.(interface{ CloseWrite() error }); ok {
+			c.CloseWrite()
+		}
+		io.CopyN(io.Discard, s.tcp, lingerBytes)
+	}
+	s.conn.Close()
+	s.in.drop()
+	s.out.drop()
+}
+
+// await waits for the first bytes of a request. It holds no memory meanwhile.
+func (s *session) await() bool {
+	s.in.hold = 0
+	s.in.release()
+	if len(s.in.waiting()) > 0 {
+		return true
+	}
+	s.in.drop()
+	s.out.drop()
+	s.conn.SetReadDeadline(time.Now().Add(s.l.patience()))
+	if s.raw == nil { // TLS
+		if n, err := s.conn.Read(s.one[:]); n == 0 || err != nil {
+			return false
+		}
+		s.in.take()
+		s.in.b[0], s.in.end = s.one[0], 1
+		return true
+	}
+	if err := s.raw.Read(s.try); err != nil || s.tried != nil {
+		return false
+	}
+	return true
+}
+
+// firstBytes reads into a block, if there is something to read.
+func (s *session) firstBytes(fd uintptr) bool {
+	s.in.take()
+	for {
+		n, err := syscall.Read(int(fd), s.in.b[:])
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err == syscall.EAGAIN:
+			s.in.drop()
+			return false
+		case err == nil && n == 0:
+			err = io.EOF
+		}
+		s.in.end = max(n, 0)
+		s.tried = err
+		return true
+	}
+}
+
+// exchange serves one request.
+func (s *session) exchange() {
+	w := s.p.enter()
+	defer w.leave()
+	site := w.sites[s.l.name]
+	if site == nil { // the listener is gone; what it served last goes on
+		site = s.l.site.Load()
+	}
+	s.world, s.began = site.world, time.Now()
+	s.status, s.got, s.sent, s.server, s.action, s.why = 0, 0, 0, nil, nil, ""
+	s.out.sent = 0
+	s.route.Path, s.route.Query = nil, nil
+	if s.head(w) {
+		s.dispatch(site)
+	}
+	if !s.aborted {
+		if err := s.out.flush(); err != nil {
+			s.final, s.aborted = true, true
+		}
+	}
+	s.sent = s.out.sent
+	s.note(w)
+}
+
+// head reads and checks the head of a request. It answers what it refuses.
+func (s *session) head(w *world) bool {
+	limit := int(w.config.Limits.Head)
+	if n, _, _ := http1.HeadLength(s.in.waiting(), 0); n == 0 { // not all there yet: do not wait for ever
+		s.conn.SetReadDeadline(s.began.Add(time.Duration(w.config.Limits.HeadTimeout)))
+	}
+	head, begun, err := s.in.head(limit)
+	switch {
+	case err == nil:
+	case errors.Is(err, errHead):
+		return s.refuse(431, "request head over the limit", "raise limits.head, up to 16KiB")
+	case errors.Is(err, os.ErrDeadlineExceeded) && begun:
+		return s.refuse(408, "request head took too long", "")
+	case isSyntax(err):
+		return s.refuse(400, err.Error(), "")
+	case err != nil:
+		s.final = true
+		return false
+	}
+	if err := s.req.Request(head); err != nil {
+		return s.refuse(400, err.Error(), "")
+	}
+	s.body.Start(s.req.Framing, s.req.Length)
+	s.final = s.req.Close
+	return s.target(w)
+}
+
+func isSyntax(err error) bool {
+	var syntax *http1.SyntaxError
+	return errors.As(err, &syntax)
+}
+
+// target checks what the request is for.
+func (s *session) target(w *world) bool {
+	method := s.req.Method
+	if string(method) == "CONNECT" || string(method) == "TRACE" {
+		return s.refuse(405, "method is not served", "")
+	}
+	authority, _, query := http1.SplitTarget(s.req.Target)
+	if authority != nil && !equalFold(s.req.Host, string(authority)) {
+		return s.refuse(400, "Host and the target name different hosts", "")
+	}
+	s.route.Message, s.route.Query, s.route.Remote, s.route.Scheme = &s.req, query, s.clientText, "http"
+	if s.tls {
+		s.route.Scheme = "https"
+	}
+	return true
+}
+
+// dispatch finds the route and does what it says.
+func (s *session) dispatch(site *site) {
+	host := site.hosts.Host(s.req.Host)
+	if host == nil {
+		s.refuse(421, "no virtual host of that name", `name it under hosts, or one host "*"`)
+		return
+	}
+	path, err := http1.AppendPath(s.path[:0], s.req.Method, s.req.Target, host.Loose)
+	if err != nil {
+		s.refuse(400, err.Error(), "paths: loose accepts more")
+		return
+	}
+	s.path, s.route.Path = path, path
+	found := host.Find(&s.route)
+	if found == nil {
+		s.refuse(404, "no route matches", "")
+		return
+	}
+	a := *found
+	s.action = a
+	if a.limit != nil {
+		if ok, wait := a.limit.allow(s.client.Addr(), s.began); !ok {
+			a.stats.limited.Add(1)
+			s.tooMany(wait)
+			return
+		}
+	}
+	if s.req.Framing == http1.Length && s.req.Length > int64(a.route.Body) {
+		s.refuse(413, "request body over the limit", "raise body of the route")
+		return
+	}
+	switch {
+	case a.redirect != nil:
+		s.redirect(a)
+	case a.static != nil:
+		s.file(a)
+	case a.route.Respond != nil:
+		s.respond(a)
+	default:
+		s.forward(a)
+	}
+}
+
+// note counts and logs the request.
+func (s *session) note(w *world) {
+	took := time.Since(s.began)
+	st := s.p.stats.other
+	if s.action != nil {
+		st = s.action.stats
+	}
+	if s.status == 0 && s.action == nil && s.final {
+		return // it asked nothing
+	}
+	st.note(s.status, s.got, s.sent, took)
+	if w.log != nil {
+		s.line = s.appendLine(s.line[:0], w.log.json, took)
+		w.log.add(s.line)
+	}
+}
+
+func newSession(p *Proxy, l *listener, conn net.Conn, tcp *net.TCPConn, client, local netip.AddrPort) (*session, error) {
+	s := &session{p: p, l: l, conn: conn, tcp: tcp, client: client, local: local}
+	s.clientText = client.Addr().AppendTo(nil)
+	s.in.r, s.out.w = conn, conn
+	if _, s.tls = conn.(*tls.Conn); !s.tls {
+		raw, err := tcp.SyscallConn()
+		if err != nil {
+			return nil, err
+		}
+		s.raw = raw
+	}
+	return s, nil
+}
+
+func equalFold(a []byte, b string) bool { return http1.Is(a, b) }
