@@ -467,11 +467,8 @@ func testLimits(t *testing.T, g *guest, kills *atomic.Uint32) {
 	if _, _, status := inside.run("tail", "/dev/zero"); status.Code != 137 {
 		t.Errorf("a process with no end to its memory ended with %+v", status)
 	}
-	for i := 0; kills.Load() == 0; i++ {
-		if i == 100 {
-			t.Fatal("no word of the kill for want of memory")
-		}
-		time.Sleep(20 * time.Millisecond)
+	if kills.Load() == 0 {
+		t.Error("an end was told before the kill for want of memory that made it")
 	}
 	s, err := g.c.Stats(g.ctx())
 	if err != nil {

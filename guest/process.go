@@ -99,6 +99,9 @@ func (a *agent) notify() {
 			continue
 		}
 		if p.phase == guestproto.PhaseExited && !p.exitSent {
+			if p.container != nil {
+				a.sendOOM(p.container) // the kernel counts before it kills, and tells later
+			}
 			start := len(a.tx)
 			m := guestproto.Exit{Process: p.id, Code: p.code, Signal: p.sig}
 			a.tx = m.Append(guestproto.Begin(a.tx, 0, guestproto.VerbExit))
@@ -479,8 +482,7 @@ func (a *agent) sendOOM(p *process) {
 	}
 	kills := uint32(field(buf[:n], "oom_kill "))
 	if kills == p.oomKills || !a.session || !p.attached || a.room() < reserve {
-		p.oomKills = kills
-		return
+		return // what is not told now goes with the exit
 	}
 	p.oomKills = kills
 	start := len(a.tx)
