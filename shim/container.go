@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// lastWords bounds how long a container's end waits for its output and
-	// for the ends of what else ran in it.
+	// lastWords bounds how long a container's end waits for its output to be
+	// read and for the ends of what else ran in it.
 	lastWords = 5 * time.Second
 	// mercy is how long a guest may take to kill what it was told to; then
 	// the machine goes.
@@ -253,12 +253,14 @@ func (c *container) watchPause() {
 	}
 }
 
-// finish notes and tells the end of a process, after those of the container's
-// other processes if it is the first. With what holds the pod, the pod ends.
+// finish notes and tells the end of a process; if it is the first, after those
+// of the container's other processes and after its output: whoever hears of the
+// end may stop reading. With what holds the pod, the pod ends.
 func (c *container) finish(r *running, status int) {
 	if r == c.first {
 		c.lastExecs()
 		c.collect()
+		r.io.drain(lastWords)
 	}
 	r.announcing.Lock()
 	first := r.finish(status)
@@ -270,9 +272,6 @@ func (c *container) finish(r *running, status int) {
 	if !first || r != c.first {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), lastWords)
-	r.io.drain(ctx)
-	cancel()
 	if c.role != roleMember {
 		if err := c.pod.end(); err != nil {
 			c.log.Error("end machine", "err", err)

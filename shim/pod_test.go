@@ -384,7 +384,7 @@ func TestPod(t *testing.T) {
 	if r := s.end("pod"); r.ExitStatus != 137 {
 		t.Errorf("the pod was deleted with %v", r)
 	}
-	if st, err := s.State(t.Context(), &task.StateRequest{ID: "last"}); err != nil || st.Status != types.Status_STOPPED || st.ExitStatus != 137 {
+	if st, err := s.Wait(t.Context(), &task.WaitRequest{ID: "last"}); err != nil || st.ExitStatus != 137 {
 		t.Errorf("with the pod: %v, %v", st, err)
 	}
 	if _, err := s.Create(t.Context(), s.request("late", "container", "pod")); err == nil {

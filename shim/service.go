@@ -154,6 +154,7 @@ func (s *service) Delete(ctx context.Context, r *task.DeleteRequest) (*task.Dele
 		out.ExitedAt = timestamppb.New(at)
 	}
 	if r.ExecID != "" {
+		p.io.drain(lastOutput)
 		p.io.close()
 		c.drop(r.ExecID)
 		return out, nil

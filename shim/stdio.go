@@ -23,6 +23,11 @@ const (
 	// lastInput is how long input that is on its way has when a client says
 	// there will be no more.
 	lastInput = 50 * time.Millisecond
+	// lastOutput is what an exec's output has when its client deletes it: a
+	// child of it that lives on may hold it open for good.
+	lastOutput = 2 * time.Second
+	// unreadRest is between two looks at whether output was read.
+	unreadRest = 2 * time.Millisecond
 )
 
 // streams are the names of a process' input and output, as containerd gives
@@ -51,6 +56,40 @@ type output struct {
 	// held is the reading end of a fifo, which nobody reads: a client that
 	// leaves must not end the process.
 	held *os.File
+}
+
+// taken waits until a fifo's reader has taken what was written, or left, but no
+// longer than ctx. Clients of containerd 1.6 close theirs as soon as they hear
+// of a process' end, read or not.
+func (o *output) taken(ctx context.Context) {
+	if o.held == nil {
+		return
+	}
+	_ = o.held.Close() // nothing is written any more, and a reader that left must show
+	for unread(o.file) && ctx.Err() == nil {
+		time.Sleep(unreadRest)
+	}
+}
+
+// unread says whether a reader has yet to read something of a fifo.
+func unread(w io.Writer) (waits bool) {
+	f, ok := w.(*os.File)
+	if !ok {
+		return false
+	}
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	err = raw.Control(func(fd uintptr) {
+		at := []unix.PollFd{{Fd: int32(fd)}}
+		if n, err := unix.Poll(at, 0); err != nil || n > 0 && at[0].Revents&unix.POLLERR != 0 {
+			return // nobody reads
+		}
+		n, err := unix.IoctlGetInt(int(fd), unix.TIOCINQ)
+		waits = err == nil && n > 0
+	})
+	return err == nil && waits
 }
 
 func (o *output) close() {
@@ -175,6 +214,9 @@ func (s *stdio) goOn(p *vm.Process) {
 		s.wg.Go(func() {
 			if o != nil {
 				_, _ = io.Copy(o.file, from) // a client that is gone is no fault
+				ctx, cancel := context.WithTimeout(context.Background(), lastWords)
+				o.taken(ctx)
+				cancel()
 				o.close()
 			}
 			_, _ = io.Copy(io.Discard, from)
@@ -268,13 +310,15 @@ func (s *stdio) endInputLocked() {
 	}
 }
 
-// drain waits until all output is with its readers, or ctx ends.
-func (s *stdio) drain(ctx context.Context) {
+// drain waits until all output is with its readers, but no longer than that.
+func (s *stdio) drain(longest time.Duration) {
 	done := make(chan struct{})
 	go func() { s.wg.Wait(); close(done) }()
+	late := time.NewTimer(longest)
+	defer late.Stop()
 	select {
 	case <-done:
-	case <-ctx.Done():
+	case <-late.C:
 	}
 }
 

@@ -138,3 +138,43 @@ func TestCloseFreesWhoWaitsForAWriter(t *testing.T) {
 		}
 	}
 }
+
+// TestOutputIsTaken: an output has ended when its reader has read it, or left.
+func TestOutputIsTaken(t *testing.T) {
+	for name, end := range map[string]func(*os.File){
+		"read":   func(f *os.File) { _, _ = f.Read(make([]byte, 100)) },
+		"closed": func(f *os.File) { f.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "out")
+			if err := unix.Mkfifo(path, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			reader, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer reader.Close()
+			o, err := openOutput(t.Context(), path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer o.close()
+			if _, err := io.WriteString(o.file, "last words"); err != nil {
+				t.Fatal(err)
+			}
+			late, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+			o.taken(late)
+			cancel()
+			if late.Err() == nil {
+				t.Error("taken before anybody read it")
+			}
+			end(reader)
+			soon, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if o.taken(soon); soon.Err() != nil {
+				t.Error("not taken")
+			}
+		})
+	}
+}
