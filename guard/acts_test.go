@@ -244,9 +244,9 @@ frontend f
 backend b
  server s 127.0.0.1:8082
 E
-haproxy -W -p pid -f h.cfg & m=$!; await busybox wget -T 5 -q -O - http://127.0.0.1:8083/x
+haproxy -W -p pid -f h.cfg & m=$!; await timeout 20 busybox wget -q -O - http://127.0.0.1:8083/x
 workers() { pgrep -P $m | tr '\n' ' '; }; before=$(workers); kill -USR2 $m
-new() { w=$(workers); [ -n "$w" ] && [ "$w" != "$before" ] && busybox wget -T 5 -q -O - http://127.0.0.1:8083/x; }; await new; kill -TERM $m; wait $m || true`},
+new() { w=$(workers); [ -n "$w" ] && [ "$w" != "$before" ] && timeout 20 busybox wget -q -O - http://127.0.0.1:8083/x; }; await new; kill -TERM $m; wait $m || true`},
 	{name: "SSH client and server", policy: "dev", run: `
 mkdir -p /root/.ssh; chmod 700 /root /root/.ssh; ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id; ssh-keygen -q -t ed25519 -N '' -f host; cp /root/.ssh/id.pub /root/.ssh/authorized_keys
 mkdir -p /run/sshd; /usr/sbin/sshd -f /dev/null -p 2222 -h $PWD/host -o ListenAddress=127.0.0.1 -o UsePAM=no -o Subsystem='sftp internal-sftp' -E log; o="-i /root/.ssh/id -o StrictHostKeyChecking=no -o UserKnownHostsFile=known"

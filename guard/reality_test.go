@@ -175,7 +175,7 @@ func (s *sandbox) putInForce(t *testing.T, ctx context.Context, generation uint6
 
 // scripted is what every script begins with.
 const scripted = `exec </dev/null 2>&1
-await() { n=0; until "$@" >/dev/null 2>&1; do n=$((n+1)); [ $n -lt 900 ] || { echo "never came: $*"; exit 1; }; sleep 0.1; done; }
+await() { n=0; until "$@" >/dev/null 2>&1; do n=$((n+1)); [ $n -lt 900 ] || { echo "never came: $*"; "$@" 2>&1 || exit 1; }; sleep 0.1; done; }
 `
 
 // Containers have the rights that engines commonly give.
