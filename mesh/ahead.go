@@ -43,7 +43,7 @@ func (a *arrival) metGuest() *net.TCPConn {
 	}
 	m := a.early
 	a.early = nil
-	if time.Since(m.at) > aheadFor || !untouched(m.conn) {
+	if time.Since(m.at) > aheadFor || !untouched(m.conn, a.streams.Load() != nil) {
 		m.conn.Close()
 		return nil
 	}
@@ -58,20 +58,22 @@ func (a *arrival) leaveGuest() {
 	}
 }
 
-// untouched tells whether the other end has neither said nor ended anything.
-func untouched(c *net.TCPConn) bool {
+// untouched tells whether the other end has neither said nor ended anything. One
+// that greets, as servers of HTTP/2 may, can have said something.
+func untouched(c *net.TCPConn, greets bool) bool {
 	raw, err := c.SyscallConn()
 	if err != nil {
 		return false
 	}
 	var got error
+	var n int
 	var b [1]byte
 	if err := raw.Control(func(fd uintptr) {
-		_, _, got = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		n, _, got = unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 	}); err != nil {
 		return false
 	}
-	return got == unix.EAGAIN
+	return got == unix.EAGAIN || greets && got == nil && n > 0
 }
 
 // mayCall tells whether some request of a caller to a port could be allowed.

@@ -82,8 +82,8 @@ func (d *directory) add(s *service) (err error) {
 	d.services[key] = s
 	s.ports = map[uint16]plan.Port{}
 	for _, port := range s.Ports {
-		if port.Port == 0 || port.Protocol != "http" && port.Protocol != "tcp" {
-			return fmt.Errorf("port %d with protocol %q; want 1 to 65535 and http or tcp", port.Port, port.Protocol)
+		if port.Port == 0 || !speaksHTTP(port.Protocol) && port.Protocol != "tcp" {
+			return fmt.Errorf("port %d with protocol %q; want 1 to 65535 and http, grpc or tcp", port.Port, port.Protocol)
 		}
 		s.ports[port.Port] = port
 		if err := d.target(s.Address, target{s, nil, port}); err != nil {

@@ -60,9 +60,13 @@ func respond(w io.Writer, status int, r refusal, closing bool) error {
 // answer to what it asks next.
 func refuseHTTP(c *net.TCPConn, r refusal) {
 	c.SetReadDeadline(time.Now().Add(askTime))
-	var first [1]byte
-	if _, err := c.Read(first[:]); err != nil {
+	client, two, err := opening(tcpSide{c})
+	if err != nil {
 		abortTCP(c)
+		return
+	}
+	if two {
+		refuseHTTP2(c, client, r)
 		return
 	}
 	c.SetDeadline(time.Now().Add(lingerTime))
@@ -186,6 +190,9 @@ func (x *exchange) requests() error {
 // one passes one request on, or answers it.
 func (x *exchange) one(in *http1.Reader, h *http1.Head) error {
 	status, r := x.judge(h)
+	if h.H2C {
+		h.DropUpgrade() // what is asked in another protocol would not be judged
+	}
 	if status != 0 {
 		closing := h.Close || h.Framing != http1.NoBody
 		if err := x.local(status, r, closing); err != nil || closing {

@@ -197,7 +197,7 @@ func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 	if svc == nil || sb == nil {
 		ev.Kind, ev.Reason = api.EventUnreachable, "no instance of the service runs on this node"
 		p.events.add(ev)
-		if svc != nil && svc.ports[port.Port].Protocol == "http" {
+		if svc != nil && speaksHTTP(svc.ports[port.Port].Protocol) {
 			refuseHTTP(tcp, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
 			return
 		}
@@ -229,6 +229,17 @@ type arrival struct {
 	refuse func(status int, reason string)
 	guest  atomic.Pointer[net.TCPConn]
 	early  *early // to the guest, before it is needed
+	// streams is set once HTTP/2 is spoken.
+	streams atomic.Pointer[exchange2]
+}
+
+// allowedStill lets a connection stay whose requests are judged one by one; one
+// of HTTP/2 ends those under way that a new plan forbids.
+func (a *arrival) allowedStill(d *directory) bool {
+	if x := a.streams.Load(); x != nil {
+		x.judgeAgain(d)
+	}
+	return true
 }
 
 // sever stops both sides. A stream stops with its flow's mark, or with the
@@ -270,7 +281,8 @@ func (a *arrival) connect(e *entry) (*net.TCPConn, error) {
 
 // serve registers the connection, judges it and connects it to the guest.
 func (a *arrival) serve(svc *service) {
-	isHTTP := svc.ports[a.port].Protocol == "http"
+	protocol := svc.ports[a.port].Protocol
+	isHTTP := speaksHTTP(protocol)
 	e := &entry{direction: "in", guest: a.guest.Load, party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), sever: a.sever, close: a.cut}
 	key := serviceKey(svc.Namespace, svc.Name)
 	if !isHTTP {
@@ -282,6 +294,9 @@ func (a *arrival) serve(svc *service) {
 			s := d.services[key]
 			return s != nil && decide(s, call{caller: a.who.peerIdentity, port: a.port}).allowed
 		}
+	}
+	if isHTTP {
+		e.allowed = a.allowedStill
 	}
 	if err := a.sb.register(e); err != nil {
 		a.ev.Kind, a.ev.Reason = kindOf(err), err.Error()
@@ -298,7 +313,12 @@ func (a *arrival) serve(svc *service) {
 		}
 		defer a.leaveGuest()
 		a.accept()
-		a.serveHTTP(e, key)
+		client, two, _ := opening(a.client) // a fault is met again when reading on
+		if two || protocol == "grpc" {
+			a.serveHTTP2(e, key, client)
+		} else {
+			a.serveHTTP(e, key, client)
+		}
 		return
 	}
 	guest, err := a.connect(e)
@@ -331,10 +351,10 @@ func (a *arrival) denied(v verdict) {
 }
 
 // serveHTTP judges each request by the plan of the moment.
-func (a *arrival) serveHTTP(e *entry, key string) {
+func (a *arrival) serveHTTP(e *entry, key string, client side) {
 	x := &exchange{
 		entry:  e,
-		client: a.client,
+		client: client,
 		dial: func() (side, error) {
 			c, err := a.connect(e)
 			return tcpSide{c}, err

@@ -345,7 +345,7 @@ func TestHTTPRaw(t *testing.T) {
 		"refused body":    {"POST /no HTTP/1.1\r\nHost: a\r\nContent-Length: 44\r\n\r\n" + fmt.Sprintf(get, "/ok/smuggled"), []string{`403 {"e`}},
 		"CL and TE":       {"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + fmt.Sprintf(get, "/no"), []string{`400 {"e`}},
 		"bare LF":         {"GET /ok HTTP/1.1\nHost: a\n\n", []string{`400 {"e`}},
-		"http/2":          {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []string{`400 {"e`}},
+		"http/2 too late": {fmt.Sprintf(get, "/ok") + "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []string{"200 /ok", `400 {"e`}},
 		"connect":         {"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", []string{`405 {"e`}},
 		"close":           {"GET /ok HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" + fmt.Sprintf(get, "/ok/2"), []string{"200 /ok"}},
 		"1.0":             {"GET /ok HTTP/1.0\r\n\r\n", []string{"200 /ok"}},

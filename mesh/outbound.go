@@ -103,7 +103,7 @@ func outboundKind(err error) api.EventKind {
 // HTTP is spoken, else with a reset.
 func (sb *sandbox) refuseOutbound(c *net.TCPConn, t target, ev api.Event) {
 	sb.refuse(ev)
-	if t.port.Protocol != "http" {
+	if !speaksHTTP(t.port.Protocol) {
 		abortTCP(c)
 		return
 	}

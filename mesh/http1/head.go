@@ -9,6 +9,7 @@ package http1
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 )
@@ -56,6 +57,7 @@ type Head struct {
 	Length  int64
 	Close   bool // the sender closes after this message
 	Upgrade bool // the sender asks for, or takes up, another protocol
+	H2C     bool // of which one is HTTP/2: to be dropped
 	Expect  bool // the client waits for 100 Continue
 }
 
@@ -93,11 +95,30 @@ func (r *Reader) Response(method string) (*Head, error) {
 func (r *Reader) head() *Head {
 	m := &r.m
 	h := &Head{Raw: r.raw, Method: string(m.Method), Target: string(m.Target), Host: string(m.Host), Status: m.Status, Minor: m.Minor,
-		Framing: m.Framing, Close: m.Close, Upgrade: m.Upgrade, Expect: m.Expect}
+		Framing: m.Framing, Close: m.Close, Upgrade: m.Upgrade, H2C: m.H2C, Expect: m.Expect}
 	if h.Framing == Length {
 		h.Length = m.Length
 	}
 	return h
+}
+
+// DropUpgrade takes the offer of another protocol out of a request. A server
+// may always go on without taking one up.
+func (h *Head) DropUpgrade() {
+	kept := h.Raw[:0]
+	for b := h.Raw; len(b) > 0; {
+		end := bytes.IndexByte(b, '\n') + 1
+		if end == 0 {
+			end = len(b)
+		}
+		line := b[:end]
+		b = b[end:]
+		if name, _, ok := bytes.Cut(line, []byte(":")); ok && (is(name, "Upgrade") || is(name, "HTTP2-Settings")) {
+			continue
+		}
+		kept = append(kept, line...)
+	}
+	h.Raw, h.Upgrade, h.H2C = kept, false, false
 }
 
 // lines reads up to and with the empty line.

@@ -22,6 +22,7 @@ type Message struct {
 	Length  int64
 	Close   bool // the sender closes after this message
 	Upgrade bool // the sender asks for, or takes up, another protocol
+	H2C     bool // of which one is HTTP/2: what follows could not be judged, so Upgrade is not set
 	Expect  bool // the client waits for 100 Continue
 }
 
@@ -170,7 +171,7 @@ func (m *Message) fields(b []byte, request bool) error {
 		}
 	}
 	m.Close = c.closing || m.Minor == 0 && !c.keepAlive
-	m.Upgrade = c.connUpgrade && c.hasUpgrade
+	m.Upgrade = c.connUpgrade && c.hasUpgrade && !m.H2C
 	return m.frame(c, request)
 }
 
@@ -209,6 +210,11 @@ func (m *Message) known(c *counts, f Field) error {
 		}
 	case is(f.Name, "Upgrade"):
 		c.hasUpgrade = true
+		for more := true; more; {
+			var t []byte
+			t, v, more = bytes.Cut(v, comma)
+			m.H2C = m.H2C || is(trim(t), "h2c")
+		}
 	case is(f.Name, "Expect"):
 		m.Expect = is(v, "100-continue")
 	}

@@ -261,6 +261,21 @@ func (c *Conn) Open() bool {
 	return c.err == nil && !c.draining
 }
 
+// Each calls f for each request that has been forwarded and is under way.
+func (c *Conn) Each(f func(*Stream)) {
+	c.mu.Lock()
+	var all []*Stream
+	for _, s := range c.streams {
+		if s.mate.Load() != nil {
+			all = append(all, s)
+		}
+	}
+	c.mu.Unlock()
+	for _, s := range all {
+		f(s)
+	}
+}
+
 // Drain takes no more requests; the connection ends when those under way have.
 func (c *Conn) Drain() {
 	c.mu.Lock()

@@ -49,6 +49,7 @@ const (
 	CodeCancel      Code = 8
 	CodeCompression Code = 9
 	CodeCalm        Code = 11
+	CodeSecurity    Code = 12
 )
 
 const (

@@ -121,7 +121,7 @@ func (c *Conn) stand(err error) error {
 	if err == nil || !errors.As(err, &se) {
 		return err
 	}
-	if c.o.Malformed != nil {
+	if c.o.Malformed != nil && se.Code != CodeRefused {
 		c.o.Malformed(err)
 	}
 	if !c.resets.spend() {
