@@ -165,3 +165,41 @@ func TestHealthAnswerGolden(t *testing.T) {
 		}
 	}
 }
+
+// Heartbeats are answered as sofa-bolt-node and dubbo-remoting answer them, or
+// not; whole, and byte by byte.
+func TestProbeRPC(t *testing.T) {
+	const boltAck, dubboAck = "\x01\x00\x00\x00\x01\x00\x00\x00\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00", "\xda\xbb\x22\x14\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x01N"
+	probes := map[string]func(context.Context, Dialer, string) error{"bolt": ProbeBolt, "dubbo": ProbeDubbo}
+	for _, c := range []struct {
+		protocol, said string
+		well           bool
+	}{
+		{"bolt", boltAck, true}, {"dubbo", dubboAck, true},
+		{"bolt", dubboAck, false}, {"dubbo", boltAck, false},
+		{"bolt", boltAck[:19], false}, {"dubbo", dubboAck[:16], false}, {"bolt", "", false}, {"dubbo", "", false},
+		{"bolt", strings.Replace(boltAck, "\x00\x00\x00\x01\x01\x00\x00", "\x00\x00\x00\x02\x01\x00\x00", 1), false}, // another's
+		{"bolt", boltAck[:11] + "\x04" + boltAck[12:], false},                                                        // busy
+		{"dubbo", strings.Replace(dubboAck, "\x14", "\x64", 1), false},                                               // exhausted
+		{"dubbo", dubboHeartbeat, false}, {"bolt", boltHeartbeat, false},                                             // an echo
+		{"dubbo", "\xda\xbb\x02\x14\x00\x00\x00\x00\x00\x00\x00\x01\x00\x7f\xff\xff", false},
+	} {
+		if err := probes[c.protocol](soon(t), answers(c.said), ""); (err == nil) != c.well {
+			t.Errorf("%s: %x: %v", c.protocol, c.said, err)
+		}
+	}
+	slow := func(context.Context, string, string) (net.Conn, error) {
+		here, there := net.Pipe()
+		go func() {
+			defer there.Close()
+			io.ReadFull(there, make([]byte, len(boltHeartbeat)))
+			for i := range boltAck {
+				io.WriteString(there, boltAck[i:i+1])
+			}
+		}()
+		return here, nil
+	}
+	if err := ProbeBolt(soon(t), slow, ""); err != nil {
+		t.Errorf("byte by byte: %v", err)
+	}
+}
