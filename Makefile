@@ -62,9 +62,10 @@ bench-sandbox: ## measure sandboxes beside runc and gVisor (root)
 	$(MAKE) build
 	scripts/bench-sandbox
 
-bench-guard: ## measure what the Guard costs in a guest, on both kernels (root)
+bench-guard: build ## measure what the Guard costs in a guest, on both kernels, and a change of a policy (root)
 	scripts/setup bench
 	go run ./bench/guard
+	scripts/bench -only policy
 
 critest: ## validate the runtime by Kubernetes' suite, on containerd 2 (root)
 	scripts/setup test
