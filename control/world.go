@@ -225,7 +225,7 @@ func (w world) rules(policy key, verb string, rules []spec.AccessRule) []plan.Ru
 	for n, r := range rules {
 		p := plan.Rule{
 			Name:    fmt.Sprintf("%s/%s[%d]", policy.Name, verb, n),
-			Methods: r.Methods, Paths: r.Paths,
+			Methods: r.Methods, Paths: r.Paths, Services: r.Services,
 		}
 		for _, from := range r.From {
 			p.From = append(p.From, w.caller(policy.Namespace, from))

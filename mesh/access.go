@@ -20,7 +20,14 @@ type call struct {
 	// before the request is known, http is false.
 	http         bool
 	method, path string
+	// remote is what a request of an RPC protocol is for; rpc is false where
+	// there is none, or it cannot be told.
+	rpc    bool
+	remote remote
 }
+
+// remote names a method of an RPC service, in the bytes of its request.
+type remote struct{ service, version, group, method []byte }
 
 // verdict is a decision and who made it.
 type verdict struct {
@@ -53,8 +60,18 @@ func decide(s *service, c call) verdict {
 	return verdict{reason: fmt.Sprintf("no rule of %s allows it", s)}
 }
 
+// mayCall tells whether some request of a caller could be allowed.
+func mayCall(s *service, caller string, port uint16) bool {
+	c := call{caller: caller, port: port}
+	if _, ok := s.ports[port]; !ok || slices.ContainsFunc(s.Deny, func(r plan.Rule) bool { return matches(&r, c, false) }) {
+		return false
+	}
+	return slices.ContainsFunc(s.Allow, func(r plan.Rule) bool { return matches(&r, c, true) })
+}
+
 // matches tells whether every present field matches. unreadable is the answer
-// for methods and paths of what is not an HTTP request.
+// where nothing speaks against it but a field that the request has not, or that
+// cannot be read.
 func matches(r *plan.Rule, c call, unreadable bool) bool {
 	if !slices.ContainsFunc(r.From, func(from string) bool {
 		return from == c.caller || from == "*" && c.caller != anonymous
@@ -64,16 +81,50 @@ func matches(r *plan.Rule, c call, unreadable bool) bool {
 	if len(r.Ports) > 0 && !slices.Contains(r.Ports, c.port) {
 		return false
 	}
-	if len(r.Methods) == 0 && len(r.Paths) == 0 {
-		return true
+	readable := true
+	if len(r.Methods) > 0 {
+		if readable = c.http || c.rpc; readable && !slices.ContainsFunc(r.Methods, func(m string) bool { return methodMatches(m, c) }) {
+			return false
+		}
 	}
-	if !c.http {
-		return unreadable
+	if len(r.Paths) > 0 {
+		if c.http && !slices.ContainsFunc(r.Paths, func(p string) bool { return pathMatches(p, c.path) }) {
+			return false
+		}
+		readable = readable && c.http
 	}
-	if len(r.Methods) > 0 && !slices.Contains(r.Methods, c.method) {
-		return false
+	if len(r.Services) > 0 {
+		if c.rpc && !slices.ContainsFunc(r.Services, func(p string) bool { return serviceMatches(p, c.remote) }) {
+			return false
+		}
+		readable = readable && c.rpc
 	}
-	return len(r.Paths) == 0 || slices.ContainsFunc(r.Paths, func(p string) bool { return pathMatches(p, c.path) })
+	return readable || unreadable
+}
+
+// methodMatches takes a rule's get for GET, which is what its author means.
+func methodMatches(pattern string, c call) bool {
+	return c.http && (pattern == c.method || strings.ToUpper(pattern) == c.method) || c.rpc && pattern == string(c.remote.method)
+}
+
+// serviceMatches knows an interface, of any version and group, interface:version,
+// and group/ before either. A trailing * stands for anything.
+func serviceMatches(pattern string, s remote) bool {
+	if n := len(s.group); n > 0 && len(pattern) > n && pattern[n] == '/' && pattern[:n] == string(s.group) {
+		pattern = pattern[n+1:]
+	}
+	pattern, prefix := strings.CutSuffix(pattern, "*")
+	name := s.service
+	if n := len(name); len(pattern) > n {
+		if pattern[n] != ':' || pattern[:n] != string(name) {
+			return false
+		}
+		pattern, name = pattern[n+1:], s.version
+	}
+	if prefix {
+		return len(pattern) <= len(name) && pattern == string(name[:len(pattern)])
+	}
+	return pattern == string(name)
 }
 
 func pathMatches(pattern, path string) bool {

@@ -2,12 +2,9 @@ package mesh
 
 import (
 	"net"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"hauberk.dev/plan"
 )
 
 // aheadFor is how long a connection to the guest that was made ahead is used for
@@ -74,11 +71,4 @@ func untouched(c *net.TCPConn, greets bool) bool {
 		return false
 	}
 	return got == unix.EAGAIN || greets && got == nil && n > 0
-}
-
-// mayCall tells whether some request of a caller to a port could be allowed.
-func mayCall(s *service, caller string, port uint16) bool {
-	return slices.ContainsFunc(s.Allow, func(r plan.Rule) bool {
-		return matches(&plan.Rule{From: r.From, Ports: r.Ports}, call{caller: caller, port: port}, false)
-	})
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"hauberk.dev/id"
 	"hauberk.dev/mesh/balance"
@@ -27,6 +28,7 @@ type service struct {
 	identity id.Name
 	ports    map[uint16]plan.Port
 	paths    bool // some rule has paths
+	remote   bool // some rule has services or methods
 	policy   balance.Policy
 	set      *balance.Set // of the endpoints; kept from plan to plan
 }
@@ -82,8 +84,8 @@ func (d *directory) add(s *service) (err error) {
 	d.services[key] = s
 	s.ports = map[uint16]plan.Port{}
 	for _, port := range s.Ports {
-		if port.Port == 0 || !speaksHTTP(port.Protocol) && port.Protocol != "tcp" {
-			return fmt.Errorf("port %d with protocol %q; want 1 to 65535 and http, grpc or tcp", port.Port, port.Protocol)
+		if port.Port == 0 || !slices.Contains(plan.Protocols, port.Protocol) {
+			return fmt.Errorf("port %d with protocol %q; want 1 to 65535 and one of %q", port.Port, port.Protocol, plan.Protocols)
 		}
 		s.ports[port.Port] = port
 		if err := d.target(s.Address, target{s, nil, port}); err != nil {
@@ -114,6 +116,7 @@ func (d *directory) add(s *service) (err error) {
 	for _, rules := range [][]plan.Rule{s.Allow, s.Deny} {
 		for _, r := range rules {
 			s.paths = s.paths || len(r.Paths) > 0
+			s.remote = s.remote || len(r.Services)+len(r.Methods) > 0
 		}
 	}
 	return nil

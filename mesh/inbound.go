@@ -197,11 +197,11 @@ func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 	if svc == nil || sb == nil {
 		ev.Kind, ev.Reason = api.EventUnreachable, "no instance of the service runs on this node"
 		p.events.add(ev)
-		if svc != nil && speaksHTTP(svc.ports[port.Port].Protocol) {
-			refuseHTTP(tcp, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
-			return
+		protocol := ""
+		if svc != nil {
+			protocol = svc.ports[port.Port].Protocol
 		}
-		abortTCP(tcp)
+		refuseConnection(tcp, protocol, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
 		return
 	}
 	if !sb.enter(in) {
@@ -282,10 +282,16 @@ func (a *arrival) connect(e *entry) (*net.TCPConn, error) {
 // serve registers the connection, judges it and connects it to the guest.
 func (a *arrival) serve(svc *service) {
 	protocol := svc.ports[a.port].Protocol
-	isHTTP := speaksHTTP(protocol)
+	isHTTP, isRPC := speaksHTTP(protocol), newCodec(protocol) != nil
 	e := &entry{direction: "in", guest: a.guest.Load, party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), sever: a.sever, close: a.cut}
 	key := serviceKey(svc.Namespace, svc.Name)
-	if !isHTTP {
+	if isRPC {
+		// A server may speak first, so who may call nothing any more goes.
+		e.allowed = func(d *directory) bool {
+			s := d.services[key]
+			return a.guest.Load() == nil || s != nil && mayCall(s, a.who.peerIdentity, a.port)
+		}
+	} else if !isHTTP {
 		if v := a.judge(svc, call{caller: a.who.peerIdentity, port: a.port}); !v.allowed {
 			a.refuse(401, v.reason)
 			return
@@ -306,13 +312,17 @@ func (a *arrival) serve(svc *service) {
 	}
 	defer a.sb.ended(e)
 	defer a.p.registry.remove(e)
-	if isHTTP {
+	if isHTTP || isRPC {
 		if err := a.meetGuest(svc, e); err != nil {
 			a.refuse(503, err.Error())
 			return
 		}
 		defer a.leaveGuest()
 		a.accept()
+		if isRPC {
+			a.serveRPC(e, key, protocol)
+			return
+		}
 		client, two, _ := opening(a.client) // a fault is met again when reading on
 		if two || protocol == "grpc" {
 			a.serveHTTP2(e, key, client)

@@ -77,6 +77,7 @@ type Proxy struct {
 	gateway   net.Listener
 	published []net.Listener
 	turn      atomic.Uint32
+	held      atomic.Int64 // bytes of frames that wait to be judged
 	running   sync.WaitGroup
 	shakes    chan struct{}
 }

@@ -3,6 +3,7 @@ package mesh
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 
@@ -99,15 +100,22 @@ func outboundKind(err error) api.EventKind {
 	return api.EventUnreachable
 }
 
-// refuseOutbound ends a connection that goes nowhere: with an explanation where
-// HTTP is spoken, else with a reset.
+// refuseConnection ends a connection that goes nowhere: with an explanation
+// where requests are spoken, else with a reset.
+func refuseConnection(c *net.TCPConn, protocol string, r refusal) {
+	switch {
+	case speaksHTTP(protocol):
+		refuseHTTP(c, r)
+	case newCodec(protocol) != nil:
+		refuseRPC(c, protocol, fmt.Sprintf("%s: %s: %s; see: %s", r.Error, r.Service, r.Reason, r.Hint))
+	default:
+		abortTCP(c)
+	}
+}
+
 func (sb *sandbox) refuseOutbound(c *net.TCPConn, t target, ev api.Event) {
 	sb.refuse(ev)
-	if !speaksHTTP(t.port.Protocol) {
-		abortTCP(c)
-		return
-	}
-	refuseHTTP(c, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
+	refuseConnection(c, t.port.Protocol, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
 		Hint: "hauberk why " + sb.facts.Load().Instance})
 }
 

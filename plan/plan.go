@@ -48,10 +48,13 @@ type Service struct {
 // Port of a service.
 type Port struct {
 	Port     uint16 `json:"port"`
-	Protocol string `json:"protocol"` // "http" or "tcp"
+	Protocol string `json:"protocol"` // one of Protocols
 	// Publish is a port on the node's loopback address, or 0.
 	Publish uint16 `json:"publish,omitempty"`
 }
+
+// Protocols a mesh can judge by request, and "tcp", which it cannot.
+var Protocols = []string{"http", "grpc", "bolt", "dubbo", "tcp"}
 
 // Endpoint is one instance of a service.
 type Endpoint struct {
@@ -67,8 +70,11 @@ type Rule struct {
 	// From: SPIFFE ids, "anonymous" or "*" (any identity).
 	From    []string `json:"from"`
 	Ports   []uint16 `json:"ports,omitempty"`
-	Methods []string `json:"methods,omitempty"`
-	Paths   []string `json:"paths,omitempty"` // a trailing * is a prefix
+	Methods []string `json:"methods,omitempty"` // of HTTP, or of an RPC service
+	Paths   []string `json:"paths,omitempty"`   // of HTTP; a trailing * is a prefix
+	// Services of an RPC protocol: an interface, of whatever version and group,
+	// or interface:version, or group/ before either; a trailing * is a prefix.
+	Services []string `json:"services,omitempty"`
 }
 
 // Sandbox is a local instance as the mesh knows it.

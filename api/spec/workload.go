@@ -97,8 +97,9 @@ type Port struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=65535
 	Port int32 `json:"port"`
-	// Protocol the mesh understands on this port; tcp passes bytes.
-	// +kubebuilder:validation:Enum=http;tcp
+	// Protocol the mesh understands on this port: it judges each request of
+	// HTTP, gRPC, SOFARPC (bolt) and Dubbo; tcp passes bytes.
+	// +kubebuilder:validation:Enum=http;grpc;bolt;dubbo;tcp
 	// +kubebuilder:default=tcp
 	// +optional
 	Protocol string `json:"protocol,omitempty"`

@@ -1,0 +1,184 @@
+package mesh
+
+import (
+	"bytes"
+	"fmt"
+
+	"hauberk.dev/mesh/bolt"
+	"hauberk.dev/mesh/dubbo"
+)
+
+const (
+	boltLook   = 32 << 10 // of a body, before which both names stand
+	dubboLook  = 1 << 20  // of a body, all of which must be read
+	thriftLook = 2 << 10  // of a message
+)
+
+// boltCodec reads frames of SOFABolt.
+type boltCodec struct {
+	frame  bolt.Frame
+	extent bolt.Extent
+	reader bolt.Reader
+	sum    bolt.Sum
+}
+
+func (c *boltCodec) measure(b []byte, deep bool) (size, look int, err error) {
+	if c.extent, err = bolt.Size(b); err != nil {
+		return 0, 0, err
+	}
+	look = c.extent.Head
+	if deep {
+		look = min(look+boltLook, c.extent.Len)
+	}
+	return c.extent.Len, look, nil
+}
+
+func (c *boltCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, err error) {
+	c.frame = bolt.Parse(b, c.extent)
+	switch c.frame.Kind() {
+	case bolt.KindAlive:
+		kind = rpcAlive
+	case bolt.KindOther:
+		kind = rpcOther
+	}
+	return kind, c.frame.Type == bolt.Request, nil
+}
+
+func (c *boltCodec) target() (remote, error) {
+	t, err := c.reader.Target(&c.frame)
+	if err != nil {
+		return remote{}, err
+	}
+	name, version, _ := bytes.Cut(t.Service, []byte(":"))
+	return remote{service: name, version: version, method: t.Method}, nil
+}
+
+func (c *boltCodec) refuse(dst []byte, f fault, text string) []byte {
+	status := bolt.ServerException
+	if f == faultUnreachable {
+		status = bolt.NoProcessor
+	}
+	return bolt.AppendError(dst, &c.frame, status, text)
+}
+
+func (c *boltCodec) alive(dst []byte) []byte { return bolt.AppendAlive(dst, &c.frame) }
+
+func (c *boltCodec) begin() { c.sum.Begin(c.extent) }
+
+func (c *boltCodec) add(b []byte) error {
+	if !c.extent.CRC {
+		return nil
+	}
+	return c.sum.Add(b)
+}
+
+// dubboCodec reads frames of Dubbo or of dubbo-thrift: the first frame of a
+// connection tells which.
+type dubboCodec struct {
+	spoken  dialect
+	frame   dubbo.Frame
+	size    int
+	reader  dubbo.Reader
+	head    int
+	thrift  dubbo.ThriftFrame
+	message dubbo.ThriftMessage
+	unclear error
+}
+
+type dialect int
+
+const (
+	dialectUnknown dialect = iota
+	dialectDubbo
+	dialectThrift
+)
+
+func (c *dubboCodec) measure(b []byte, deep bool) (size, look int, err error) {
+	if c.spoken == dialectUnknown {
+		if c.spoken = dubboDialect(b); c.spoken == dialectUnknown {
+			return 0, 0, nil
+		}
+	}
+	if c.spoken == dialectThrift {
+		if size, c.head, err = dubbo.ThriftSize(b); err != nil {
+			return 0, 0, err
+		}
+		return size, min(c.head+thriftLook, size), nil
+	}
+	if size, err = dubbo.Size(b); err != nil || size == 0 {
+		return 0, 0, err
+	}
+	if deep && size <= dubbo.HeaderLen+dubboLook {
+		return size, size, nil
+	}
+	return size, dubbo.HeaderLen, nil
+}
+
+func dubboDialect(b []byte) dialect {
+	switch {
+	case len(b) >= 2 && b[0] == 0xda && b[1] == 0xbb:
+		return dialectDubbo
+	case len(b) < dubbo.ThriftPeek:
+		return dialectUnknown
+	case dubbo.IsThrift(b):
+		return dialectThrift
+	}
+	return dialectDubbo // which says what is wrong with it
+}
+
+func (c *dubboCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, err error) {
+	c.size, c.unclear = size, nil
+	if c.spoken == dialectThrift {
+		if c.thrift, err = dubbo.ParseThrift(b, size, c.head); err != nil {
+			return 0, false, err
+		}
+		c.message, c.unclear = c.thrift.Head()
+		if c.unclear != nil {
+			return rpcCall, true, nil
+		}
+		return dubboKind(c.message.Kind), c.message.TwoWay, nil
+	}
+	c.frame = dubbo.Parse(b, size)
+	return dubboKind(c.frame.Kind), c.frame.TwoWay, nil
+}
+
+func dubboKind(k dubbo.Kind) rpcKind {
+	switch k {
+	case dubbo.KindAlive:
+		return rpcAlive
+	case dubbo.KindOther:
+		return rpcOther
+	}
+	return rpcCall
+}
+
+func (c *dubboCodec) target() (remote, error) {
+	if c.spoken == dialectThrift {
+		return remote{service: c.thrift.Service, method: c.message.Method}, c.unclear
+	}
+	if n := dubbo.HeaderLen + len(c.frame.Body); n < c.size {
+		return remote{}, fmt.Errorf("%d of its %d bytes are not enough; at most %d are read", n, c.size, dubboLook)
+	}
+	t, err := c.reader.Target(&c.frame)
+	if err != nil {
+		return remote{}, err
+	}
+	return remote{service: t.Service, version: t.Version, group: t.Group, method: t.Method}, nil
+}
+
+func (c *dubboCodec) refuse(dst []byte, f fault, text string) []byte {
+	if c.spoken == dialectThrift {
+		return dubbo.AppendThriftError(dst, &c.thrift, &c.message, text)
+	}
+	status := dubbo.ServiceError
+	if f == faultUnreachable {
+		status = dubbo.ServerError
+	}
+	return dubbo.AppendError(dst, &c.frame, status, text)
+}
+
+func (c *dubboCodec) alive(dst []byte) []byte { return dubbo.AppendAlive(dst, &c.frame) }
+
+func (c *dubboCodec) begin() {}
+
+func (c *dubboCodec) add([]byte) error { return nil }
