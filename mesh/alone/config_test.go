@@ -1,0 +1,126 @@
+package alone
+
+import (
+	"errors"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// Every fault of a file is told at once, with its line, its field and what to
+// write.
+func TestFaultsOfAFile(t *testing.T) {
+	text := `version: 2
+listeners:
+- name: web
+  address: nowhere
+  colour: blue
+  connections: many
+- name: web
+  address: :80
+  protocol: udp
+limits: {head: 1MB, idle_timeout: 5}
+hosts:
+- names: []
+  routes:
+  - {path: /a, prefix: /b, upstream: none, respond: {status: 99}}
+  - {regex: "(", redirect: {to: "$2"}}
+  - {prefix: x, static: {root: /does/not/exist}, request_headers: {set: {Host: x, "a b": c}}}
+  - rewrite: $nope
+upstreams:
+- {name: up, endpoints: [], balance: sometimes}
+`
+	faults := func(text string) string {
+		_, err := Parse("proxy.yaml", t.TempDir(), []byte(text))
+		var f *Faults
+		if !errors.As(err, &f) {
+			t.Fatalf("%v", err)
+		}
+		return err.Error()
+	}
+	got := faults(text)
+	for _, want := range []string{
+		`proxy.yaml:5: listeners[0].colour: no such field; listeners[0] takes name, address, `,
+		`proxy.yaml:6: listeners[0].connections: "many" is no whole number`,
+		`proxy.yaml:10: limits.head: "1MB" is no size above zero; write for example 512, 16KiB or 10MiB`,
+		`proxy.yaml:10: limits.idle_timeout: "5" is no duration above zero; write for example 30s or 5m`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
+	// What can be read is then judged.
+	text = regexp.MustCompile(`(?m)^  (colour|connections).*\n|^limits.*\n`).ReplaceAllString(text, "")
+	got = faults(text)
+	for _, want := range []string{
+		`proxy.yaml:1: version: 2 is not known; write version: 1`,
+		`proxy.yaml:4: listeners[0].address: "nowhere" is no address; write for example`,
+		`proxy.yaml:5: listeners[1].name: "web" is taken`,
+		`proxy.yaml:7: listeners[1].protocol: "udp" is not known; use http, tcp, sni`,
+		`proxy.yaml:9: hosts[0].names: is empty`,
+		`proxy.yaml:11: hosts[0].routes[0]: more than one of path, prefix and regex; use one`,
+		`proxy.yaml:11: hosts[0].routes[0]: 2 actions; use exactly one of`,
+		`proxy.yaml:11: hosts[0].routes[0].upstream: no upstream "none"; declare it under upstreams`,
+		`proxy.yaml:11: hosts[0].routes[0].respond.status: 99 is out of range`,
+		`proxy.yaml:12: hosts[0].routes[1].regex: `,
+		`proxy.yaml:12: hosts[0].routes[1].redirect.to: $2, but the regex of the route has 0 groups`,
+		`proxy.yaml:13: hosts[0].routes[2].prefix: "x" does not begin with /`,
+		`proxy.yaml:13: hosts[0].routes[2].static.root: `,
+		`Host is the proxy's own to write`,
+		`"a b" is no field name`,
+		`$nope is not known`,
+		`proxy.yaml:16: upstreams[0].endpoints: is empty`,
+		`proxy.yaml:16: upstreams[0].balance: "sometimes" is not known; use `,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
+	for _, text := range []string{"", "a: b: c", "version: 1\n---\nversion: 1\n", "version: &a 1\nadmin: *a\n", "- 1", "version: 1\nversion: 1\n"} {
+		faults(text)
+	}
+}
+
+// TestExample takes the whole example of the documentation at its word.
+func TestExample(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/proxy.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, ok1 := strings.Cut(string(doc), "```yaml\n")
+	text, _, ok2 := strings.Cut(text, "```")
+	if !ok1 || !ok2 {
+		t.Fatal("docs/proxy.md has no example")
+	}
+	dir := t.TempDir()
+	certify(t, dir, "shop", "shop.example.com")
+	certify(t, dir, "internal-ca", "ca")
+	if err := os.Mkdir(dir+"/site", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Parse("proxy.yaml", dir, []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Listeners[1].TLS.Certificates[0].Chain != dir+"/shop.pem" {
+		t.Errorf("%+v", c.Listeners[1].TLS)
+	}
+	w, err := newWorld(c, nil, newStats())
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.close(nil)
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(one("  - {prefix: /, respond: {status: 200}}")))
+	f.Add([]byte("version: 1\nlisteners:\n- {name: a, address: ':1', protocol: sni, names: [{names: [x], upstream: u}]}\nupstreams: [{name: u, endpoints: [{address: 'a:1'}]}]"))
+	f.Add([]byte("{version: 1, limits: {head: 1KiB}, hosts: [{names: ['*.a'], routes: [{regex: '(a)', redirect: {to: '$1'}}]}]}"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		c, err := Parse("f", "/nonexistent", b)
+		if (c == nil) == (err == nil) {
+			t.Fatal(c, err)
+		}
+	})
+}
