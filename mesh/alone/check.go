@@ -12,7 +12,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/route"
 )
@@ -84,9 +86,10 @@ func (r *reading) upstreams(c *Config) map[string]bool {
 			}
 		}
 		r.oneOf(at+".balance", u.Balance, policies...)
+		r.balance(at, &c.Upstreams[i])
 		r.oneOf(at+".proxy_protocol", u.ProxyProtocol, "", "v1", "v2")
-		if u.Connections < 0 || u.Idle < 0 {
-			r.fault(at, "a negative number of connections")
+		if u.Connections < 0 || u.Idle < 0 || u.Requests < 0 {
+			r.fault(at, "a negative number of connections or requests")
 		}
 		if u.TLS != nil {
 			if _, err := u.TLS.config(u.Endpoints[:min(1, len(u.Endpoints))]); err != nil {
@@ -95,6 +98,40 @@ func (r *reading) upstreams(c *Config) map[string]bool {
 		}
 	}
 	return seen
+}
+
+// policies are the names of ways to balance.
+var policies = []string{string(balance.LeastRequest), string(balance.RoundRobin), string(balance.Random), string(balance.PeakEWMA),
+	string(balance.Maglev), string(balance.RingHash)}
+
+// balance makes the policy of an upstream.
+func (r *reading) balance(at string, u *Upstream) {
+	seen := map[string]bool{}
+	for j, e := range u.Endpoints {
+		if seen[e.Address] {
+			r.fault(fmt.Sprintf("%s.endpoints[%d].address", at, j), "%q is there twice; give it a weight", e.Address)
+		}
+		seen[e.Address] = true
+	}
+	o := u.Outlier
+	p := balance.Policy{Balancer: balance.Balancer(u.Balance), SlowStart: time.Duration(u.SlowStart), Panic: 1,
+		Limits: balance.Limits{Requests: int64(u.Requests)},
+		Outlier: &balance.Outlier{Failures: uint32(max(o.Failures, 0)), Unreachable: uint32(max(o.Unreachable, 0)), Ejection: time.Duration(o.Ejection),
+			MaxEjected: uint32(max(o.MaxEjected, 0))}}
+	if c := u.Check; c != nil {
+		p.Check = &balance.Check{Interval: time.Duration(c.Interval), Timeout: time.Duration(c.Timeout), Unhealthy: uint32(max(c.Unhealthy, 0)),
+			Healthy: uint32(max(c.Healthy, 0))}
+		if c.Path != "" && c.Path[0] != '/' {
+			r.fault(at+".check.path", "%q does not begin with /", c.Path)
+		}
+	}
+	if !slices.Contains(policies, u.Balance) {
+		return // said already
+	}
+	var err error
+	if u.policy, err = p.Checked(); err != nil {
+		r.fault(at, "%v", err)
+	}
 }
 
 // config is the TLS configuration towards an upstream.

@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/route"
 )
 
@@ -185,8 +186,32 @@ type Upstream struct {
 	ConnectTimeout Duration   `yaml:"connect_timeout"`
 	Idle           int        `yaml:"idle"` // connections kept per endpoint
 	Connections    int        `yaml:"connections"`
+	Requests       int        `yaml:"requests"`       // under way at once; 0 is any number
+	SlowStart      Duration   `yaml:"slow_start"`     // of an endpoint that is new
 	ProxyProtocol  string     `yaml:"proxy_protocol"` // v1, v2
 	TLS            *ClientTLS `yaml:"tls"`
+	Check          *Check     `yaml:"check"`
+	Outlier        *Outlier   `yaml:"outlier"`
+
+	policy *balance.Policy
+}
+
+// Check asks endpoints for a sign of life: GET of a path, or a connection.
+type Check struct {
+	Path      string   `yaml:"path"`
+	Host      string   `yaml:"host"`
+	Interval  Duration `yaml:"interval"`
+	Timeout   Duration `yaml:"timeout"`
+	Unhealthy int      `yaml:"unhealthy"` // checks in a row
+	Healthy   int      `yaml:"healthy"`
+}
+
+// Outlier leaves out endpoints that fail, for a while.
+type Outlier struct {
+	Failures    int      `yaml:"failures"`    // answers of 500 and above in a row; 0 is any number
+	Unreachable int      `yaml:"unreachable"` // times in a row
+	Ejection    Duration `yaml:"ejection"`
+	MaxEjected  int      `yaml:"max_ejected"` // per cent
 }
 
 // Endpoint is one server.
@@ -219,6 +244,7 @@ const (
 	defaultTimeout        = 60 * time.Second
 	defaultConnectTimeout = 2 * time.Second
 	defaultIdle           = 128
+	defaultEjection       = 5 * time.Second
 	defaultGzipMin        = 1 << 10
 	defaultGzipLevel      = 5
 	maxConfig             = 8 << 20
@@ -260,7 +286,13 @@ func (c *Config) defaults() {
 	}
 	for i := range c.Upstreams {
 		u := &c.Upstreams[i]
-		def(&u.Balance, "round_robin")
+		def(&u.Balance, string(balance.LeastRequest))
+		if u.Outlier == nil {
+			u.Outlier = &Outlier{}
+		}
+		def(&u.Outlier.Unreachable, 1)
+		def(&u.Outlier.Ejection, Duration(defaultEjection))
+		def(&u.Outlier.MaxEjected, 100)
 		def(&u.ConnectTimeout, Duration(defaultConnectTimeout))
 		def(&u.Idle, defaultIdle)
 		for j := range u.Endpoints {

@@ -409,3 +409,73 @@ func TestCrowd(t *testing.T) {
 		}
 	}
 }
+
+// An endpoint that fails its checks gets no requests, and gets them again when
+// it is well; what an endpoint does with a hash, it always does.
+func TestBalance(t *testing.T) {
+	var sick atomic.Bool
+	served := [2]atomic.Int64{}
+	var ups [2]string
+	for i := range ups {
+		ups[i] = origin(t, func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/health" {
+				if i == 0 && sick.Load() {
+					w.WriteHeader(500)
+				}
+				return
+			}
+			served[i].Add(1)
+		})
+	}
+	text := one("  - {prefix: /hash, upstream: sticky, hash: 'header:X-User'}\n  - {prefix: /, upstream: up}", upstreamOf(ups[:]...),
+		"  balance: round-robin\n  check: {path: /health, interval: 20ms, healthy: 1, unhealthy: 1}",
+		"- {name: sticky, balance: maglev, endpoints: [{address: '"+strings.TrimPrefix(ups[0], "http://")+"'}, {address: '"+strings.TrimPrefix(ups[1], "http://")+"'}]}")
+	p := serve(t, text)
+	for range 20 {
+		get(t, p, "GET", "/", nil, nil)
+	}
+	if a, b := served[0].Load(), served[1].Load(); a != 10 || b != 10 {
+		t.Errorf("in turn: %d and %d", a, b)
+	}
+	sick.Store(true)
+	wait := func(want int) {
+		t.Helper()
+		for deadline := time.Now().Add(patience); strings.Count(string(p.metrics()), `upstream_up{upstream="up"`) != 2 ||
+			strings.Count(string(p.metrics()), "\nhauberk_proxy_upstream_up{upstream=\"up\",endpoint=\""+strings.TrimPrefix(ups[0], "http://")+fmt.Sprintf("\"} %d\n", want)) != 1; time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("the first is not %d:\n%s", want, p.metrics())
+			}
+		}
+	}
+	wait(0)
+	before := served[0].Load()
+	for range 10 {
+		get(t, p, "GET", "/", nil, nil)
+	}
+	if served[0].Load() != before {
+		t.Error("requests went to an endpoint that is not well")
+	}
+	// A reload keeps what is known.
+	c, err := Parse("proxy.yaml", t.TempDir(), []byte(text+"\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Reload(c); err != nil {
+		t.Fatal(err)
+	}
+	get(t, p, "GET", "/", nil, nil)
+	if served[0].Load() != before {
+		t.Error("a reload forgot that an endpoint is not well")
+	}
+	sick.Store(false)
+	wait(1)
+	for _, user := range []string{"ann", "bob", "eve"} {
+		first := served[0].Load()
+		for range 5 {
+			get(t, p, "GET", "/hash", nil, func(r *http.Request) { r.Header.Set("X-User", user) })
+		}
+		if n := served[0].Load() - first; n != 0 && n != 5 {
+			t.Errorf("%s: %d of 5 at the first", user, n)
+		}
+	}
+}

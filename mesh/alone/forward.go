@@ -8,8 +8,10 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/proxyproto"
 )
@@ -47,42 +49,55 @@ func (s *session) forward(a *action) {
 		s.reflect(a)
 	}
 	s.asked = s.asked[:0]
-	for try, fresh := 1, false; ; {
-		e := up.pick(s.began, s.asked)
-		if e == nil {
-			s.refuse(503, errNoServer.Error(), "is one of the upstream's endpoints up?")
+	hash := s.hash(a)
+	for try, retrying := 1, false; ; {
+		at, err := up.pick(hash, s.asked)
+		if err != nil {
+			s.refuse(503, err.Error(), "is one of the upstream's endpoints up, and are its limits wide enough?")
 			return
 		}
-		again, fault := s.attempt(a, up, e, fresh, try < a.attempts)
-		switch {
-		case !again:
+		again, fault := s.attempt(a, up, at.e, false, try < a.attempts)
+		if again && errors.Is(fault, errStale) { // nothing is wrong with the endpoint
+			again, fault = s.attempt(a, up, at.e, true, try < a.attempts)
+		}
+		at.Done(up.clock.Now(), s.outcome)
+		if retrying {
+			up.set.EndRetry()
+			retrying = false
+		}
+		if !again {
 			return
-		case errors.Is(fault, errStale):
-			fresh = true // nothing is wrong with the endpoint
-		case errors.Is(fault, errUnsent):
-			s.asked, fresh = append(s.asked, e), false
-			if len(s.asked) >= max(maxAttempts, a.attempts) {
+		}
+		if errors.Is(fault, errUnsent) {
+			if s.asked = append(s.asked, at.Host()); len(s.asked) >= max(maxAttempts, a.attempts) {
 				s.refuse(503, fault.Error(), "is one of the upstream's endpoints up?")
 				return
 			}
-		default:
-			a.stats.retries.Add(1)
-			try++
-			if fresh = false; distinct(up.endpoints) > len(s.asked)+1 {
-				s.asked = append(s.asked, e)
-			}
+			continue
+		}
+		a.stats.retries.Add(1) // counted into the budget by mayRetry
+		try, retrying = try+1, true
+		if len(up.endpoints) > len(s.asked)+1 {
+			s.asked = append(s.asked, at.Host())
 		}
 	}
 }
 
-func distinct(all []*endpoint) (n int) {
-	for i, e := range all {
-		if !has(all[:i], e) {
-			n++
-		}
+// hash is what requests to the same endpoint have in common.
+func (s *session) hash(a *action) uint64 {
+	switch name, header := strings.CutPrefix(a.route.Hash, "header:"); {
+	case header:
+		v, _ := s.req.Field(name)
+		return balance.Hash(string(v))
+	case a.route.Hash != "":
+		return balance.Hash(string(s.clientText))
 	}
-	return n
+	return 0
 }
+
+// mayRetry says whether the route and the upstream's budget allow one more try,
+// and counts it in.
+func mayRetry(up *upstream, more bool) bool { return more && up.set.Retry() }
 
 // gather waits for a small body: a server is not kept waiting for a slow client,
 // and the request can be sent again.
@@ -123,10 +138,11 @@ var (
 // says that it did not, and that the request may be sent once more; more that the
 // route allows it.
 func (s *session) attempt(a *action, up *upstream, e *endpoint, fresh, more bool) (again bool, fault error) {
-	s.server = e
+	s.server, s.outcome = e, balance.Unreachable
 	safe := repeatable(s.req.Method)
 	srv, err := up.connect(context.Background(), e, s.header(), fresh, !safe || !s.gathered())
 	if errors.Is(err, errBusy) {
+		s.outcome = balance.Cancelled
 		s.refuse(503, err.Error(), "raise connections of the upstream")
 		return false, nil
 	}
@@ -142,12 +158,15 @@ func (s *session) attempt(a *action, up *upstream, e *endpoint, fresh, more bool
 	if err == nil {
 		err = s.answerHead(srv)
 	}
-	if err == nil && whole && safe && more && slices.Contains(a.statuses, s.resp.Status) {
-		srv.close()
-		return true, errFault
-	}
 	if err != nil {
 		return s.failed(srv, err, whole, safe, more)
+	}
+	if s.outcome = balance.Success; s.resp.Status >= 500 {
+		s.outcome = balance.Failure
+	}
+	if whole && safe && slices.Contains(a.statuses, s.resp.Status) && mayRetry(up, more) {
+		srv.close()
+		return true, errFault
 	}
 	s.relay(a, srv)
 	return false, nil
@@ -160,20 +179,22 @@ func (s *session) failed(srv *server, err error, whole, safe, more bool) (again 
 	err = s.stopUpload(srv, err)
 	srv.close()
 	s.up.drop()
-	s.why = err.Error()
+	s.why, s.outcome = err.Error(), balance.Unreachable
 	switch late := errors.Is(err, os.ErrDeadlineExceeded); {
 	case srv.reused && !begun && ended(err) && (unsent || safe && whole):
 		return true, errStale
 	case unsent && !late:
 		return true, errUnsent
-	case whole && safe && more && !late:
+	case whole && safe && !late && mayRetry(srv.up, more):
 		srv.e.failures.Add(1)
 		return true, errFault
 	case errors.Is(err, errTooLarge):
+		s.outcome = balance.Cancelled
 		s.refuse(413, err.Error(), "raise body of the route")
 	case errors.Is(err, errClient):
-		s.final, s.aborted = true, true
+		s.final, s.aborted, s.outcome = true, true, balance.Cancelled
 	case isRequestSyntax(err):
+		s.outcome = balance.Cancelled
 		s.refuse(400, err.Error(), "")
 	case late:
 		srv.e.failures.Add(1)

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/proxyproto"
 )
@@ -49,11 +50,13 @@ func (s *session) reflect(a *action) {
 
 // copyTo sends a request and reads its answer to the end.
 func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method string, request []byte) error {
-	e := up.pick(time.Now(), nil)
-	if e == nil {
-		return errNoServer
+	at, err := up.pick(0, nil)
+	if err != nil {
+		return err
 	}
-	srv, err := up.connect(ctx, e, h, false, true)
+	outcome := balance.Unreachable
+	defer func() { at.Done(up.clock.Now(), outcome) }()
+	srv, err := up.connect(ctx, at.e, h, false, true)
 	if err != nil {
 		return err
 	}
@@ -89,6 +92,7 @@ func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method strin
 			return err
 		}
 	}
+	outcome = balance.Success
 	if m.Close {
 		srv.close()
 	} else {

@@ -17,6 +17,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"hauberk.dev/mesh/balance"
 )
 
 const (
@@ -38,6 +40,7 @@ type Proxy struct {
 	listeners map[string]*listener // by address
 	conns     map[*client]struct{}
 	ctx       context.Context // of Run
+	checks    map[*balance.Set]func()
 	admin     net.Listener
 	running   sync.WaitGroup // accept loops and the like
 	serving   sync.WaitGroup // connections
@@ -54,7 +57,8 @@ func Open(c *Config, log *slog.Logger) (*Proxy, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	p := &Proxy{log: log, stats: newStats(), listeners: map[string]*listener{}, conns: map[*client]struct{}{}}
+	p := &Proxy{log: log, stats: newStats(), listeners: map[string]*listener{}, conns: map[*client]struct{}{},
+		checks: map[*balance.Set]func(){}}
 	w, err := newWorld(c, nil, p.stats)
 	if err != nil {
 		return nil, err
@@ -73,6 +77,11 @@ func Open(c *Config, log *slog.Logger) (*Proxy, error) {
 			w.close(nil)
 			return nil, err
 		}
+	}
+	if err := w.commit(); err != nil {
+		p.Close()
+		w.close(nil)
+		return nil, err
 	}
 	p.world.Store(w)
 	p.stats.generation.Store(1)
@@ -111,6 +120,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 	defer cancel()
 	p.mu.Lock()
 	p.ctx = inner
+	p.checkLocked(p.world.Load())
 	for _, l := range p.listeners {
 		p.serveLocked(l)
 	}
@@ -185,8 +195,12 @@ func (p *Proxy) Reload(c *Config) (err error) {
 		w.close(before)
 		return fmt.Errorf("reload: %w", err)
 	}
+	if err := w.commit(); err != nil {
+		p.log.Error("put endpoints in force", "err", err)
+	}
 	p.world.Store(w)
 	p.mu.Lock()
+	p.checkLocked(w)
 	keep := map[string]bool{}
 	for i := range c.Listeners {
 		keep[c.Listeners[i].Address] = true
@@ -216,6 +230,26 @@ func (p *Proxy) Refused() { p.stats.badReloads.Add(1) }
 // Patience is how long requests under way have to end when the proxy stops.
 func (p *Proxy) Patience() time.Duration {
 	return time.Duration(p.world.Load().config.Limits.StopTimeout)
+}
+
+// checkLocked runs the checks of the upstreams there are, and of no others.
+func (p *Proxy) checkLocked(w *world) {
+	now := map[*balance.Set]bool{}
+	for _, u := range w.upstreams {
+		now[u.set] = true
+		if p.checks[u.set] != nil || p.ctx == nil {
+			continue
+		}
+		ctx, cancel := context.WithCancel(p.ctx)
+		p.checks[u.set] = cancel
+		p.running.Go(func() { u.check(ctx) })
+	}
+	for set, cancel := range p.checks {
+		if !now[set] {
+			cancel()
+			delete(p.checks, set)
+		}
+	}
 }
 
 // sweep closes what has been idle for long and reads changed certificates.

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/route"
 )
@@ -70,7 +71,8 @@ type session struct {
 	why     string
 	up      outflow    // to the server
 	upload  chan error // of a body that is passed on while the answer is read
-	asked   []*endpoint
+	asked   []*balance.Host
+	outcome balance.Outcome // of the endpoint that was asked last
 }
 
 func (s *session) serve() {

@@ -140,12 +140,18 @@ func (w *world) endpointMetrics(b *strings.Builder, head func(name, kind, help s
 		e        *endpoint
 	}
 	var rows []row
+	head("hauberk_proxy_upstream_up", "gauge", "Endpoints that are neither left out nor found unhealthy.")
 	for i := range w.config.Upstreams {
 		u := w.upstreams[w.config.Upstreams[i].Name]
-		for j, e := range u.endpoints {
-			if !has(u.endpoints[:j], e) {
-				rows = append(rows, row{u.name, e})
+		for _, e := range u.endpoints {
+			rows = append(rows, row{u.name, e})
+		}
+		for _, h := range u.set.Hosts() {
+			up := 0
+			if h.Up() {
+				up = 1
 			}
+			fmt.Fprintf(b, "hauberk_proxy_upstream_up{upstream=%q,endpoint=%q} %d\n", u.name, h.Endpoint().Name, up)
 		}
 	}
 	for _, m := range []struct {

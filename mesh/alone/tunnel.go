@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/proxyproto"
 	"hauberk.dev/mesh/sni"
 )
@@ -103,7 +104,7 @@ func reset(c net.Conn) {
 
 // pass serves a connection whose bytes are nobody's business here.
 func (p *Proxy) pass(ctx context.Context, conn net.Conn, up *upstream, h proxyproto.Header, early []byte, idle time.Duration) error {
-	srv, err := up.reach(ctx, h)
+	at, srv, err := up.reach(ctx, h)
 	if err != nil {
 		reset(conn)
 		return err
@@ -114,6 +115,7 @@ func (p *Proxy) pass(ctx context.Context, conn net.Conn, up *upstream, h proxypr
 	splice(conn, srv.conn, early, nil, idle)
 	stop()
 	srv.e.active.Add(-1)
+	at.Done(up.clock.Now(), balance.Success)
 	srv.close()
 	return nil
 }

@@ -13,22 +13,18 @@ import (
 	"syscall"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/proxyproto"
 )
-
-// downFor is how long an endpoint that could not be connected to is asked last.
-const downFor = 5 * time.Second
-
-// policies are the names of ways to balance.
-var policies = []string{"round_robin"}
 
 // upstream is a set of servers that answer alike.
 type upstream struct {
 	name      string
 	config    Upstream
 	tls       *tls.Config
-	endpoints []*endpoint // each as often as its weight says
-	turn      atomic.Uint64
+	clock     balance.Clock
+	set       *balance.Set // shared with the world before, if that has one of the name
+	endpoints []*endpoint
 	open      atomic.Int64 // connections
 }
 
@@ -36,8 +32,8 @@ type upstream struct {
 type endpoint struct {
 	address string
 	dialer  net.Dialer
+	probe   atomic.Pointer[func(context.Context) error]
 
-	down     atomic.Int64 // until then, in Unix nanoseconds
 	active   atomic.Int64
 	requests atomic.Uint64
 	failures atomic.Uint64
@@ -67,31 +63,86 @@ var (
 	errBusy     = errors.New("the upstream has as many connections as it may have")
 )
 
-// pick chooses an endpoint, by turns, one that was not tried before and could be
-// reached lately if there is one.
-func (u *upstream) pick(now time.Time, tried []*endpoint) *endpoint {
-	var last *endpoint
-	at := int(u.turn.Add(1))
-	for i := range u.endpoints {
-		e := u.endpoints[(at+i)%len(u.endpoints)]
-		if has(tried, e) {
-			continue
-		}
-		if e.down.Load() <= now.UnixNano() {
-			return e
-		}
-		last = e
-	}
-	return last
+// chosen is an endpoint that was picked, to be told how it went.
+type chosen struct {
+	balance.Pick
+	e *endpoint
 }
 
-func has(all []*endpoint, e *endpoint) bool {
-	for _, t := range all {
-		if t == e {
-			return true
-		}
+// pick chooses an endpoint that was not tried before.
+func (u *upstream) pick(hash uint64, tried []*balance.Host) (chosen, error) {
+	p, err := u.set.Pick(u.clock.Now(), balance.Request{Hash: hash, Tried: tried})
+	if err != nil {
+		return chosen{}, err
 	}
-	return false
+	e, ok := p.Host().Endpoint().Value.(*endpoint)
+	if !ok { // never: every endpoint is put in with one
+		p.Release()
+		return chosen{}, balance.ErrNoEndpoint
+	}
+	return chosen{p, e}, nil
+}
+
+// commit puts the policy and the endpoints in force.
+func (u *upstream) commit() error {
+	now := u.clock.Now()
+	if err := u.set.Apply(now, *u.config.policy); err != nil {
+		return err
+	}
+	all := make([]balance.Endpoint, len(u.endpoints))
+	for i, e := range u.endpoints {
+		all[i] = balance.Endpoint{Name: e.address, Weight: uint32(u.config.Endpoints[i].Weight), Value: e}
+	}
+	return u.set.Replace(now, all)
+}
+
+// check asks the endpoints for signs of life until ctx ends.
+func (u *upstream) check(ctx context.Context) {
+	u.set.RunChecks(ctx, u.clock.Now, func(ctx context.Context, h *balance.Host) error {
+		e, ok := h.Endpoint().Value.(*endpoint)
+		if !ok {
+			return balance.ErrNoEndpoint
+		}
+		how := e.probe.Load()
+		if how == nil {
+			return nil
+		}
+		return (*how)(ctx)
+	})
+}
+
+// probes makes what a check of the endpoints does.
+func (u *upstream) probes() {
+	for _, e := range u.endpoints {
+		c := u.config.Check
+		if c == nil {
+			e.probe.Store(nil)
+			continue
+		}
+		dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := e.dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			s := &server{up: u, e: e, conn: conn}
+			if err := s.greet(ctx, proxyproto.Header{}); err != nil {
+				conn.Close()
+				return nil, err
+			}
+			return s.conn, nil
+		}
+		probe := func(ctx context.Context) error {
+			if c.Path == "" {
+				return balance.ProbeTCP(ctx, dial, e.address)
+			}
+			host := c.Host
+			if host == "" {
+				host = e.address
+			}
+			return balance.ProbeHTTP(ctx, dial, e.address, host, c.Path)
+		}
+		e.probe.Store(&probe)
+	}
 }
 
 // connect takes an idle connection to e or makes a new one. fresh asks for a new
@@ -116,7 +167,6 @@ func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header
 	if err != nil {
 		u.open.Add(-1)
 		e.failures.Add(1)
-		e.down.Store(time.Now().Add(downFor).UnixNano())
 	}
 	return s, err
 }
@@ -129,7 +179,6 @@ func (u *upstream) dial(ctx context.Context, e *endpoint, h proxyproto.Header) (
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", e.address, err)
 	}
-	e.down.Store(0)
 	s := &server{up: u, e: e, conn: conn, tcp: conn.(*net.TCPConn)}
 	if s.raw, err = s.tcp.SyscallConn(); err != nil {
 		conn.Close()
@@ -251,25 +300,31 @@ func (e *endpoint) shut() {
 	}
 }
 
-// reach connects to an endpoint for bytes, trying others if it cannot.
-func (u *upstream) reach(ctx context.Context, h proxyproto.Header) (*server, error) {
-	var tried []*endpoint
+// reach connects to an endpoint for bytes, trying others if it cannot. Who gets a
+// server tells the pick how it went.
+func (u *upstream) reach(ctx context.Context, h proxyproto.Header) (chosen, *server, error) {
+	var tried []*balance.Host
 	err := errNoServer
 	for len(tried) < maxAttempts {
-		e := u.pick(time.Now(), tried)
-		if e == nil {
-			return nil, err
+		at, perr := u.pick(balance.Hash(h.Source.Addr().String()), tried)
+		if perr != nil {
+			return at, nil, errors.Join(err, perr)
 		}
-		tried = append(tried, e)
 		var s *server
-		if s, err = u.connect(ctx, e, h, true, true); err == nil || errors.Is(err, errBusy) {
-			return s, err
+		if s, err = u.connect(ctx, at.e, h, true, true); err == nil {
+			return at, s, nil
 		}
+		if errors.Is(err, errBusy) {
+			at.Done(u.clock.Now(), balance.Cancelled)
+			return at, nil, err
+		}
+		at.Done(u.clock.Now(), balance.Unreachable)
+		tried = append(tried, at.Host())
 	}
-	return nil, err
+	return chosen{}, nil, err
 }
 
-// unread says that an error means an end of the connection rather than a wait
+// ended says that an error means an end of the connection rather than a wait
 // that was too long.
 func ended(err error) bool {
 	return err == io.EOF || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed)

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/route"
 	"hauberk.dev/mesh/static"
 )
@@ -166,7 +167,16 @@ func (w *world) close(next *world) {
 }
 
 func (w *world) upstream(c *Upstream, before *world) error {
-	u := &upstream{name: c.Name, config: *c}
+	u := &upstream{name: c.Name, config: *c, clock: balance.NewClock()}
+	if before != nil && before.upstreams[c.Name] != nil {
+		u.set, u.clock = before.upstreams[c.Name].set, before.upstreams[c.Name].clock
+	} else {
+		set, err := balance.New(*c.policy, rand.Uint64)
+		if err != nil {
+			return fmt.Errorf("upstream %s: %w", c.Name, err)
+		}
+		u.set = set
+	}
 	if c.TLS != nil {
 		cfg, err := c.TLS.config(c.Endpoints)
 		if err != nil {
@@ -185,12 +195,20 @@ func (w *world) upstream(c *Upstream, before *world) error {
 			e = &endpoint{address: ce.Address}
 		}
 		w.endpoints[key] = e
-		for range ce.Weight {
-			u.endpoints = append(u.endpoints, e)
+		u.endpoints = append(u.endpoints, e)
+	}
+	w.upstreams[c.Name] = u
+	return nil
+}
+
+// commit puts the endpoints in force; what could fail was tried before.
+func (w *world) commit() error {
+	for _, u := range w.upstreams {
+		u.probes()
+		if err := u.commit(); err != nil {
+			return fmt.Errorf("upstream %s: %w", u.name, err)
 		}
 	}
-	rand.Shuffle(len(u.endpoints), func(i, j int) { u.endpoints[i], u.endpoints[j] = u.endpoints[j], u.endpoints[i] })
-	w.upstreams[c.Name] = u
 	return nil
 }
 
