@@ -358,6 +358,176 @@ func TestMoreThanTheWindow(t *testing.T) {
 	}
 }
 
+// TestBomb: a block that stands for many times its size is not unfolded.
+func TestBomb(t *testing.T) {
+	r := newRelay(t, quietServer(t))
+	c := newRough(t, r.address())
+	block := append(c.encode(with(plainHead, "bomb", strings.Repeat("x", 3900))...), bytes.Repeat([]byte{0xbe}, 10_000)...)
+	c.raw(appendFrame(nil, frameHeaders, flagEndStream|flagEndHeaders, 1, block))
+	if _, status := c.reset(1); status != "431" {
+		t.Errorf("status %q", status)
+	}
+	c.headers(3, true, plainHead...)
+	if code, status := c.reset(3); code != CodeNone || status != "200" {
+		t.Errorf("after it: code %d, status %q", code, status)
+	}
+}
+
+// TestSlowFrames gives up a client that takes too long for a frame or a header
+// block, and none that says nothing.
+func TestSlowFrames(t *testing.T) {
+	for name, half := range map[string][]byte{
+		"frame":  {0, 0, 10, frameData},
+		"block":  append(appendFrame(nil, frameHeaders, 0, 1, []byte{0x82}), appendFrame(nil, frameContinuation, 0, 1, []byte{0x86})...),
+		"silent": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			ln, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ln.Close()
+			ended := make(chan error, 1)
+			go func() {
+				c, err := ln.Accept()
+				if err != nil {
+					ended <- err
+					return
+				}
+				h := Server(tcp{c.(*net.TCPConn)}, Options{})
+				h.pulse = 20 * time.Millisecond
+				ended <- h.Run()
+			}()
+			c := newRough(t, ln.Addr().String())
+			c.raw(half)
+			if half == nil {
+				time.Sleep(200 * time.Millisecond) // ten times what is too long for a frame
+				c.raw(appendFrame(nil, framePing, 0, 0, make([]byte, 8)))
+				for {
+					f, _, err := c.next()
+					if err != nil {
+						t.Fatal(err)
+					}
+					if f.kind == framePing {
+						break
+					}
+				}
+				c.c.Close()
+				if err := <-ended; err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			if err := <-ended; err != errSlow {
+				t.Errorf("ended with %v", err)
+			}
+		})
+	}
+}
+
+// TestHostileServer: what a server may not say does not reach the client, which
+// is told of the failure, and other requests are not held up.
+func TestHostileServer(t *testing.T) {
+	ok := []byte{0x88} // :status 200
+	head := func(stream uint32, end bool, block ...byte) []byte {
+		flags := byte(flagEndHeaders)
+		if end {
+			flags |= flagEndStream
+		}
+		return appendFrame(nil, frameHeaders, flags, stream, block)
+	}
+	field := func(name, value string) []byte {
+		return append(append(append([]byte{0, byte(len(name))}, name...), byte(len(value))), value...)
+	}
+	join := func(all ...[]byte) []byte { return bytes.Join(all, nil) }
+	for name, c := range map[string]struct {
+		says func(id uint32) []byte
+		// broken: a response begins and does not end well; else 502.
+		broken bool
+	}{
+		"no status":        {func(id uint32) []byte { return head(id, true, field("a", "b")...) }, false},
+		"request's fields": {func(id uint32) []byte { return head(id, true, append(ok, 0x82)...) }, false},
+		"upper case":       {func(id uint32) []byte { return head(id, true, join(ok, field("A", "b"))...) }, false},
+		"line feed":        {func(id uint32) []byte { return head(id, true, join(ok, field("a", "b\nc"))...) }, false},
+		"connection":       {func(id uint32) []byte { return head(id, true, join(ok, field("connection", "close"))...) }, false},
+		"switching":        {func(id uint32) []byte { return head(id, false, field(":status", "101")...) }, false},
+		"data first":       {func(id uint32) []byte { return appendFrame(nil, frameData, flagEndStream, id, []byte("x")) }, false},
+		"not HTTP/2":       {func(id uint32) []byte { return []byte("HTTP/1.1 400 Bad Request\r\n\r\n") }, false},
+		"push":             {func(id uint32) []byte { return appendFrame(nil, framePush, flagEndHeaders, id, make([]byte, 4)) }, false},
+		"bad block":        {func(id uint32) []byte { return head(id, true, 0xff, 0xff, 0xff) }, false},
+		"length unmet": {func(id uint32) []byte {
+			return join(head(id, false, join(ok, field("content-length", "3"))...), appendFrame(nil, frameData, flagEndStream, id, []byte("x")))
+		}, true},
+		"length over": {func(id uint32) []byte {
+			return join(head(id, false, join(ok, field("content-length", "1"))...), appendFrame(nil, frameData, flagEndStream, id, []byte("xy")))
+		}, true},
+		"body of 204": {func(id uint32) []byte {
+			return join(head(id, false, 0x89), appendFrame(nil, frameData, flagEndStream, id, []byte("xy")))
+		}, true},
+		"pseudo in trailer": {func(id uint32) []byte { return join(head(id, false, ok...), head(id, true, ok...)) }, true},
+		"never-ending 1xx": {func(id uint32) []byte {
+			return bytes.Repeat(head(id, false, field(":status", "103")...), 100_000)
+		}, true},
+		"settings flood": {func(id uint32) []byte {
+			return join(head(id, false, ok...), bytes.Repeat(appendFrame(nil, frameSettings, 0, 0, nil), 5000))
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRelay(t, rudeServer(t, c.says))
+			client := httpClient(t)
+			resp, err := client.Get("http://" + r.address() + "/")
+			if err == nil {
+				_, err = io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+			}
+			switch {
+			case !c.broken && (err != nil || resp.StatusCode != 502):
+				t.Errorf("%+v, %v; want 502", resp, err)
+			case c.broken && err == nil && resp.StatusCode != 204:
+				t.Errorf("%+v ended well", resp)
+			}
+		})
+	}
+}
+
+// rudeServer answers the first HEADERS of each connection by what it is told.
+func rudeServer(t *testing.T, says func(id uint32) []byte) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				io.ReadFull(c, make([]byte, len(preface)))
+				r := &rough{t: t, c: c, dec: hpack.NewDecoder(tableSize, nil), status: map[uint32]string{}}
+				for {
+					f, _, err := r.next()
+					if err != nil {
+						return
+					}
+					if f.kind == frameHeaders {
+						b := says(f.stream)
+						if !bytes.HasPrefix(b, []byte("HTTP")) {
+							c.Write(appendFrame(nil, frameSettings, 0, 0, nil))
+						}
+						c.Write(b)
+						io.Copy(io.Discard, c)
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}
+
 // TestFirstBytes tells early what is not HTTP/2.
 func TestFirstBytes(t *testing.T) {
 	r := newRelay(t, quietServer(t))

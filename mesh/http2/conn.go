@@ -151,6 +151,7 @@ type Conn struct {
 	pulsing  *time.Timer
 
 	kick    chan struct{}
+	pulse   time.Duration
 	done    chan struct{} // err is set
 	written chan struct{} // the writer has ended
 }
@@ -191,7 +192,7 @@ func newConn(t Transport, client bool, o Options) *Conn {
 		updates: allowance{left: 2000, most: 2000, perSecond: 1000},
 		streams: map[uint32]*Stream{}, nextID: 1, seen: ^uint64(0),
 		window: 65535, credit: connWindow, initial: 65535, frame: maxSend, most: 100,
-		kick: make(chan struct{}, 1), done: make(chan struct{}), written: make(chan struct{}),
+		pulse: pulse, kick: make(chan struct{}, 1), done: make(chan struct{}), written: make(chan struct{}),
 	}
 	c.encoder = hpack.NewEncoder(&c.encoded)
 	return c
@@ -221,7 +222,7 @@ func (c *Conn) Run() error {
 	c.started = true // what was asked before comes after the greeting
 	c.out = append(c.hello(), c.out...)
 	if c.err == nil {
-		c.pulsing = time.AfterFunc(pulse, c.look)
+		c.pulsing = time.AfterFunc(c.pulse, c.look)
 	}
 	c.fillLocked()
 	c.unlock()
@@ -316,7 +317,7 @@ func (c *Conn) look() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err == nil {
-		c.pulsing.Reset(pulse)
+		c.pulsing.Reset(c.pulse)
 	}
 }
 
