@@ -102,9 +102,10 @@ func matches(r *plan.Rule, c call, unreadable bool) bool {
 	return readable || unreadable
 }
 
-// methodMatches takes a rule's get for GET, which is what its author means.
+// methodMatches takes a rule's get for GET, which is what its author means, but
+// not where it may name a method of gRPC: those calls are all POST.
 func methodMatches(pattern string, c call) bool {
-	return c.http && (pattern == c.method || strings.ToUpper(pattern) == c.method) || c.rpc && pattern == string(c.remote.method)
+	return c.http && (pattern == c.method || !c.rpc && strings.ToUpper(pattern) == c.method) || c.rpc && pattern == string(c.remote.method)
 }
 
 // serviceMatches knows an interface, of any version and group, interface:version,
@@ -144,7 +145,21 @@ func decideRequest(s *service, caller string, port uint16, h *http1.Head) (v ver
 	if err != nil && (s.paths || err != http1.ErrAmbiguous) {
 		return verdict{reason: fmt.Sprintf("path: %v", err)}, 400
 	}
-	return decide(s, call{caller: caller, port: port, http: true, method: h.Method, path: path}), 403
+	c := call{caller: caller, port: port, http: true, method: h.Method, path: path}
+	if s.ports[port].Protocol == "grpc" && path == h.Target {
+		c.remote, c.rpc = grpcTarget(h.Method, path)
+	}
+	return decide(s, c), 403
+}
+
+// grpcTarget is what a gRPC call is for. A path that a server could read in
+// another way is for nothing that can be told.
+func grpcTarget(method, path string) (r remote, ok bool) {
+	name, call, ok := strings.Cut(strings.TrimPrefix(path, "/"), "/")
+	if !ok || method != "POST" || name == "" || call == "" || strings.Contains(call, "/") {
+		return remote{}, false
+	}
+	return remote{service: []byte(name), method: []byte(call)}, true
 }
 
 // mayEgress tells whether a sandbox may reach a destination outside the mesh.

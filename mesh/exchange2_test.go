@@ -280,6 +280,28 @@ func TestGRPCRules(t *testing.T) {
 		t.Errorf("a call that the plan allows now: %v", err)
 	}
 
+	// By service and method; gRPC's Post is not HTTP's POST.
+	const service = "grpc.testing.TestService"
+	for _, c := range []struct {
+		deny, allow  plan.Rule
+		empty, unary codes.Code
+	}{
+		{plan.Rule{From: []string{"*"}, Services: []string{service}, Methods: []string{"EmptyCall"}}, anyone()[0], codes.PermissionDenied, codes.OK},
+		{plan.Rule{From: []string{"*"}, Services: []string{"grpc.testing.Other"}}, plan.Rule{From: []string{"*"}, Services: []string{service}}, codes.OK, codes.OK},
+		{plan.Rule{From: []string{"*"}, Methods: []string{"post"}}, plan.Rule{From: []string{"*"}, Services: []string{"grpc.testing.*"}, Methods: []string{"UnaryCall", "Post"}}, codes.PermissionDenied, codes.OK},
+		{plan.Rule{From: []string{"*"}, Services: []string{"grpc.*"}}, anyone()[0], codes.PermissionDenied, codes.PermissionDenied},
+	} {
+		s := w.service("bank")
+		s.Deny, s.Allow = []plan.Rule{c.deny}, []plan.Rule{c.allow}
+		w.plan.Generation++
+		w.apply()
+		_, empty := client.EmptyCall(ctx, &pb.Empty{})
+		_, unary := client.UnaryCall(ctx, &pb.SimpleRequest{})
+		if status.Code(empty) != c.empty || status.Code(unary) != c.unary {
+			t.Errorf("deny %+v, allow %+v: %v and %v", c.deny, c.allow, empty, unary)
+		}
+	}
+
 	// The server is gone, and its service has no endpoint: said in gRPC's words.
 	w.service("bank").Endpoints = nil
 	w.plan.Generation++

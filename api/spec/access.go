@@ -34,23 +34,24 @@ type AccessRule struct {
 	// +kubebuilder:validation:items:Maximum=65535
 	Ports []int32 `json:"ports,omitempty"`
 	// Methods match the method of a request: GET of HTTP on ports with protocol
-	// http, the name of a method on ports with protocol bolt or dubbo. Where
+	// http, the name of a method on ports with protocol grpc, bolt or dubbo. Where
 	// there is no method to be read, a rule that has them never allows, and
 	// denies what its other fields match; so it is with Paths and Services.
 	// +optional
 	// +kubebuilder:validation:MaxItems=32
 	// +kubebuilder:validation:items:Pattern=`^[A-Za-z_$][A-Za-z0-9_$]{0,127}$`
 	Methods []string `json:"methods,omitempty"`
-	// Services match requests on ports with protocol bolt or dubbo: an interface
-	// in whatever version and group, interface:version, or either after group/.
-	// A service ending in * is a prefix.
+	// Services match requests on ports with protocol grpc, bolt or dubbo: of gRPC
+	// a service with its package, of the others an interface in whatever version
+	// and group, interface:version, or either after group/. A service ending in
+	// * is a prefix.
 	// +optional
 	// +kubebuilder:validation:MaxItems=64
 	// +kubebuilder:validation:items:Pattern=`^[^*\s]*\*?$`
 	// +kubebuilder:validation:items:MinLength=1
 	// +kubebuilder:validation:items:MaxLength=512
 	Services []string `json:"services,omitempty"`
-	// Paths match HTTP requests on ports with protocol http. A path ending in *
+	// Paths match requests on ports with protocol http or grpc. A path ending in *
 	// is a prefix.
 	// +optional
 	// +kubebuilder:validation:MaxItems=64
