@@ -42,6 +42,7 @@ var only = []struct{ prefix, places, why string }{
 	{"go.etcd.io/", "kube", "the store stands behind the API, never beside it"},
 	{"github.com/cilium/ebpf", "guard", "one room knows the kernel's verifier"},
 	{"github.com/containerd/", "shim", "one door faces containerd"},
+	{"github.com/envoyproxy/", "xds", "one room reads the words of other control planes"},
 	{"github.com/spf13/", "cmd", "flags are the business of programs"},
 }
 
