@@ -76,8 +76,8 @@ type Route struct {
 	// PrefixRewrite replaces what Match.Prefix or Match.Path matched.
 	PrefixRewrite string `json:"prefixRewrite,omitempty"`
 	// HostRewrite replaces the name of the host.
-	HostRewrite string `json:"hostRewrite,omitempty"`
-	Retry       *Retry `json:"retry,omitempty"`
+	HostRewrite string      `json:"hostRewrite,omitempty"`
+	Retry       *RouteRetry `json:"retry,omitempty"`
 	// Request and Reply headers are changed before they go on.
 	RequestHeaders  []HeaderEdit `json:"requestHeaders,omitempty"`
 	ResponseHeaders []HeaderEdit `json:"responseHeaders,omitempty"`
@@ -128,8 +128,8 @@ type Reply struct {
 	Body   string `json:"body,omitempty"`
 }
 
-// Retry of a request that failed.
-type Retry struct {
+// RouteRetry of a request that failed.
+type RouteRetry struct {
 	// On lists what is tried again, in Envoy's words ("5xx",
 	// "connect-failure", "unavailable", ...).
 	On       []string      `json:"on"`

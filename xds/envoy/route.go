@@ -209,8 +209,8 @@ func authority(s string) bool {
 var retried = strings.Fields(`5xx gateway-error reset reset-before-request connect-failure retriable-4xx refused-stream
 	cancelled deadline-exceeded internal resource-exhausted unavailable`)
 
-func (r *reader) retry(at string, p *route.RetryPolicy) *plan.Retry {
-	out := &plan.Retry{Attempts: 1}
+func (r *reader) retry(at string, p *route.RetryPolicy) *plan.RouteRetry {
+	out := &plan.RouteRetry{Attempts: 1}
 	for _, on := range strings.Split(p.RetryOn, ",") {
 		on = strings.TrimSpace(on)
 		known := false
