@@ -406,10 +406,6 @@ func TestSlowStart(t *testing.T) {
 		for _, c := range []struct{ at, part float64 }{{0.001, .1}, {.25, .25}, {.5, .5}, {.75, .75}, {1, 1}} {
 			const n = 20_000
 			want := c.part / (3 + c.part)
-			if b == LeastRequest {
-				// Drawn as one of two and then the first: half of the draws it is in.
-				want = c.part / (3 + c.part)
-			}
 			got := float64(spread(t, s, begin.Add(time.Duration(c.at*float64(window))), n)["e3"]) / n
 			if math.Abs(got-want) > 0.015 {
 				t.Errorf("%s: at %v of the window %.3f, want %.3f", b, c.at, got, want)
