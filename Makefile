@@ -12,7 +12,7 @@ LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard critest critest-sandbox critest-debian critest-runc soak guard-attacks mesh-interop clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard bench-mesh critest critest-sandbox critest-debian critest-runc soak guard-attacks mesh-interop clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ bench-guard: build ## measure what the Guard costs in a guest, on both kernels, 
 	scripts/setup bench
 	go run ./bench/guard
 	scripts/bench -only policy
+
+bench-mesh: build ## measure hauberk-mesh alone beside nginx and HAProxy
+	scripts/setup bench
+	go run ./bench/proxy
 
 critest: ## validate the runtime by Kubernetes' suite, on containerd 2 (root)
 	scripts/setup test

@@ -51,7 +51,7 @@ func connect(network, to string) error {
 		}
 		defer l.Close()
 	}
-	c, err := net.DialTimeout(network, to, 2*time.Second)
+	c, err := net.DialTimeout(network, to, 10*time.Second)
 	if err != nil {
 		return err
 	}
