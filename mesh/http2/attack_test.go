@@ -528,6 +528,30 @@ func rudeServer(t *testing.T, says func(id uint32) []byte) string {
 	return ln.Addr().String()
 }
 
+// TestPingsForData: gRPC's peers send a PING for each round trip while data
+// comes. That is no flood.
+func TestPingsForData(t *testing.T) {
+	const frames = 4000
+	r := newRelay(t, serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
+		for range frames {
+			w.Write([]byte("x"))
+			w.(http.Flusher).Flush()
+		}
+	}))
+	c := newRough(t, r.address())
+	c.headers(1, true, plainHead...)
+	for data := 0; data < frames; {
+		f, _, err := c.next()
+		if err != nil || f.kind == frameGoAway {
+			t.Fatalf("after %d frames: %+v, %v", data, f, err)
+		}
+		if f.kind == frameData {
+			data += f.length
+			c.raw(appendFrame(nil, framePing, 0, 0, make([]byte, 8)))
+		}
+	}
+}
+
 // TestFirstBytes tells early what is not HTTP/2.
 func TestFirstBytes(t *testing.T) {
 	r := newRelay(t, quietServer(t))

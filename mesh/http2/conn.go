@@ -115,6 +115,7 @@ type Conn struct {
 	resets  allowance
 	updates allowance
 	sent    uint64 // frames sent when updates was last refilled
+	paid    uint64 // and when cheap was
 
 	mid   atomic.Bool   // in the middle of a frame or header block
 	stage atomic.Uint64 // counts those complete

@@ -179,7 +179,7 @@ func (c *Conn) frameBody(f frameHeader) error {
 		return fault(CodeProtocol, "CONTINUATION without HEADERS")
 	}
 	// What is left moves nothing.
-	if !c.cheap.spend() {
+	if !c.afford() {
 		return fault(CodeCalm, "too many frames of type %d that carry nothing", f.kind)
 	}
 	switch f.kind {
@@ -193,7 +193,21 @@ func (c *Conn) frameBody(f frameHeader) error {
 	return nil // unknown frames are to be ignored
 }
 
-// notOpen judges a frame on a stream that is not open. nil means to ignore it.
+// afford takes one frame that moves nothing. What was sent to the peer pays for
+// some: gRPC measures its bandwidth by a PING for each answer to the last.
+func (c *Conn) afford() bool {
+	if c.cheap.left == 0 {
+		c.mu.Lock()
+		n := c.frames - c.paid
+		c.paid = c.frames
+		c.mu.Unlock()
+		c.cheap.give(int(min(n, 1<<20)))
+	}
+	return c.cheap.spend()
+}
+
+// notOpenLocked judges a frame on a stream that is not open. nil means to ignore
+// it.
 func (c *Conn) notOpenLocked(f frameHeader) error {
 	opened := f.stream%2 == 1 && (c.client && f.stream < c.nextID || !c.client && f.stream <= c.lastID)
 	if f.stream == 0 || !opened {
@@ -713,7 +727,7 @@ func (c *Conn) readGoAway(f frameHeader, p []byte) error {
 		return fault(CodeProtocol, "GOAWAY on stream %d", f.stream)
 	case len(p) < 8:
 		return fault(CodeFrameSize, "GOAWAY of %d bytes", len(p))
-	case !c.cheap.spend():
+	case !c.afford():
 		return fault(CodeCalm, "too many GOAWAY frames")
 	case !c.client:
 		return nil // it opens no more streams; what is under way goes on
