@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 
 	"hauberk.dev/internal/overdue"
 	proxy "hauberk.dev/mesh/alone"
+	"hauberk.dev/mesh/nginxconf"
 )
 
 // alone serves a file until ctx ends. SIGHUP reads the file again: one that is
@@ -81,5 +83,35 @@ func check(args []string, stderr io.Writer) error {
 		fmt.Fprintln(stderr, err)
 		return fmt.Errorf("%s: %d faults", args[0], len(faults.All))
 	}
+	return err
+}
+
+// convert writes proxy.yaml for an nginx.conf. What cannot be converted is said by
+// line, and refused unless part of it is asked for.
+func convert(args []string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("hauberk-mesh convert", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	partial := flags.Bool("partial", false, "leave out what cannot be converted")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() != 1 {
+		return errors.New("convert takes one file: hauberk-mesh convert [--partial] nginx.conf")
+	}
+	text, err := os.ReadFile(flags.Arg(0))
+	if err != nil {
+		return err
+	}
+	yaml, problems, err := nginxconf.Convert(string(text))
+	if err != nil {
+		return err
+	}
+	for _, p := range problems {
+		fmt.Fprintf(stderr, "%s: %s\n", flags.Arg(0), p)
+	}
+	if len(problems) > 0 && !*partial {
+		return fmt.Errorf("%d lines of %s cannot be converted; --partial leaves them out", len(problems), flags.Arg(0))
+	}
+	_, err = io.WriteString(stdout, yaml)
 	return err
 }

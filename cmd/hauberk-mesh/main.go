@@ -36,6 +36,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if len(args) > 0 && args[0] == "check" {
 		return check(args[1:], stderr)
 	}
+	if len(args) > 0 && args[0] == "convert" {
+		return convert(args[1:], os.Stdout, stderr)
+	}
 	flags := flag.NewFlagSet("hauberk-mesh", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	config := flags.String("c", "", "serve alone, as this file says; see docs/proxy.md")

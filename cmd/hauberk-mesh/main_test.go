@@ -185,3 +185,100 @@ func checkSandbox(t *testing.T, l *link.Link, dir string) {
 		t.Error(err)
 	}
 }
+
+// Alone, the program serves what a file says, takes up a changed one at SIGHUP,
+// keeps serving after a wrong one, and ends at SIGTERM.
+func TestAlone(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "proxy.yaml")
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := ln.Addr().String()
+	ln.Close()
+	write := func(version, body string) {
+		t.Helper()
+		text := "version: " + version + "\nlisteners: [{name: web, address: '" + address + "'}]\nhosts: [{names: ['*'], routes: [{respond: {status: 200, body: " + body + "}}]}]\n"
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("2", "bad")
+	for _, args := range [][]string{{"check", path}, {"--allow-root", "-c", path}} {
+		out, err := program(args...).CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "proxy.yaml:1: version: 2 is not known; write version: 1") {
+			t.Errorf("%q: %v, %s", args, err, out)
+		}
+	}
+	write("1", "first")
+	if out, err := program("check", path).CombinedOutput(); err != nil {
+		t.Errorf("%v, %s", err, out)
+	}
+	c := program("--allow-root", "-c", path)
+	logFile, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer logFile.Close()
+	c.Stdout, c.Stderr = logFile, logFile
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- c.Wait() }()
+	defer c.Process.Kill()
+	logged := func() string { b, _ := os.ReadFile(logFile.Name()); return string(b) }
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s:\n%s", what, logged())
+			}
+		}
+	}
+	answers := func(want string) bool {
+		conn, err := net.Dial("tcp", address)
+		if err != nil {
+			return false
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(10 * time.Second))
+		conn.Write([]byte("GET / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n"))
+		var b bytes.Buffer
+		b.ReadFrom(conn)
+		return strings.HasSuffix(b.String(), want)
+	}
+	until("does not serve", func() bool { return answers("first") })
+	write("1", "second")
+	c.Process.Signal(syscall.SIGHUP)
+	until("does not take up the change", func() bool { return answers("second") })
+	write("2", "third")
+	c.Process.Signal(syscall.SIGHUP)
+	until("says nothing of a wrong file", func() bool { return strings.Contains(logged(), "reload refused") })
+	if !answers("second") {
+		t.Error("a wrong file changed something")
+	}
+	c.Process.Signal(syscall.SIGTERM)
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("%v\n%s", err, logged())
+		}
+	case <-time.After(40 * time.Second):
+		t.Error("SIGTERM did not end it")
+	}
+}
+
+func TestConvert(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "nginx.conf")
+	if err := os.WriteFile(path, []byte("http { server {\n return 200;\n perl x;\n} }"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := program("convert", path).CombinedOutput(); err == nil || !strings.Contains(string(out), "line 3: perl is not converted") {
+		t.Errorf("%v, %s", err, out)
+	}
+	if out, err := program("convert", "--partial", path).Output(); err != nil || !strings.Contains(string(out), "respond: {status: 200") {
+		t.Errorf("%v, %s", err, out)
+	}
+}
