@@ -98,6 +98,7 @@ guard-attacks: ## the Guard's corpus of attacks, three ways on two kernels (root
 
 mesh-interop: ## the mesh against programs and suites of others
 	cd test/interop/h2spec && go run .
+	go run ./test/interop/rpc
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build
