@@ -114,8 +114,8 @@ type Conn struct {
 	cheap   allowance
 	resets  allowance
 	updates allowance
-	sent    uint64 // frames sent when updates was last refilled
-	paid    uint64 // and when cheap was
+	sent    uint64 // frames sent that have paid for updates
+	paid    uint64 // and for cheap
 
 	mid   atomic.Bool   // in the middle of a frame or header block
 	stage atomic.Uint64 // counts those complete

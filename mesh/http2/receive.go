@@ -198,10 +198,10 @@ func (c *Conn) frameBody(f frameHeader) error {
 func (c *Conn) afford() bool {
 	if c.cheap.left == 0 {
 		c.mu.Lock()
-		n := c.frames - c.paid
-		c.paid = c.frames
+		n := min(c.frames-c.paid, uint64(c.cheap.most))
 		c.mu.Unlock()
-		c.cheap.give(int(min(n, 1<<20)))
+		c.paid += n
+		c.cheap.give(int(n))
 	}
 	return c.cheap.spend()
 }
@@ -686,9 +686,11 @@ func (c *Conn) readWindow(f frameHeader, p []byte) error {
 	n := int64(binary.BigEndian.Uint32(p) & 0x7fffffff)
 	c.mu.Lock()
 	defer c.unlock()
-	// Each frame sent pays for some updates.
-	c.updates.give(int(min(10*(c.frames-c.sent), 1<<20)))
-	c.sent = c.frames
+	if c.updates.left == 0 { // each frame sent pays for some
+		n := min(c.frames-c.sent, uint64(c.updates.most/10))
+		c.sent += n
+		c.updates.give(int(10 * n))
+	}
 	if !c.updates.spend() {
 		return fault(CodeCalm, "too many WINDOW_UPDATE frames for what was sent")
 	}
