@@ -705,7 +705,11 @@ func TestNoAllocation(t *testing.T) {
 	for range 100 {
 		ask()
 	}
-	if n := testing.AllocsPerRun(2000, ask); n >= 1 {
+	most := 0.0
+	if raced {
+		most = 4 // the blocks that the pool forgets
+	}
+	if n := testing.AllocsPerRun(2000, ask); n > most {
 		t.Errorf("%v allocations per request", n)
 	}
 }
