@@ -350,7 +350,7 @@ func TestMoreThanTheWindow(t *testing.T) {
 	r := newRelay(t, serveHTTP(t, func(w http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
 	c := newRough(t, r.address())
 	c.headers(1, false, plainHead...)
-	for range 1<<20/maxFrame - 1 { // the server takes some, but not this much
+	for range 2 << 20 / maxFrame { // the server takes half of it
 		c.raw(appendFrame(nil, frameData, 0, 1, make([]byte, maxFrame)))
 	}
 	if code, _ := c.reset(1); code != CodeFlowControl {
