@@ -81,7 +81,8 @@ func (r *reader) balance(p cluster.Cluster_LbPolicy) string {
 
 // http2 says whether the upstreams are spoken to in HTTP/2.
 func (r *reader) http2(c *cluster.Cluster) bool {
-	two := c.GetHttp2ProtocolOptions() != nil //nolint:staticcheck // old control planes say it so
+	//lint:ignore SA1019 control planes still say it so
+	two := c.GetHttp2ProtocolOptions() != nil
 	for key, a := range c.GetTypedExtensionProtocolOptions() {
 		field := fmt.Sprintf("typed_extension_protocol_options[%q]", show128(key))
 		o := &http.HttpProtocolOptions{}

@@ -1,5 +1,7 @@
 package envoy
 
+//lint:file-ignore SA1019 control planes still use the words of before
+
 import (
 	"fmt"
 	"regexp"
@@ -302,7 +304,7 @@ func (r *reader) edits(at string, add []*core.HeaderValueOption, remove []string
 		case strings.Contains(e.Value, "%"):
 			r.refuse(at+".header.value", e.Value, "values computed of a request are not held, so % is not either")
 		}
-		if was := h.GetAppend(); was != nil { //nolint:staticcheck // old control planes say it so
+		if was := h.GetAppend(); was != nil {
 			e.Act = map[bool]string{true: "append", false: "set"}[was.Value]
 			if h.AppendAction != 0 {
 				r.refuse(at+".append_action", h.AppendAction.String(), "and append is set, too")
