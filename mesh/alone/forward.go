@@ -383,7 +383,7 @@ func (s *session) nominated(m *http1.Message) ([][]byte, error) {
 	return s.named, nil
 }
 
-var errNominated = errors.New("Connection names too many fields")
+var errNominated = errors.New("the field Connection names too many others")
 
 func inList(list [][]byte, name []byte) bool {
 	for _, t := range list {

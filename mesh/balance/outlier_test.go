@@ -293,7 +293,8 @@ func TestBreakers(t *testing.T) {
 	}
 	s = newSet(t, Policy{Limits: Limits{Connections: 2}, EndpointLimits: Limits{Pending: 1}}, endpoints(1))
 	h := s.Hosts()[0]
-	if !s.Take(Connections) || !s.Take(Connections) || s.Take(Connections) || !s.TakeAt(h, Pending) || s.TakeAt(h, Pending) || s.Open(Connections) != 2 {
+	first, second, third := s.Take(Connections), s.Take(Connections), s.Take(Connections)
+	if !first || !second || third || !s.TakeAt(h, Pending) || s.TakeAt(h, Pending) || s.Open(Connections) != 2 {
 		t.Error("limits of connections and of pending requests")
 	}
 	s.Give(Connections)

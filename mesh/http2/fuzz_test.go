@@ -11,7 +11,6 @@ import (
 // canned is a transport that has received what it will.
 type canned struct {
 	io.Reader
-	out bytes.Buffer
 }
 
 func (c *canned) Write(p []byte) (int, error) { return len(p), nil }
