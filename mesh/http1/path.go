@@ -14,9 +14,9 @@ var ErrAmbiguous = errors.New("servers read this path in different ways")
 // backslash, parameters, a stray percent sign) is ErrAmbiguous. The asterisk of
 // OPTIONS is its own path.
 //
-// If loose, empty segments count as none, an encoded slash or percent sign stays
-// encoded, and parameters are part of their segment. Dot segments are never
-// accepted.
+// If loose, empty segments count as none, an encoded percent sign stays encoded,
+// and parameters are part of their segment. Dot segments and an encoded slash are
+// never accepted: who takes %2F for a slash sees another path than was judged.
 func AppendPath(dst, method, target []byte, loose bool) ([]byte, error) {
 	if len(target) == 1 && target[0] == '*' && string(method) == "OPTIONS" {
 		return append(dst, '*'), nil
@@ -35,15 +35,13 @@ func AppendPath(dst, method, target []byte, loose bool) ([]byte, error) {
 			}
 			c = unhex(path[i+1])<<4 | unhex(path[i+2])
 			i += 2
-			if c < ' ' || c == 0x7f || !loose && (c == '/' || c == '%') {
+			if c < ' ' || c == 0x7f || c == '/' || !loose && c == '%' {
 				return nil, ErrAmbiguous
 			}
 		}
 		switch {
 		case c == '\\' || c == ';' && !loose:
 			return nil, ErrAmbiguous
-		case c == '/' && encoded:
-			dst = append(dst, "%2F"...)
 		case c == '%' && encoded:
 			dst = append(dst, "%25"...)
 		case c == '/' && i > 0:

@@ -133,6 +133,8 @@ var besides = []string{
 var stricter = []string{
 	"GET / HTTP/1.1\nHost: a.example\nConnection: close\n\n",
 	"GET /x/../a.txt HTTP/1.1\r\nHost: a.example\r\n" + closing,
+	"GET /stop%2Fx HTTP/1.1\r\nHost: a.example\r\n" + closing,
+	"GET /api%2fx HTTP/1.1\r\nHost: a.example\r\n" + closing,
 	"POST /text HTTP/1.1\r\nHost: a.example\r\nTransfer-Encoding: chunked, identity\r\n" + closing,
 	"GET http://b.example/ HTTP/1.1\r\nHost: a.example\r\n" + closing,
 	"GET / HTTP/1.1\r\nHost: a.example\r\nX : y\r\n" + closing,
