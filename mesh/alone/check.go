@@ -1,6 +1,7 @@
 package alone
 
 import (
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -92,7 +93,7 @@ func (r *reading) upstreams(c *Config) map[string]bool {
 			r.fault(at, "a negative number of connections or requests")
 		}
 		if u.TLS != nil {
-			if _, err := u.TLS.config(u.Endpoints[:min(1, len(u.Endpoints))]); err != nil {
+			if _, _, err := u.TLS.config(u.Endpoints[:min(1, len(u.Endpoints))]); err != nil {
 				r.fault(at+".tls.ca", "%v", err)
 			}
 		}
@@ -134,23 +135,26 @@ func (r *reading) balance(at string, u *Upstream) {
 	}
 }
 
-// config is the TLS configuration towards an upstream.
-func (t *ClientTLS) config(es []Endpoint) (*tls.Config, error) {
-	cfg := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.Name, NextProtos: []string{"http/1.1"}}
+// config is the TLS configuration towards an upstream, and what tells its rules
+// from others: the file of the authorities may change under its name.
+func (t *ClientTLS) config(es []Endpoint) (cfg *tls.Config, rules string, err error) {
+	cfg = &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.Name, NextProtos: []string{"http/1.1"}}
 	if cfg.ServerName == "" && len(es) > 0 {
 		cfg.ServerName, _, _ = net.SplitHostPort(es[0].Address)
 	}
+	var sum [sha256.Size]byte
 	if t.CA != "" {
 		b, err := os.ReadFile(t.CA)
 		if err != nil {
-			return nil, err
+			return nil, "", err
 		}
+		sum = sha256.Sum256(b)
 		cfg.RootCAs = x509.NewCertPool()
 		if !cfg.RootCAs.AppendCertsFromPEM(b) {
-			return nil, fmt.Errorf("%s holds no certificate in PEM", t.CA)
+			return nil, "", fmt.Errorf("%s holds no certificate in PEM", t.CA)
 		}
 	}
-	return cfg, nil
+	return cfg, fmt.Sprintf("%q %q %x", cfg.ServerName, t.CA, sum), nil
 }
 
 func (r *reading) listeners(c *Config, upstreams map[string]bool) {

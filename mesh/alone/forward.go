@@ -53,6 +53,9 @@ func (s *session) forward(a *action) {
 	for try, retrying := 1, false; ; {
 		at, err := up.pick(hash, s.asked)
 		if err != nil {
+			if retrying {
+				up.set.EndRetry()
+			}
 			s.refuse(503, err.Error(), "is one of the upstream's endpoints up, and are its limits wide enough?")
 			return
 		}
@@ -180,6 +183,9 @@ func (s *session) failed(srv *server, err error, whole, safe, more bool) (again 
 	srv.close()
 	s.up.drop()
 	s.why, s.outcome = err.Error(), balance.Unreachable
+	if begun { // it was reached, and answers what it should not
+		s.outcome = balance.Failure
+	}
 	switch late := errors.Is(err, os.ErrDeadlineExceeded); {
 	case srv.reused && !begun && ended(err) && (unsent || safe && whole):
 		return true, errStale
@@ -242,7 +248,7 @@ func (s *session) send(a *action, up *upstream, srv *server) error {
 	if !whole {
 		done := make(chan error, 1)
 		s.upload = done
-		go func() { done <- s.passBody(a, srv) }()
+		go s.sendBody(a, srv, done)
 	}
 	return nil
 }
@@ -423,6 +429,7 @@ func (s *session) answerHead(srv *server) error {
 		case s.resp.Status >= 200:
 			return nil
 		case s.resp.Status == 100 && s.req.Expect:
+			s.conn.SetWriteDeadline(time.Now().Add(time.Duration(s.world.config.Limits.IdleTimeout)))
 			if _, err := s.conn.Write(continued); err != nil {
 				return errClient
 			}
@@ -446,15 +453,49 @@ func isRequestSyntax(err error) bool {
 	return errors.As(err, &r)
 }
 
-// passBody passes the body on as it comes.
-func (s *session) passBody(a *action, srv *server) (err error) {
-	defer func() {
-		if err != nil {
-			srv.conn.SetDeadline(time.Unix(1, 0)) // wake who waits for the answer
-			return
+// sendBody passes the body on beside who waits for the answer. That one is woken by
+// a fault, and must then find it in done; the deadline of a connection that stays
+// is set before, for afterwards it may serve another request.
+func (s *session) sendBody(a *action, srv *server, done chan<- error) {
+	err := s.passBody(a, srv)
+	if wakes(err) {
+		done <- err
+		srv.conn.SetDeadline(time.Unix(1, 0))
+		return
+	}
+	// A server that takes no more may still have answered.
+	srv.conn.SetReadDeadline(time.Now().Add(time.Duration(a.route.Timeout)))
+	done <- err
+}
+
+// ofClient says whether a fault is of the request rather than of the server.
+func ofClient(err error) bool {
+	return errors.Is(err, errTooLarge) || errors.Is(err, errClient) || isRequestSyntax(err)
+}
+
+// wakes says whether a fault of a body ends the wait for its answer.
+func wakes(err error) bool { return ofClient(err) || errors.Is(err, os.ErrDeadlineExceeded) }
+
+// uploaded says whether the body is not passed on any more, and the fault that
+// ends the answer too. What became of the body stays to be asked again.
+func (s *session) uploaded() (over bool, fault error) {
+	if s.upload == nil {
+		return true, nil
+	}
+	select {
+	case err := <-s.upload:
+		s.upload <- err // there is room: its sender sends once
+		if wakes(err) {
+			return true, err
 		}
-		srv.conn.SetReadDeadline(time.Now().Add(time.Duration(a.route.Timeout)))
-	}()
+		return true, nil
+	default:
+		return false, nil
+	}
+}
+
+// passBody passes the body on as it comes.
+func (s *session) passBody(a *action, srv *server) error {
 	idle, timeout := time.Duration(s.world.config.Limits.IdleTimeout), time.Duration(a.route.Timeout)
 	for !s.body.Ended() {
 		data, n, err := s.body.Next(s.in.waiting())
@@ -507,7 +548,7 @@ func (s *session) stopUpload(srv *server, err error) error {
 	}
 	select {
 	case fault := <-s.upload:
-		if fault != nil && (errors.Is(fault, errTooLarge) || errors.Is(fault, errClient) || isRequestSyntax(fault)) {
+		if ofClient(fault) {
 			err = fault
 		}
 	default:
@@ -557,8 +598,8 @@ func (s *session) relay(a *action, srv *server) {
 			s.failed(srv, err, false, false, false)
 			return
 		}
-		s.final, s.aborted, s.why = true, true, err.Error()
-		s.stopUpload(srv, nil)
+		s.final, s.aborted = true, true
+		s.why = s.stopUpload(srv, err).Error()
 		s.up.drop()
 		srv.close()
 		return
@@ -731,10 +772,14 @@ func (s *session) more(a *action, srv *server, c *compressor) error {
 	if err := s.out.flush(); err != nil {
 		return fmt.Errorf("%w: %w", errClient, err)
 	}
-	if s.upload == nil {
+	over, err := s.uploaded()
+	if err != nil {
+		return err
+	}
+	if over {
 		srv.conn.SetReadDeadline(now.Add(time.Duration(a.route.Timeout)))
 	}
-	err := srv.in.fill()
+	err = srv.in.fill()
 	if err == io.EOF {
 		return s.back.End()
 	}

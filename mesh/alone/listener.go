@@ -19,7 +19,6 @@ const acceptPause = 20 * time.Millisecond
 
 // listener is an open socket. It outlives reloads that still name its address.
 type listener struct {
-	name    string
 	address string
 	ln      *net.TCPListener
 	site    atomic.Pointer[site]
@@ -31,6 +30,9 @@ type listener struct {
 }
 
 func (l *listener) use(s *site) { l.site.Store(s) }
+
+// name is what the configuration calls it now.
+func (l *listener) name() string { return l.site.Load().l.Name }
 
 // patience is how long an idle client may keep its connection.
 func (l *listener) patience() time.Duration {
@@ -53,7 +55,7 @@ func (p *Proxy) listen(w *world) (added []*listener, err error) {
 			}
 			return nil, fmt.Errorf("listen on %s: %w", c.Address, err)
 		}
-		l := &listener{name: c.Name, address: c.Address, ln: ln.(*net.TCPListener)}
+		l := &listener{address: c.Address, ln: ln.(*net.TCPListener)}
 		l.use(w.sites[c.Name])
 		added = append(added, l)
 	}
@@ -68,7 +70,7 @@ func (p *Proxy) serveLocked(l *listener) {
 				return
 			}
 			if err != nil {
-				p.log.Warn("accept", "listener", l.name, "err", err)
+				p.log.Warn("accept", "listener", l.name(), "err", err)
 				time.Sleep(acceptPause)
 				continue
 			}
@@ -98,7 +100,7 @@ func (p *Proxy) accept(l *listener, conn *net.TCPConn) {
 		defer leave()
 		if err := p.serve(l, c, conn); err != nil {
 			l.failed.Add(1)
-			p.log.Debug("connection failed", "listener", l.name, "client", conn.RemoteAddr(), "err", err)
+			p.log.Debug("connection failed", "listener", l.name(), "client", conn.RemoteAddr(), "err", err)
 		}
 		conn.Close()
 		p.mu.Lock()

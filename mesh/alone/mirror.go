@@ -2,6 +2,7 @@ package alone
 
 import (
 	"context"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"time"
@@ -57,6 +58,9 @@ func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method strin
 	outcome := balance.Unreachable
 	defer func() { at.Done(up.clock.Now(), outcome) }()
 	srv, err := up.connect(ctx, at.e, h, false, true)
+	if errors.Is(err, errBusy) {
+		outcome = balance.Cancelled
+	}
 	if err != nil {
 		return err
 	}

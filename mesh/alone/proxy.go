@@ -106,7 +106,7 @@ func (p *Proxy) Address(name string) net.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, l := range p.listeners {
-		if l.name == name {
+		if l.name() == name {
 			return l.ln.Addr()
 		}
 	}
@@ -136,7 +136,9 @@ func (p *Proxy) Run(ctx context.Context) error {
 
 // stop ends everything: first what nobody waits for, last what takes too long.
 func (p *Proxy) stop(cancel func()) {
+	p.reloading.Lock() // a reload beside it would open listeners that nobody closes
 	p.stopping.Store(true)
+	p.reloading.Unlock()
 	p.Close()
 	w := p.world.Load()
 	patience := time.Duration(w.config.Limits.StopTimeout)
@@ -216,7 +218,9 @@ func (p *Proxy) Reload(c *Config) (err error) {
 	}
 	for _, l := range added {
 		p.listeners[l.address] = l
-		p.serveLocked(l)
+		if p.ctx != nil { // else Run does
+			p.serveLocked(l)
+		}
 	}
 	p.mu.Unlock()
 	before.retire(w)

@@ -154,10 +154,11 @@ func (s *session) firstBytes(fd uintptr) bool {
 func (s *session) exchange() {
 	w := s.p.enter()
 	defer w.leave()
-	site := w.sites[s.l.name]
+	site := w.at[s.l.address]
 	if site == nil { // the listener is gone; what it served last goes on
 		site = s.l.site.Load()
 	}
+	s.req = http1.Message{Fields: s.req.Fields[:0]} // the one before is a view of bytes that may be gone
 	s.world, s.began = site.world, time.Now()
 	s.status, s.got, s.sent, s.server, s.action, s.why = 0, 0, 0, nil, nil, ""
 	s.out.sent = 0
@@ -215,6 +216,9 @@ func (s *session) target(w *world) bool {
 	authority, _, query := http1.SplitTarget(s.req.Target)
 	if authority != nil && !equalFold(s.req.Host, string(authority)) {
 		return s.refuse(400, "Host and the target name different hosts", "")
+	}
+	if _, err := s.nominated(&s.req); err != nil {
+		return s.refuse(400, err.Error(), "")
 	}
 	s.route.Message, s.route.Query, s.route.Remote, s.route.Scheme = &s.req, query, s.clientText, "http"
 	if s.tls {

@@ -85,7 +85,7 @@ func (p *Proxy) listenerMetrics(b *strings.Builder, head func(name, kind, help s
 		head(m.name, m.kind, m.help)
 		for _, address := range names {
 			l := p.listeners[address]
-			fmt.Fprintf(b, "%s{listener=%q} %d\n", m.name, l.name, m.read(l))
+			fmt.Fprintf(b, "%s{listener=%q} %d\n", m.name, l.name(), m.read(l))
 		}
 	}
 }

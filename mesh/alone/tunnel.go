@@ -5,8 +5,10 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"hauberk.dev/mesh/balance"
@@ -22,11 +24,13 @@ func (s *session) tunnel(a *action, srv *server) {
 	b = append(append(b, s.resp.Reason...), "\r\n"...)
 	b, err := s.appendAnswer(b, a, false)
 	if err != nil {
+		s.status, s.final = 0, false // nothing was said yet
 		s.failed(srv, err, false, false, false)
 		return
 	}
 	v, _ := s.resp.Field("Upgrade")
 	b = append(append(append(b, "Connection: Upgrade\r\nUpgrade: "...), v...), "\r\n\r\n"...)
+	s.conn.SetWriteDeadline(time.Now().Add(time.Duration(s.world.config.Limits.IdleTimeout)))
 	err = s.out.kept(b)
 	if err == nil {
 		err = s.out.flush()
@@ -37,26 +41,48 @@ func (s *session) tunnel(a *action, srv *server) {
 		return
 	}
 	early := append([]byte(nil), s.in.waiting()...)
-	s.in.drop()
-	got, sent := splice(s.conn, srv.conn, early, append([]byte(nil), srv.in.waiting()...), s.streamTime())
+	s.in.at = s.in.end // the block stays: the log reads the request in it
+	got, sent := newFlow(s.streamTime()).splice(s.conn, srv.conn, early, append([]byte(nil), srv.in.waiting()...))
 	s.got, s.out.sent = got, s.out.sent+sent
 	srv.in.at = srv.in.end
 	srv.close()
 }
 
+// flow is what the two directions of a tunnel know of each other.
+type flow struct {
+	idle  time.Duration
+	began time.Time
+	moved atomic.Int64 // when bytes last came from either side, since began
+	over  atomic.Bool
+}
+
+func newFlow(idle time.Duration) *flow { return &flow{idle: idle, began: time.Now()} }
+
+// end wakes both directions for the last time. over is set before the deadlines,
+// and asked after a direction has set its own: one of the two is always seen.
+func (f *flow) end(a, b net.Conn) {
+	f.over.Store(true)
+	past := time.Unix(1, 0)
+	a.SetDeadline(past)
+	b.SetDeadline(past)
+}
+
+// patience is until when it may stay quiet.
+func (f *flow) patience() time.Time { return f.began.Add(time.Duration(f.moved.Load()) + f.idle) }
+
 // splice moves bytes both ways until both have ended, or nothing has moved for
 // idle. up and down are bytes that have been read before.
-func splice(client, server net.Conn, up, down []byte, idle time.Duration) (got, sent int64) {
+func (f *flow) splice(client, server net.Conn, up, down []byte) (got, sent int64) {
 	var wg sync.WaitGroup
-	wg.Go(func() { got = pump(server, client, up, idle) })
-	sent = pump(client, server, down, idle)
+	wg.Go(func() { got = f.pump(server, client, up) })
+	sent = f.pump(client, server, down)
 	wg.Wait()
 	return got, sent
 }
 
 // pump moves one way. An orderly end ends this half; anything else both, so that
 // neither side takes the rest for complete.
-func pump(to, from net.Conn, early []byte, idle time.Duration) (n int64) {
+func (f *flow) pump(to, from net.Conn, early []byte) (n int64) {
 	b := blocks.Get().(*block)
 	defer blocks.Put(b)
 	at := copy(b[:], early)
@@ -65,16 +91,19 @@ func pump(to, from net.Conn, early []byte, idle time.Duration) (n int64) {
 	}
 	for {
 		if at > 0 {
-			to.SetWriteDeadline(time.Now().Add(idle))
+			f.moved.Store(int64(time.Since(f.began)))
+			to.SetWriteDeadline(time.Now().Add(f.idle))
+			if f.over.Load() {
+				break
+			}
 			w, err := to.Write(b[:at])
 			n += int64(w)
 			if err != nil {
 				break
 			}
 		}
-		from.SetReadDeadline(time.Now().Add(idle))
 		var err error
-		if at, err = from.Read(b[:]); at > 0 {
+		if at, err = f.read(from, b[:]); at > 0 {
 			continue
 		}
 		if c, ok := to.(interface{ CloseWrite() error }); ok && err == io.EOF {
@@ -84,12 +113,24 @@ func pump(to, from net.Conn, early []byte, idle time.Duration) (n int64) {
 		}
 		break
 	}
-	now := time.Unix(1, 0)
-	to.SetDeadline(now)
-	from.SetDeadline(now)
+	f.end(to, from)
 	reset(to)
 	reset(from)
 	return n
+}
+
+// read waits for bytes as long as anything moves, either way.
+func (f *flow) read(from net.Conn, b []byte) (n int, err error) {
+	for {
+		until := f.patience()
+		from.SetReadDeadline(until)
+		if f.over.Load() {
+			return 0, os.ErrDeadlineExceeded
+		}
+		if n, err = from.Read(b); n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || !f.patience().After(until) {
+			return n, err
+		}
+	}
 }
 
 // reset makes the coming end of a connection visible as one that was not meant.
@@ -111,8 +152,9 @@ func (p *Proxy) pass(ctx context.Context, conn net.Conn, up *upstream, h proxypr
 	}
 	srv.e.requests.Add(1)
 	srv.e.active.Add(1)
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)); srv.conn.SetDeadline(time.Unix(1, 0)) })
-	splice(conn, srv.conn, early, nil, idle)
+	f := newFlow(idle)
+	stop := context.AfterFunc(ctx, func() { f.end(conn, srv.conn) })
+	f.splice(conn, srv.conn, early, nil)
 	stop()
 	srv.e.active.Add(-1)
 	at.Done(up.clock.Now(), balance.Success)

@@ -22,6 +22,7 @@ type upstream struct {
 	name      string
 	config    Upstream
 	tls       *tls.Config
+	speaks    string // the rules of tls; connections made by others are not shared
 	clock     balance.Clock
 	set       *balance.Set // shared with the world before, if that has one of the name
 	endpoints []*endpoint
@@ -31,6 +32,7 @@ type upstream struct {
 // endpoint is one server. It outlives a reload that still names it.
 type endpoint struct {
 	address string
+	speaks  string // by its idle connections
 	dialer  net.Dialer
 	probe   atomic.Pointer[func(context.Context) error]
 
@@ -148,7 +150,8 @@ func (u *upstream) probes() {
 // connect takes an idle connection to e or makes a new one. fresh asks for a new
 // one; sure for one that is known not to have ended.
 func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header, fresh, sure bool) (*server, error) {
-	for !fresh && u.config.ProxyProtocol == "" {
+	// A request of the world before may have picked an endpoint of this one.
+	for !fresh && u.config.ProxyProtocol == "" && u.speaks == e.speaks {
 		s := e.pop()
 		if s == nil {
 			break
@@ -235,8 +238,8 @@ func (e *endpoint) pop() *server {
 
 // keep makes a connection available to the next request, or closes it.
 func (s *server) keep(now time.Time) {
-	if len(s.in.waiting()) > 0 || s.up.config.ProxyProtocol != "" {
-		s.close() // it said more than it was asked, or speaks for one client
+	if len(s.in.waiting()) > 0 || s.up.config.ProxyProtocol != "" || s.up.speaks != s.e.speaks {
+		s.close() // it said more than it was asked, speaks for one client, or was made under other rules
 		return
 	}
 	s.in.drop()

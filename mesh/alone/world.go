@@ -18,8 +18,9 @@ type world struct {
 	config    *Config
 	made      time.Time
 	sites     map[string]*site // by listener
+	at        map[string]*site // by address: a listener's name may move
 	upstreams map[string]*upstream
-	endpoints map[string]*endpoint // by address
+	endpoints map[string]*endpoint // by upstream, address and what is spoken
 	actions   []*action
 	dirs      []*static.Dir
 	log       *accessLog
@@ -120,7 +121,7 @@ func (e *edits) drops(name []byte) bool {
 // newWorld makes a configuration ready. What the one before knows of endpoints
 // and routes that stay is kept.
 func newWorld(c *Config, before *world, stats *stats) (*world, error) {
-	w := &world{config: c, made: time.Now(), sites: map[string]*site{}, upstreams: map[string]*upstream{}, endpoints: map[string]*endpoint{}}
+	w := &world{config: c, made: time.Now(), sites: map[string]*site{}, at: map[string]*site{}, upstreams: map[string]*upstream{}, endpoints: map[string]*endpoint{}}
 	ok := false
 	defer func() {
 		if !ok {
@@ -178,21 +179,21 @@ func (w *world) upstream(c *Upstream, before *world) error {
 		u.set = set
 	}
 	if c.TLS != nil {
-		cfg, err := c.TLS.config(c.Endpoints)
+		cfg, rules, err := c.TLS.config(c.Endpoints)
 		if err != nil {
 			return fmt.Errorf("upstream %s: %w", c.Name, err)
 		}
-		u.tls = cfg
+		u.tls, u.speaks = cfg, rules
 	}
 	for _, ce := range c.Endpoints {
 		// Connections are shared by those who speak the same way only.
-		key := fmt.Sprintf("%s %s %+v", c.Name, ce.Address, c.TLS)
+		key := fmt.Sprintf("%s %s %s", c.Name, ce.Address, u.speaks)
 		e := w.endpoints[key]
 		if e == nil && before != nil {
 			e = before.endpoints[key]
 		}
 		if e == nil {
-			e = &endpoint{address: ce.Address}
+			e = &endpoint{address: ce.Address, speaks: u.speaks}
 		}
 		w.endpoints[key] = e
 		u.endpoints = append(u.endpoints, e)
@@ -236,7 +237,7 @@ func (w *world) site(l *Listener) error {
 			}
 		}
 	}
-	w.sites[l.Name] = s
+	w.sites[l.Name], w.at[l.Address] = s, s
 	return nil
 }
 
