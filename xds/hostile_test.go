@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -274,6 +275,36 @@ func TestEndsAtOnce(t *testing.T) {
 	k := s.next(t)
 	p.stop()
 	<-k.stream.Context().Done()
+}
+
+// TestEndsAhead proves that a stream that ends with responses that the client
+// has not come to yet, as when a server restarts, is followed by another, and
+// that the client goes on from there.
+func TestEndsAhead(t *testing.T) {
+	w, s := hostile(t)
+	var last atomic.Pointer[talk]
+	p := w.run(func(o *xds.Options) {
+		o.Check = func(any) error {
+			<-last.Load().stream.Context().Done() // so that the answer is late
+			return nil
+		}
+	})
+	for range 5 {
+		k := s.next(t)
+		last.Store(k)
+		for i, n := range names("c", 50) {
+			k.stream.Send(response(envoy.Clusters, fmt.Sprint(i), item(t, n, "1", edsCluster(n))))
+		}
+		close(k.end)
+	}
+	k := s.next(t)
+	k.say(response(envoy.Listeners, "1"))
+	k.say(response(envoy.Clusters, "2", item(t, "a", "1", edsCluster("a"))))
+	k.say(response(envoy.Endpoints, "3", item(t, "a", "1", endpoints("a", 1))))
+	until(t, "what the last stream says", func() bool { return slices.Equal(p.ports("a"), []uint16{1}) })
+	if n := p.Status().Resources["clusters"]; n < 2 {
+		t.Errorf("%d clusters are held: nothing of the streams that ended", n)
+	}
 }
 
 // TestRemovedIsKnown proves that endpoints of which the server says that there

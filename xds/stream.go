@@ -50,7 +50,7 @@ func (c *Client) stream(ctx context.Context, server discovery.AggregatedDiscover
 		<-done
 	}()
 	if err := s.subscribe(); err != nil {
-		return false, s.cause(err, ended)
+		return false, cause(err, responses, ended)
 	}
 	for {
 		select {
@@ -65,7 +65,7 @@ func (c *Client) stream(ctx context.Context, server discovery.AggregatedDiscover
 			err = s.handle(r)
 		}
 		if err != nil {
-			return answered, s.cause(err, ended)
+			return answered, cause(err, responses, ended)
 		}
 	}
 }
@@ -89,9 +89,15 @@ func receive(ctx context.Context, wire discovery.AggregatedDiscoveryService_Delt
 // receiving side only.
 var errSend = errors.New("stream has ended")
 
-func (s *session) cause(err error, ended <-chan error) error {
-	if errors.Is(err, errSend) {
-		return <-ended
+// cause asks the receiving side why a send failed. What came before the end is
+// taken from it and left, for nobody can be answered any more: a server is told
+// what is there on the next stream, and sends the rest again.
+func cause(err error, responses <-chan *discovery.DeltaDiscoveryResponse, ended <-chan error) error {
+	for errors.Is(err, errSend) {
+		select {
+		case <-responses:
+		case err = <-ended:
+		}
 	}
 	return err
 }
