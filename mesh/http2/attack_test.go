@@ -3,6 +3,7 @@ package http2
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -285,6 +286,22 @@ func TestAttacks(t *testing.T) {
 			flood(c, 5000, func(i int) []byte {
 				id := uint32(2*i + 1)
 				return appendWord(appendFrame(nil, frameHeaders, flagEndHeaders, id, c.encode(plainHead...)), frameWindow, id, 0)
+			})
+		}},
+		"rapid reset of whole requests": {CodeCalm, func(c *rough) {
+			flood(c, 5000, func(i int) []byte {
+				id := uint32(2*i + 1)
+				return appendWord(appendFrame(nil, frameHeaders, flagEndHeaders|flagEndStream, id, c.encode(plainHead...)), frameReset, id, uint32(CodeCancel))
+			})
+		}},
+		"resets of whole requests made here": {CodeCalm, func(c *rough) {
+			flood(c, 1, func(int) []byte { // at once, and fewer than the WINDOW_UPDATE frames that are taken
+				var b []byte
+				for id := uint32(1); id < 2*1900; id += 2 {
+					b = appendFrame(b, frameHeaders, flagEndHeaders|flagEndStream, id, c.encode(plainHead...))
+					b = appendWord(b, frameWindow, id, 0)
+				}
+				return b
 			})
 		}},
 		"continuation flood": {CodeCalm, func(c *rough) {
@@ -602,5 +619,29 @@ func TestUnreadAnswers(t *testing.T) {
 	}
 	if most := int64(maxHeld + connWindow + 2*outFull); held == 0 || held > most {
 		t.Errorf("%d bytes are held, want some and at most %d", held, most)
+	}
+}
+
+// TestUnreadResets gives up a client that has requests refused and reads none of
+// it.
+func TestUnreadResets(t *testing.T) {
+	near, far := net.Pipe()
+	defer far.Close()
+	h := Server(piped{near}, Options{Request: func(s *Stream, _ *Head) { s.Reset(CodeRefused) }})
+	ended := make(chan error, 1)
+	go func() { ended <- h.Run() }()
+	far.SetDeadline(time.Now().Add(time.Minute))
+	c := &rough{t: t, c: far}
+	c.hpack = hpack.NewEncoder(&c.block)
+	c.raw(append([]byte(preface), appendFrame(nil, frameSettings, 0, 0, nil)...))
+	for i := range 4 * maxAnswers / (headerLen + 4) {
+		if c.headers(uint32(2*i+1), true, plainHead...) != nil {
+			break
+		}
+	}
+	far.Close()
+	var ce *ConnError
+	if err := <-ended; !errors.As(err, &ce) || ce.Code != CodeCalm {
+		t.Errorf("ended with %v", err)
 	}
 }

@@ -140,6 +140,7 @@ type Conn struct {
 	frame    int   // payload of one frame
 	most     int   // streams the peer takes
 	frames   uint64
+	well     int    // server: streams that both sides ended and that pay for resets
 	nextID   uint32 // client
 	lastID   uint32 // server: highest the peer opened
 	draining bool   // this side takes, or opens, no more streams

@@ -124,7 +124,7 @@ func (c *Conn) stand(err error) error {
 	if c.o.Malformed != nil && se.Code != CodeRefused {
 		c.o.Malformed(err)
 	}
-	if !c.resets.spend() {
+	if !c.mayReset() {
 		return fault(CodeCalm, "too many malformed streams, the last: %v", err)
 	}
 	c.mu.Lock()
@@ -334,8 +334,7 @@ func (s *Stream) receive(p []byte, end bool) error {
 	s.peerEnded = s.peerEnded || end
 	fits := c.consumedLocked(s, used)
 	if end {
-		c.settleLocked(s)
-		c.resets.give(2)
+		c.endedLocked(s)
 	}
 	c.own = c.own || len(c.out) > before || c.ready.first != nil
 	return c.calm(fits)
@@ -468,9 +467,6 @@ func (c *Conn) request(f frameHeader, fields []Field, fits bool) error {
 	}
 	c.streams[s.id] = s
 	c.mu.Unlock()
-	if h.End {
-		c.resets.give(2)
-	}
 	if !fits {
 		if c.o.Malformed != nil {
 			c.o.Malformed(streamFault(f.stream, CodeProtocol, "head over %d fields or %d bytes", MaxFields, MaxList))
@@ -543,17 +539,39 @@ func (s *Stream) finished() error {
 	defer c.unlock()
 	before := len(c.out)
 	s.peerEnded = true
-	c.settleLocked(s)
-	c.resets.give(2)
+	c.endedLocked(s)
 	c.own = c.own || len(c.out) > before || c.ready.first != nil
 	return nil
+}
+
+// endedLocked notes that the peer has ended its half. A server has then done
+// what was asked, which pays for resets; a client has only asked.
+func (c *Conn) endedLocked(s *Stream) {
+	c.settleLocked(s)
+	if c.client {
+		c.resets.give(2)
+	}
+}
+
+// mayReset takes a reset that comes from the peer or is its doing. Of a client's
+// requests only those that were answered pay for some, else HEADERS with
+// END_STREAM would earn what the reset after them costs.
+func (c *Conn) mayReset() bool {
+	if c.resets.left == 0 {
+		c.mu.Lock()
+		n := min(c.well, c.resets.most/2)
+		c.well -= n
+		c.mu.Unlock()
+		c.resets.give(2 * n)
+	}
+	return c.resets.spend()
 }
 
 func (c *Conn) readReset(f frameHeader, p []byte) error {
 	if len(p) != 4 {
 		return fault(CodeFrameSize, "RST_STREAM of %d bytes", len(p))
 	}
-	if !c.resets.spend() {
+	if !c.mayReset() {
 		return fault(CodeCalm, "streams are opened and reset too fast")
 	}
 	code := Code(binary.BigEndian.Uint32(p))

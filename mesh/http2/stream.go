@@ -429,6 +429,9 @@ func (c *Conn) dropLocked(s *Stream, how endKind) {
 		return
 	}
 	delete(c.streams, s.id)
+	if !c.client && how == endOrderly {
+		c.well = min(c.well+1, c.resets.most)
+	}
 	c.ended[c.endedAt%rememberEnded] = ending{s.id, how}
 	c.endedAt++
 	if w := c.waiting.first; w != nil && len(c.streams) < min(c.most, MaxStreams) {
@@ -451,16 +454,20 @@ func (c *Conn) endedHowLocked(id uint32) endKind {
 
 // abandon resets the stream towards its own peer.
 func (s *Stream) abandon(code Code) {
-	c := s.c
+	c, fits := s.c, true
 	c.mu.Lock()
 	if !s.over {
 		if s.id != 0 {
-			c.out = appendWord(c.outLocked(), frameReset, s.id, uint32(code))
+			var b [headerLen + 4]byte
+			fits = c.answerLocked(appendWord(b[:0], frameReset, s.id, uint32(code)))
 		}
 		c.dropLocked(s, endOurs)
 	}
 	c.unlock()
 	c.wake()
+	if !fits {
+		c.end(fault(CodeCalm, "the peer does not read what it causes"))
+	}
 }
 
 // lost is called when the mate has ended before its time.

@@ -14,6 +14,13 @@ type tcp struct{ *net.TCPConn }
 func (c tcp) Abort()  { c.SetLinger(0); c.Close() }
 func (c tcp) Finish() { c.Close() }
 
+// piped is a Transport whose peer sees each write when it reads it.
+type piped struct{ net.Conn }
+
+func (c piped) CloseWrite() error { return nil }
+func (c piped) Abort()            { c.Close() }
+func (c piped) Finish()           { c.Close() }
+
 // relay is a proxy with one server connection for each of its clients.
 type relay struct {
 	t      testing.TB
