@@ -128,7 +128,7 @@ func (f *fixture) refusals(t *testing.T) {
 		{"relative path", doc("GuardPolicy", ns, "g", `{files: [{path: etc, deny: w}]}`), []string{"spec.files[0].path", `"etc"`}},
 		{"unknown operation", doc("GuardPolicy", ns, "g", `{sys: {deny: [coffee]}}`), []string{"spec.sys.deny[0]", `"coffee"`}},
 		{"nobody", doc("AccessPolicy", ns, "a", `{workload: web, allow: [{from: []}]}`), []string{"spec.allow[0].from"}},
-		{"bad method", doc("AccessPolicy", ns, "a", `{workload: web, allow: [{from: ["*"], methods: ["get"]}]}`), []string{"spec.allow[0].methods[0]", `"get"`}},
+		{"bad method", doc("AccessPolicy", ns, "a", `{workload: web, allow: [{from: ["*"], methods: ["G T"]}]}`), []string{"spec.allow[0].methods[0]", `"G T"`}},
 		{"no reviewer", doc("ReleasePolicy", ns, "r", `{applications: ["*"], builders: ["b"], reviewers: 0}`), []string{"spec.reviewers", "0", "1"}},
 		{"missing namespace", doc("Workload", "nowhere", "w", goodWorkload), []string{"metadata.namespace", `"nowhere"`, "create it first"}},
 		{"same object twice", doc("Workload", ns, "w", goodWorkload) + "---\n" + doc("Workload", ns, "w", goodWorkload), []string{"document 2", "repeats document 1"}},

@@ -24,6 +24,9 @@ type call struct {
 	// there is none, or it cannot be told.
 	rpc    bool
 	remote remote
+	// unclear is set on a port of gRPC where it cannot be told what a request is
+	// for: a server may read its path as that of a call.
+	unclear bool
 }
 
 // remote names a method of an RPC service, in the bytes of its request.
@@ -83,8 +86,11 @@ func matches(r *plan.Rule, c call, unreadable bool) bool {
 	}
 	readable := true
 	if len(r.Methods) > 0 {
-		if readable = c.http || c.rpc; readable && !slices.ContainsFunc(r.Methods, func(m string) bool { return methodMatches(m, c) }) {
-			return false
+		if !slices.ContainsFunc(r.Methods, func(m string) bool { return methodMatches(m, c, unreadable) }) {
+			if (c.http || c.rpc) && !c.unclear {
+				return false
+			}
+			readable = false
 		}
 	}
 	if len(r.Paths) > 0 {
@@ -103,9 +109,18 @@ func matches(r *plan.Rule, c call, unreadable bool) bool {
 }
 
 // methodMatches takes a rule's get for GET, which is what its author means, but
-// not where it may name a method of gRPC: those calls are all POST.
-func methodMatches(pattern string, c call) bool {
-	return c.http && (pattern == c.method || !c.rpc && strings.ToUpper(pattern) == c.method) || c.rpc && pattern == string(c.remote.method)
+// not where it may name a method of gRPC: those calls are all POST. With fold a
+// request's get is GET too: some servers make that of it.
+func methodMatches(pattern string, c call, fold bool) bool {
+	switch {
+	case c.rpc && pattern == string(c.remote.method), c.http && pattern == c.method:
+		return true
+	case !c.http || c.rpc:
+		return false
+	case fold:
+		return strings.EqualFold(pattern, c.method)
+	}
+	return strings.ToUpper(pattern) == c.method
 }
 
 // serviceMatches knows an interface, of any version and group, interface:version,
@@ -138,16 +153,19 @@ func pathMatches(pattern, path string) bool {
 // decideRequest judges one HTTP request. status is the answer to a request that
 // is refused for its form.
 func decideRequest(s *service, caller string, port uint16, h *http1.Head) (v verdict, status int) {
-	if h.Method == "CONNECT" || h.Method == "TRACE" {
-		return verdict{reason: h.Method + " is not passed on"}, 405
+	if m := strings.ToUpper(h.Method); m == "CONNECT" || m == "TRACE" {
+		return verdict{reason: m + " is not passed on"}, 405
 	}
 	path, err := http1.Path(h.Method, h.Target)
 	if err != nil && (s.paths || err != http1.ErrAmbiguous) {
 		return verdict{reason: fmt.Sprintf("path: %v", err)}, 400
 	}
 	c := call{caller: caller, port: port, http: true, method: h.Method, path: path}
-	if s.ports[port].Protocol == "grpc" && path == h.Target {
-		c.remote, c.rpc = grpcTarget(h.Method, path)
+	if s.ports[port].Protocol == "grpc" {
+		if path == h.Target {
+			c.remote, c.rpc = grpcTarget(h.Method, path)
+		}
+		c.unclear = !c.rpc
 	}
 	return decide(s, c), 403
 }

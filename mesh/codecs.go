@@ -72,39 +72,16 @@ func (c *boltCodec) add(b []byte) error {
 	return c.sum.Add(b)
 }
 
-// dubboCodec reads frames of Dubbo or of dubbo-thrift: the first frame of a
-// connection tells which.
+// dubboCodec reads frames of Dubbo. What does not begin with its magic is
+// malformed: a server takes it for commands to its console, and looks for the
+// magic inside of it.
 type dubboCodec struct {
-	spoken  dialect
-	frame   dubbo.Frame
-	size    int
-	reader  dubbo.Reader
-	head    int
-	thrift  dubbo.ThriftFrame
-	message dubbo.ThriftMessage
-	unclear error
+	frame  dubbo.Frame
+	size   int
+	reader dubbo.Reader
 }
 
-type dialect int
-
-const (
-	dialectUnknown dialect = iota
-	dialectDubbo
-	dialectThrift
-)
-
 func (c *dubboCodec) measure(b []byte, deep bool) (size, look int, err error) {
-	if c.spoken == dialectUnknown {
-		if c.spoken = dubboDialect(b); c.spoken == dialectUnknown {
-			return 0, 0, nil
-		}
-	}
-	if c.spoken == dialectThrift {
-		if size, c.head, err = dubbo.ThriftSize(b); err != nil {
-			return 0, 0, err
-		}
-		return size, min(c.head+thriftLook, size), nil
-	}
 	if size, err = dubbo.Size(b); err != nil || size == 0 {
 		return 0, 0, err
 	}
@@ -114,30 +91,8 @@ func (c *dubboCodec) measure(b []byte, deep bool) (size, look int, err error) {
 	return size, dubbo.HeaderLen, nil
 }
 
-func dubboDialect(b []byte) dialect {
-	switch {
-	case len(b) >= 2 && b[0] == 0xda && b[1] == 0xbb:
-		return dialectDubbo
-	case len(b) < dubbo.ThriftPeek:
-		return dialectUnknown
-	case dubbo.IsThrift(b):
-		return dialectThrift
-	}
-	return dialectDubbo // which says what is wrong with it
-}
-
 func (c *dubboCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, err error) {
-	c.size, c.unclear = size, nil
-	if c.spoken == dialectThrift {
-		if c.thrift, err = dubbo.ParseThrift(b, size, c.head); err != nil {
-			return 0, false, err
-		}
-		c.message, c.unclear = c.thrift.Head()
-		if c.unclear != nil {
-			return rpcCall, true, nil
-		}
-		return dubboKind(c.message.Kind), c.message.TwoWay, nil
-	}
+	c.size = size
 	c.frame = dubbo.Parse(b, size)
 	return dubboKind(c.frame.Kind), c.frame.TwoWay, nil
 }
@@ -153,9 +108,6 @@ func dubboKind(k dubbo.Kind) rpcKind {
 }
 
 func (c *dubboCodec) target() (remote, error) {
-	if c.spoken == dialectThrift {
-		return remote{service: c.thrift.Service, method: c.message.Method}, c.unclear
-	}
 	if n := dubbo.HeaderLen + len(c.frame.Body); n < c.size {
 		return remote{}, fmt.Errorf("%d of its %d bytes are not enough; at most %d are read", n, c.size, dubboLook)
 	}
@@ -167,9 +119,6 @@ func (c *dubboCodec) target() (remote, error) {
 }
 
 func (c *dubboCodec) refuse(dst []byte, f fault, text string) []byte {
-	if c.spoken == dialectThrift {
-		return dubbo.AppendThriftError(dst, &c.thrift, &c.message, text)
-	}
 	status := dubbo.ServiceError
 	if f == faultUnreachable {
 		status = dubbo.ServerError
@@ -182,3 +131,43 @@ func (c *dubboCodec) alive(dst []byte) []byte { return dubbo.AppendAlive(dst, &c
 func (c *dubboCodec) begin() {}
 
 func (c *dubboCodec) add([]byte) error { return nil }
+
+// thriftCodec reads frames of dubbo-thrift.
+type thriftCodec struct {
+	head    int
+	frame   dubbo.ThriftFrame
+	message dubbo.ThriftMessage
+	unclear error
+}
+
+func (c *thriftCodec) measure(b []byte, _ bool) (size, look int, err error) {
+	if size, c.head, err = dubbo.ThriftSize(b); err != nil {
+		return 0, 0, err
+	}
+	return size, min(c.head+thriftLook, size), nil
+}
+
+func (c *thriftCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, err error) {
+	if c.frame, err = dubbo.ParseThrift(b, size, c.head); err != nil {
+		return 0, false, err
+	}
+	if c.message, c.unclear = c.frame.Head(); c.unclear != nil {
+		return rpcCall, true, nil
+	}
+	return dubboKind(c.message.Kind), c.message.TwoWay, nil
+}
+
+func (c *thriftCodec) target() (remote, error) {
+	return remote{service: c.frame.Service, method: c.message.Method}, c.unclear
+}
+
+func (c *thriftCodec) refuse(dst []byte, _ fault, text string) []byte {
+	return dubbo.AppendThriftError(dst, &c.frame, &c.message, text)
+}
+
+// alive is never asked for: the protocol has no heartbeat.
+func (c *thriftCodec) alive(dst []byte) []byte { return dst }
+
+func (c *thriftCodec) begin() {}
+
+func (c *thriftCodec) add([]byte) error { return nil }

@@ -124,6 +124,10 @@ func (x *exchange2) request(s *http2.Stream, h *http2.Head) {
 			answer2(s, q, 503, r)
 			return
 		}
+		if x.a.p.directory.Load() != d { // that took its time: there is another plan
+			x.request(s, h)
+			return
+		}
 	}
 	if err := s.Forward(x.server, h); err == http2.ErrBusy {
 		s.Reset(http2.CodeRefused) // nobody has looked at it: the client may ask again

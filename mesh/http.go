@@ -194,11 +194,7 @@ func (x *exchange) one(in *http1.Reader, h *http1.Head) error {
 		h.DropUpgrade() // what is asked in another protocol would not be judged
 	}
 	if status != 0 {
-		closing := h.Close || h.Framing != http1.NoBody
-		if err := x.local(status, r, closing); err != nil || closing {
-			return errors.Join(err, errOver)
-		}
-		return nil
+		return x.refused(h, status, r)
 	}
 	if x.server == nil {
 		server, err := x.dial()
@@ -208,6 +204,9 @@ func (x *exchange) one(in *http1.Reader, h *http1.Head) error {
 		}
 		x.server, x.done = server, make(chan struct{})
 		go x.responses()
+		if status, r := x.judge(h); status != 0 { // that took its time: there may be another plan
+			return x.refused(h, status, r)
+		}
 	}
 	req := request{method: h.Method}
 	if h.Upgrade && h.Framing == http1.NoBody {
@@ -231,6 +230,15 @@ func (x *exchange) one(in *http1.Reader, h *http1.Head) error {
 	if h.Close {
 		x.settle()
 		return errOver
+	}
+	return nil
+}
+
+// refused answers a request that does not pass.
+func (x *exchange) refused(h *http1.Head, status int, r refusal) error {
+	closing := h.Close || h.Framing != http1.NoBody
+	if err := x.local(status, r, closing); err != nil || closing {
+		return errors.Join(err, errOver)
 	}
 	return nil
 }

@@ -54,6 +54,8 @@ func newCodec(protocol string) rpcCodec {
 		return &boltCodec{}
 	case "dubbo":
 		return &dubboCodec{}
+	case "dubbo-thrift":
+		return &thriftCodec{}
 	}
 	return nil
 }
@@ -183,9 +185,16 @@ func (x *rpcExchange) one(b []byte, size int) (pass bool, err error) {
 			x.answer = codec.refuse(x.answer, f, text)
 			break
 		}
+		fresh := x.server == nil
 		if err := x.connect(); err != nil {
 			x.answer = codec.refuse(x.answer, faultUnreachable, err.Error())
 			break
+		}
+		if fresh { // that took its time: there may be another plan
+			if f, text := x.judge(codec); text != "" {
+				x.answer = codec.refuse(x.answer, f, text)
+				break
+			}
 		}
 		return true, nil
 	default:

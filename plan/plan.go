@@ -54,7 +54,7 @@ type Port struct {
 }
 
 // Protocols a mesh can judge by request, and "tcp", which it cannot.
-var Protocols = []string{"http", "grpc", "bolt", "dubbo", "tcp"}
+var Protocols = []string{"http", "grpc", "bolt", "dubbo", "dubbo-thrift", "tcp"}
 
 // Endpoint is one instance of a service.
 type Endpoint struct {

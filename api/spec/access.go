@@ -34,14 +34,15 @@ type AccessRule struct {
 	// +kubebuilder:validation:items:Maximum=65535
 	Ports []int32 `json:"ports,omitempty"`
 	// Methods match the method of a request: GET of HTTP on ports with protocol
-	// http, the name of a method on ports with protocol grpc, bolt or dubbo. Where
+	// http, the name of a method on ports with protocol grpc, bolt, dubbo or
+	// dubbo-thrift. Where
 	// there is no method to be read, a rule that has them never allows, and
 	// denies what its other fields match; so it is with Paths and Services.
 	// +optional
 	// +kubebuilder:validation:MaxItems=32
 	// +kubebuilder:validation:items:Pattern=`^[A-Za-z_$][A-Za-z0-9_$]{0,127}$`
 	Methods []string `json:"methods,omitempty"`
-	// Services match requests on ports with protocol grpc, bolt or dubbo: of gRPC
+	// Services match requests on ports with protocol grpc, bolt, dubbo or dubbo-thrift: of gRPC
 	// a service with its package, of the others an interface in whatever version
 	// and group, interface:version, or either after group/. A service ending in
 	// * is a prefix.

@@ -99,7 +99,7 @@ type Port struct {
 	Port int32 `json:"port"`
 	// Protocol the mesh understands on this port: it judges each request of
 	// HTTP, gRPC, SOFARPC (bolt) and Dubbo; tcp passes bytes.
-	// +kubebuilder:validation:Enum=http;grpc;bolt;dubbo;tcp
+	// +kubebuilder:validation:Enum=http;grpc;bolt;dubbo;dubbo-thrift;tcp
 	// +kubebuilder:default=tcp
 	// +optional
 	Protocol string `json:"protocol,omitempty"`

@@ -16,7 +16,6 @@ const (
 	thriftVersion = 1
 	maxThriftHead = 4 << 10
 	maxThriftName = 1 << 10 // of a method
-	ThriftPeek    = thriftPrefix + 2
 )
 
 // Types of a Thrift message, and what an exception of Thrift holds.
@@ -30,13 +29,6 @@ const (
 	fieldString    = 11
 	fieldI32       = 8
 )
-
-// IsThrift tells dubbo-thrift from Dubbo by the first ThriftPeek bytes of a
-// connection.
-func IsThrift(b []byte) bool {
-	return len(b) >= ThriftPeek && binary.BigEndian.Uint16(b[thriftPrefix:]) == thriftMagic &&
-		binary.BigEndian.Uint16(b) != magic
-}
 
 // ThriftSize tells how long the frame is that begins with b, and how much of it
 // stands before the message; 0 means that more of b is needed to tell.
