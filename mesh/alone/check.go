@@ -170,7 +170,7 @@ func (r *reading) listeners(c *Config, upstreams map[string]bool) {
 		if addresses[l.Address] {
 			r.fault(at+".address", "%q is served by another listener", l.Address)
 		}
-		addresses[l.Address] = !strings.HasSuffix(l.Address, ":0")
+		addresses[l.Address] = true
 		r.oneOf(at+".protocol", l.Protocol, "http", "tcp", "sni")
 		r.positive(at+".connections", l.Connections)
 		for j, s := range l.ProxyProtocol {

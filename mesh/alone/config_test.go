@@ -77,6 +77,11 @@ upstreams:
 			t.Errorf("no %q in\n%s", want, got)
 		}
 	}
+	// An address is one socket, also where the system picks the port.
+	twice := "version: 1\nlisteners: [{name: a, address: '127.0.0.1:0'}, {name: b, address: '127.0.0.1:0'}]\nhosts: [{names: [h], routes: [{respond: {status: 200}}]}]\n"
+	if got := faults(twice); !strings.Contains(got, `"127.0.0.1:0" is served by another listener`) {
+		t.Errorf("%s", got)
+	}
 	for _, text := range []string{"", "a: b: c", "version: 1\n---\nversion: 1\n", "version: &a 1\nadmin: *a\n", "- 1", "version: 1\nversion: 1\n"} {
 		faults(text)
 	}
