@@ -44,18 +44,20 @@ const (
 	connWindow = 1 << 20
 	maxHeld    = 4 << 20
 
-	outFull       = 64 << 10 // of frames ready to be written; more wait as they are
-	maxAnswers    = 64 << 10 // bytes of answers a peer may leave unread
-	maxHeadsHeld  = 1 << 20  // bytes of request heads waiting for a server
-	maxInterim    = 8        // heads of one stream waiting to be sent
-	maxEmptyData  = 100      // in a row
-	rememberEnded = 256      // streams whose way to end is remembered
+	outFull       = 64 << 10  // of frames ready to be written; more wait as they are
+	maxAnswers    = 64 << 10  // bytes of answers a peer may leave unread
+	maxHeadsHeld  = 1 << 20   // bytes of request heads waiting for a server
+	lastStream    = 1<<31 - 1 // the highest number of a stream
+	maxInterim    = 8         // heads of one stream waiting to be sent
+	maxEmptyData  = 100       // in a row
+	rememberEnded = 256       // streams whose way to end is remembered
 
 	prefaceTimeout = 10 * time.Second
 	// pulse is how often a connection is looked at. A peer that takes longer
 	// than two for one frame or one header block is given up.
 	pulse      = 15 * time.Second
-	lingerTime = time.Second // for a peer to read the last frames
+	lingerTime = time.Second      // for a peer to read the last frames
+	drainTime  = 30 * time.Second // and for a client to read the last responses
 	lingerMost = 256 << 10
 )
 
@@ -139,10 +141,12 @@ type Conn struct {
 	initial  int64 // window of a new stream
 	frame    int   // payload of one frame
 	most     int   // streams the peer takes
+	greeted  bool  // its SETTINGS have come
 	frames   uint64
 	well     int    // server: streams that both sides ended and that pay for resets
 	nextID   uint32 // client
 	lastID   uint32 // server: highest the peer opened
+	taken    uint32 // and highest that Request was or will be called for
 	draining bool   // this side takes, or opens, no more streams
 	ended    [rememberEnded]ending
 	endedAt  int
@@ -284,7 +288,7 @@ func (c *Conn) Drain() {
 	c.mu.Lock()
 	if !c.draining && c.err == nil {
 		c.draining = true
-		c.out = appendGoAway(c.outLocked(), c.lastID, CodeNone)
+		c.out = appendGoAway(c.outLocked(), c.taken, CodeNone)
 	}
 	c.unlock()
 	c.wake()
@@ -335,10 +339,14 @@ func (c *Conn) end(err error) {
 	told := errors.As(err, &ce)
 	c.farewell = told || err == errGone || err == errDrained
 	if told {
-		c.out = appendGoAway(c.outLocked(), c.lastID, ce.Code)
+		c.out = appendGoAway(c.outLocked(), c.taken, ce.Code)
 	}
 	if c.farewell {
-		c.linger = time.AfterFunc(lingerTime, c.t.Abort)
+		t := lingerTime
+		if err == errDrained && !c.client {
+			t = drainTime // who has read all closes by himself
+		}
+		c.linger = time.AfterFunc(t, c.t.Abort)
 	}
 	if c.pulsing != nil {
 		c.pulsing.Stop()

@@ -83,6 +83,7 @@ func (c *Conn) greeting() error {
 func (c *Conn) read() error {
 	t := time.AfterFunc(prefaceTimeout, func() { c.end(errors.New("no HTTP/2 preface and SETTINGS in time")) })
 	defer t.Stop()
+	defer c.flush() // a response may be whole before its server errs
 	if err := c.greeting(); err != nil {
 		return err
 	}
@@ -461,10 +462,14 @@ func (c *Conn) request(f frameHeader, fields []Field, fits bool) error {
 	s := &Stream{c: c, id: f.stream, declared: h.Length, credit: streamWindow, peerEnded: h.End}
 	c.mu.Lock()
 	s.window = c.initial
-	if err := c.err; err != nil {
+	if err = c.err; err == nil && c.draining { // since it was admitted
+		err = streamFault(f.stream, CodeRefused, "no more requests are taken")
+	}
+	if err != nil {
 		c.mu.Unlock()
 		return err
 	}
+	c.taken = s.id
 	c.streams[s.id] = s
 	c.mu.Unlock()
 	if !fits {
@@ -644,6 +649,10 @@ func (c *Conn) readSettings(f frameHeader, p []byte) error {
 	}
 	c.mu.Lock()
 	var err error
+	if !c.greeted { // who says nothing of streams takes any number
+		c.greeted = true
+		err = c.settingLocked(settingMaxStreams, MaxStreams)
+	}
 	for ; len(p) > 0 && err == nil; p = p[6:] {
 		err = c.settingLocked(binary.BigEndian.Uint16(p), binary.BigEndian.Uint32(p[2:]))
 	}

@@ -146,7 +146,7 @@ func (s *Stream) Forward(to *Conn, h *Head) error {
 	case to.err != nil:
 		defer to.mu.Unlock()
 		return to.err
-	case to.draining || to.heads+size > maxHeadsHeld || to.nextID > 1<<30:
+	case to.draining || to.heads+size > maxHeadsHeld || to.nextID > lastStream:
 		defer to.mu.Unlock()
 		return ErrBusy
 	}
@@ -358,7 +358,7 @@ func (c *Conn) creditLocked(s *Stream, n int) {
 
 // openLocked gives a request its place on the connection, if there is one.
 func (c *Conn) openLocked(s *Stream) bool {
-	if len(c.streams) >= min(c.most, MaxStreams) || c.nextID > 1<<30 {
+	if len(c.streams) >= min(c.most, MaxStreams) || c.nextID > lastStream {
 		return false
 	}
 	s.id = c.nextID
@@ -425,15 +425,15 @@ func (c *Conn) dropLocked(s *Stream, how endKind) {
 	}
 	c.creditLocked(s, s.held)
 	s.chunks, s.held, s.heads, s.trailers = nil, 0, nil, nil
-	if s.id == 0 {
-		return
+	if s.id != 0 {
+		delete(c.streams, s.id)
+		if !c.client && how == endOrderly {
+			c.well = min(c.well+1, c.resets.most)
+		}
+		c.ended[c.endedAt%rememberEnded] = ending{s.id, how}
+		c.endedAt++
 	}
-	delete(c.streams, s.id)
-	if !c.client && how == endOrderly {
-		c.well = min(c.well+1, c.resets.most)
-	}
-	c.ended[c.endedAt%rememberEnded] = ending{s.id, how}
-	c.endedAt++
+	// One that was not opened yet may have held the place of another.
 	if w := c.waiting.first; w != nil && len(c.streams) < min(c.most, MaxStreams) {
 		c.ready.push(w)
 	}
