@@ -96,6 +96,8 @@ func (a *arrival) serveHTTP2(e *entry, key string, client side) {
 	x.client.Run()
 	if x.server != nil {
 		x.server.Drain()
+		t := time.AfterFunc(headTimeout, x.server.Close) // nobody waits for what is under way
+		defer t.Stop()
 	}
 	x.servers.Wait()
 }

@@ -435,6 +435,13 @@ func TestHTTP2Cut(t *testing.T) {
 	}
 	srv.Stop() // idle: nobody loses a call
 	bank.serveGRPC(t)
+	// Until the end of the old connection is seen, a call may meet it.
+	for ctx.Err() == nil {
+		if _, err := client.EmptyCall(ctx, &pb.Empty{}); err == nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	for range 3 {
 		if _, err := client.EmptyCall(ctx, &pb.Empty{}); err != nil {
 			t.Errorf("after the server has started again: %v", err)
