@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net"
-	"os"
 	"strings"
 	"syscall"
 	"unsafe"
@@ -13,15 +12,17 @@ import (
 // network is the world beyond this machine: 10.9.0.0/24, where 10.9.0.53 knows
 // names. Whatever else is sent there is lost.
 func network() error {
-	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	// Not by package os: what it waits with would know the device as it is
+	// before it has an interface, and hear of no packet.
+	f, err := syscall.Open("/dev/net/tun", syscall.O_RDWR|syscall.O_CLOEXEC, 0)
 	if err != nil {
-		return err
+		return fmt.Errorf("open /dev/net/tun: %w", err)
 	}
 	const setIff, tun, noInfo = 0x400454ca, 1, 0x1000
 	var req [40]byte
 	copy(req[:], "tun0")
 	binary.LittleEndian.PutUint16(req[16:], tun|noInfo)
-	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), setIff, uintptr(unsafe.Pointer(&req))); errno != 0 {
+	if _, _, errno := syscall.Syscall(syscall.SYS_IOCTL, uintptr(f), setIff, uintptr(unsafe.Pointer(&req))); errno != 0 {
 		return errno
 	}
 	s, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_DGRAM, 0)
@@ -47,12 +48,18 @@ func network() error {
 	go func() {
 		packet := make([]byte, 4096)
 		for {
-			n, err := f.Read(packet)
+			n, err := syscall.Read(f, packet)
+			if err == syscall.EINTR || err == syscall.EAGAIN {
+				continue
+			}
 			if err != nil {
+				fmt.Println("the world ended:", err)
 				return
 			}
 			if reply := answer(packet[:n]); reply != nil {
-				_, _ = f.Write(reply)
+				if _, err := syscall.Write(f, reply); err != nil {
+					fmt.Println("an answer is lost:", err)
+				}
 			}
 		}
 	}()
