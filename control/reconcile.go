@@ -138,8 +138,10 @@ func (c *Control) forget(w world) {
 	maps.DeleteFunc(c.owned, func(k key, _ string) bool { _, ok := w.applications[k]; return !ok })
 }
 
-// publish makes a world the one that questions are answered from.
+// publish makes a world the one that questions are answered from. They read it
+// at any time, so it shares nothing that whoever publishes goes on to change.
 func (c *Control) publish(w world) {
+	w.instances, w.workloads = maps.Clone(w.instances), maps.Clone(w.workloads)
 	c.mu.Lock()
 	c.world = w
 	c.mu.Unlock()
