@@ -25,7 +25,7 @@ import (
 type proxy struct {
 	name    string
 	words   []string          // the command
-	asked   []string          // for its version
+	asked   []string          // for its version; nil is ours
 	ports   map[string]string // address by what is spoken
 	process *exec.Cmd
 	said    bytes.Buffer
@@ -100,7 +100,7 @@ func (b *bench) proxies(origin string) ([]*proxy, error) {
 		return nil, err
 	}
 	all := []*proxy{
-		{name: "hauberk-mesh", words: []string{b.mesh, "-c", b.path("mesh.yaml")}, asked: []string{b.mesh, "--version"}},
+		{name: "hauberk-mesh", words: []string{b.mesh, "-c", b.path("mesh.yaml")}},
 		{name: "nginx", words: []string{"nginx", "-p", b.dir, "-c", b.path("nginx.conf")}, asked: []string{"nginx", "-v"}},
 		{name: "HAProxy", words: []string{"haproxy", "-db", "-f", b.path("haproxy.cfg")}, asked: []string{"haproxy", "-v"}},
 	}
@@ -127,9 +127,15 @@ func (b *bench) proxies(origin string) ([]*proxy, error) {
 }
 
 func (p *proxy) version() string {
-	out, _ := exec.Command(p.asked[0], p.asked[1:]...).CombinedOutput() // one that does not say is named only
+	if p.asked == nil {
+		return p.name + ": of this tree"
+	}
+	out, err := exec.Command(p.asked[0], p.asked[1:]...).CombinedOutput()
+	if err != nil {
+		return fmt.Sprintf("%s: %v", p.name, err)
+	}
 	line, _, _ := strings.Cut(strings.TrimSpace(string(out)), "\n")
-	return p.name + ": " + line
+	return line
 }
 
 // begin starts it on its processor and waits until it answers.
