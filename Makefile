@@ -6,13 +6,13 @@
 
 SHELL        := /bin/bash
 .DEFAULT_GOAL := build
-PROGRAMS     := hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest hauberk-guard containerd-shim-hauberk-v2
+PROGRAMS     := hauberk hauberkd hauberk-node hauberk-mesh hauberk-xds hauberk-guest hauberk-guard containerd-shim-hauberk-v2
 VERSION      ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unversioned)
 LDFLAGS      := -w -X hauberk.dev/internal/version.version=$(VERSION)
 export CGO_ENABLED := 0
 export GOFLAGS := -buildvcs=false
 
-.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard bench-mesh critest critest-sandbox critest-debian critest-runc soak guard-attacks mesh-interop clean
+.PHONY: kubectl help up down check build $(PROGRAMS) generate test lint bench bench-sandbox bench-guard bench-mesh bench-cost critest critest-sandbox critest-debian critest-runc soak guard-attacks mesh-interop mesh-soak mesh-upgrade clean
 
 help: ## say what each target does
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ check: build ## bring the bank up and check every link of the chain (root)
 down: ## stop everything, leave nothing running (root)
 	bin/hauberk down
 
-build: $(PROGRAMS) ## build the six programs into bin/
+build: $(PROGRAMS) ## build the programs into bin/
 
 hauberk-guest: LDFLAGS += -s -w
 hauberk-guest: BUILDFLAGS := -trimpath
@@ -67,9 +67,14 @@ bench-guard: build ## measure what the Guard costs in a guest, on both kernels, 
 	go run ./bench/guard
 	scripts/bench -only policy
 
-bench-mesh: build ## measure hauberk-mesh alone beside nginx and HAProxy
+bench-mesh: build ## measure hauberk-mesh beside nginx, HAProxy and Traefik, and a hop of the mesh (root)
 	scripts/setup bench
-	go run ./bench/proxy
+	scripts/bench-mesh
+
+bench-cost: build ## say where each microsecond of hauberk-mesh goes, alone and in the mesh (root)
+	scripts/setup bench
+	go run ./bench/proxy -cost
+	scripts/bench -only cost
 
 critest: ## validate the runtime by Kubernetes' suite, on containerd 2 (root)
 	scripts/setup test
@@ -96,9 +101,18 @@ guard-attacks: ## the Guard's corpus of attacks, three ways on two kernels (root
 	scripts/setup test
 	go run ./test/attacks
 
+mesh-soak: build ## load proxies for DURATION (30m), with trouble; what errors and growth nothing explains fails (root)
+	go run ./test/meshsoak -duration $(or $(DURATION),30m) -rate $(or $(RATE),150)
+	HAUBERK_TEST_REQUESTS=1000000 go test -count=1 -timeout 30m -run '^TestLeaks$$' -v ./mesh ./mesh/alone
+
+mesh-upgrade: ## replace the proxy 20 times under 1,000 connections; a failed request or a reset fails it (root)
+	HAUBERK_TEST_UPGRADES=1000 go test -count=1 -timeout 15m -run '^TestUpgrade$$' -v ./mesh
+
 mesh-interop: ## the mesh against programs and suites of others
-	cd test/interop/h2spec && go run .
+	cd test/interop/h2spec && go run . && go run . -alone http && go run . -alone http2
 	go run ./test/interop/rpc
+	go run ./test/interop/suites
+	set -o pipefail; go test -count=1 -v -run '^TestGoControlPlane$$' ./cmd/hauberk-xds | grep -E 'xDS by go-control-plane|FAIL|^ok'
 
 clean: ## remove what was built
 	rm -rf bin examples/bank/.build

@@ -40,7 +40,7 @@ var only = []struct{ prefix, places, why string }{
 	{"k8s.io/", "kube", "engines know no cluster"},
 	{"sigs.k8s.io/", "kube", "engines know no cluster"},
 	{"go.etcd.io/", "kube", "the store stands behind the API, never beside it"},
-	{"github.com/cilium/ebpf", "guard", "one room knows the kernel's verifier"},
+	{"github.com/cilium/ebpf", "guard bench/shortcut", "one room knows the kernel's verifier; one program measures what is not used"},
 	{"github.com/containerd/", "shim", "one door faces containerd"},
 	{"github.com/envoyproxy/", "xds", "one room reads the words of other control planes"},
 	{"github.com/spf13/", "cmd", "flags are the business of programs"},

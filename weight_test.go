@@ -19,7 +19,7 @@ import (
 var update = flag.Bool("update", false, "rewrite cmd/*/deps.txt from what the programs link")
 
 // programs of the house: one for each trust boundary.
-var programs = strings.Fields("hauberk hauberkd hauberk-node hauberk-mesh hauberk-guest hauberk-guard containerd-shim-hauberk-v2")
+var programs = strings.Fields("hauberk hauberkd hauberk-node hauberk-mesh hauberk-xds hauberk-guest hauberk-guard containerd-shim-hauberk-v2")
 
 // never names what a program must not link, and why.
 var never = []struct{ program, prefix, why string }{
@@ -41,6 +41,13 @@ var never = []struct{ program, prefix, why string }{
 	{"hauberk-mesh", "hauberk.dev/guard", "what faces the network loads no program into a kernel"},
 	{"hauberk-mesh", "github.com/cilium/ebpf", "what faces the network loads no program into a kernel"},
 	{"hauberk-mesh", "os/exec", "what faces the network starts no process"},
+	{"hauberk-mesh", "google.golang.org/grpc", "what faces the network does not read the words of other control planes"},
+	{"hauberk-mesh", "github.com/envoyproxy/", "what faces the network does not read the words of other control planes"},
+	{"hauberk-xds", "k8s.io/", "what reads the words of other control planes knows no cluster"},
+	{"hauberk-xds", "hauberk.dev/ca", "what reads the words of other control planes never signs identities"},
+	{"hauberk-xds", "hauberk.dev/mesh", "what reads the words of other control planes carries no traffic"},
+	{"hauberk-xds", "hauberk.dev/vm", "what reads the words of other control planes starts no machine"},
+	{"hauberk-xds", "os/exec", "what reads the words of other control planes starts no process"},
 	{"hauberk-guard", "k8s.io/", "what loads programs into a node's kernel knows no cluster"},
 	{"hauberk-guard", "net/http", "what loads programs into a node's kernel faces no network"},
 	{"hauberk-guard", "crypto/tls", "what loads programs into a node's kernel faces no network"},

@@ -63,10 +63,14 @@ type report struct {
 
 func (r report) print(w io.Writer) error {
 	c := r.Conditions
+	guest := "none: no part started a machine"
+	if c.GuestKernel != "" {
+		guest = fmt.Sprintf("%s, %d MiB, 1 processor, Guard attached", c.GuestKernel, c.GuestMiB)
+	}
 	for _, line := range [][2]string{
 		{"date", c.Date}, {"commit", c.Commit}, {"processor", fmt.Sprintf("%s, %d cores", c.CPU, c.Cores)},
 		{"host memory", fmt.Sprintf("%d MiB", c.HostMiB)}, {"host kernel", c.Kernel}, {"QEMU", c.QEMU}, {"accelerator", c.Accelerator},
-		{"guest", fmt.Sprintf("%s, %d MiB, 1 processor, Guard attached", c.GuestKernel, c.GuestMiB)},
+		{"guest", guest},
 		{"rivals", c.Rivals}, {"load average", c.Load + " before, " + r.LoadAfter + " after"},
 	} {
 		fmt.Fprintf(w, "%-13s %s\n", line[0], line[1])

@@ -96,3 +96,18 @@ func TestBeginning(t *testing.T) {
 		t.Errorf("%d bytes were kept", len(b.String()))
 	}
 }
+
+// A bar is met or missed, or the straight path takes more than it by itself.
+func TestWithin(t *testing.T) {
+	for _, c := range []struct {
+		added, straight figure
+		want            string
+	}{
+		{figure{P50: 200, P99: 501}, figure{P50: 20, P99: 60}, "at most 200 p50: met, 500 p99: MISSED"},
+		{figure{P50: 201, P99: -7000}, figure{P50: 20, P99: 9000}, "at most 200 p50: MISSED, 500 p99: cannot be told"},
+	} {
+		if got := within(c.added, c.straight); got != c.want {
+			t.Errorf("%q, not %q", got, c.want)
+		}
+	}
+}

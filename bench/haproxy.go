@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"hauberk.dev/bench/loopback"
 )
 
 // haproxy is the rival of the mesh: one process, two threads, that takes plain
@@ -19,6 +21,7 @@ type haproxy struct {
 	process *exec.Cmd
 	said    *beginning
 	server  net.Listener
+	held    *loopback.Held
 	front   string
 }
 
@@ -59,10 +62,10 @@ func openHAProxy(ctx context.Context, l *lab, ca *authority) (_ *haproxy, err er
 		return nil, err
 	}
 	go echo(h.server)
-	ports, err := freePorts(2)
-	if err != nil {
+	if h.held, err = loopback.Hold(2); err != nil {
 		return nil, err
 	}
+	ports := h.held.Addresses
 	h.front = ports[0]
 	words := fmt.Sprintf(haproxyConfig, ports[0], ports[1], both, roots, ports[1], both, roots, h.server.Addr())
 	for name, raw := range map[string][]byte{roots: ca.roots(), both: append(cert, key...), config: []byte(words)} {
@@ -101,21 +104,12 @@ func (h *haproxy) Close() error {
 	if h.process != nil && h.process.Process != nil {
 		end(h.process)
 	}
+	var err error
+	if h.held != nil {
+		err = h.held.Close()
+	}
 	if h.server != nil {
-		return h.server.Close()
+		err = errors.Join(err, h.server.Close())
 	}
-	return nil
-}
-
-// freePorts finds loopback ports that nobody listens on.
-func freePorts(n int) (found []string, err error) {
-	for range n {
-		ln, err := net.Listen("tcp4", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer ln.Close() // held until all are found, so that they differ
-		found = append(found, ln.Addr().String())
-	}
-	return found, nil
+	return err
 }

@@ -15,7 +15,6 @@ import (
 const (
 	kib      = 1024
 	rate     = 1000 // calls a second
-	calls    = 2000 // of each path in one turn
 	turns    = 3
 	parallel = 8 // connections, used in rotation
 	warm     = 100
@@ -34,7 +33,7 @@ func hops(ctx context.Context, l *lab) (_ []figure, err error) {
 	if err != nil {
 		return nil, err
 	}
-	w, err := openWorld(ctx, l, ca)
+	w, err := openWorld(ctx, l, ca, false)
 	if err != nil {
 		return nil, err
 	}
@@ -58,7 +57,7 @@ func hops(ctx context.Context, l *lab) (_ []figure, err error) {
 	}
 	for range turns {
 		for _, p := range paths {
-			if err := p.turn(ctx); err != nil {
+			if err := p.turn(ctx, l.calls); err != nil {
 				return nil, fmt.Errorf("call through %s: %w", p.what, err)
 			}
 		}
@@ -74,10 +73,31 @@ func told(p []*path) []figure {
 	}
 	ours := f[1].minus(f[0], "added by hauberk-mesh, mTLS", "difference of the distributions")
 	theirs := f[3].minus(f[2], "added by HAProxy, mTLS", "difference of the distributions")
-	ours.Note = ours.ratio(theirs)
+	ours.Note = ours.ratio(theirs) + "; " + within(ours, f[0])
 	cpuOurs, cpuTheirs := p[1].processor("hauberk-mesh"), p[3].processor("HAProxy")
 	cpuOurs.Note = cpuOurs.ratio(cpuTheirs)
 	return append([]figure{ours, theirs, cpuOurs, cpuTheirs}, f[:]...)
+}
+
+// What a hop may add at the median and at the 99th of a hundred, in microseconds.
+const (
+	mayP50 = 200
+	mayP99 = 500
+)
+
+// within says whether that is met, if it can be told beside what the straight path
+// takes itself.
+func within(added, straight figure) string {
+	met := func(v, without, most float64) string {
+		switch {
+		case without > most:
+			return "cannot be told"
+		case v <= most:
+			return "met"
+		}
+		return "MISSED"
+	}
+	return fmt.Sprintf("at most %d p50: %s, %d p99: %s", mayP50, met(added.P50, straight.P50, mayP50), mayP99, met(added.P99, straight.P99, mayP99))
 }
 
 // path is one way from a caller to its callee.
@@ -127,7 +147,7 @@ func (p *path) call(c net.Conn, b []byte) (time.Duration, error) {
 }
 
 // turn calls at the rate, whatever the answers take.
-func (p *path) turn(ctx context.Context) error {
+func (p *path) turn(ctx context.Context, calls int) error {
 	before, err := p.spent()
 	if err != nil {
 		return err

@@ -42,6 +42,7 @@ type lab struct {
 	n        int
 	bin, dir string
 	rivals   string // where gVisor's programs are
+	calls    int    // of a path in a turn
 	// pods is how many idle containers are weighed together.
 	pods int
 	// grow bounds how long idle containers are started until memory is used up.
@@ -56,7 +57,7 @@ type lab struct {
 	made      int
 }
 
-func openLab(ctx context.Context, bin, kernel string, n int, log io.Writer) (_ *lab, err error) {
+func openLab(ctx context.Context, bin, kernel string, n int, machines bool, log io.Writer) (_ *lab, err error) {
 	l := &lab{n: n, log: log, conditions: surroundings(ctx)}
 	if l.bin, err = filepath.Abs(bin); err != nil {
 		return nil, err
@@ -72,6 +73,9 @@ func openLab(ctx context.Context, bin, kernel string, n int, log io.Writer) (_ *
 	// The proxies measured run as other users and look for their files here.
 	if err := os.Chmod(l.dir, 0o711); err != nil {
 		return nil, err
+	}
+	if !machines {
+		return l, nil
 	}
 	if l.image, err = pack(ctx, filepath.Join(l.dir, "images")); err != nil {
 		return nil, err

@@ -70,7 +70,7 @@ func (in *installation) down(ctx context.Context, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Minute)
 	defer cancel()
 	_, down := in.hauberk(ctx, "down")
-	return errors.Join(err, down)
+	return errors.Join(err, down, in.held.Close())
 }
 
 // denied makes sure that the last change means something: every other denies

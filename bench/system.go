@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"hauberk.dev/api/admin"
+	"hauberk.dev/bench/loopback"
 )
 
 const (
@@ -69,6 +70,7 @@ func system(ctx context.Context, l *lab) (_ []figure, err error) {
 // installation is Hauberk run as people run it, in folders and on ports of its
 // own.
 type installation struct {
+	held    *loopback.Held
 	program string
 	flags   []string // of every command
 	up      []string
@@ -76,15 +78,17 @@ type installation struct {
 }
 
 func (l *lab) installation() (*installation, error) {
-	ports, err := freePorts(5)
+	held, err := loopback.Hold(5)
 	if err != nil {
 		return nil, err
 	}
+	ports := held.Addresses
 	_, web, err := net.SplitHostPort(ports[4])
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, held.Close())
 	}
 	return &installation{
+		held:    held,
 		program: filepath.Join(l.bin, "hauberk"), seen: map[string]bool{},
 		flags: []string{"--state", filepath.Join(l.dir, "state"), "--run", filepath.Join(l.dir, "run")},
 		up: []string{"--programs", l.bin, "--control-user", fmt.Sprintf("%d:%[1]d", firstUser+2<<16), "--mesh-user", fmt.Sprintf("%d:%[1]d", firstUser+3<<16),

@@ -23,15 +23,16 @@ import (
 // world is a node's network with a real hauberk-mesh and two sandboxes whose
 // guests are namespaces, so that no emulated processor is in the figures.
 type world struct {
-	ca     *authority
-	dir    string
-	proxy  *exec.Cmd
-	said   *beginning
-	link   *link.Link
-	door   *os.File
-	boxes  map[string]*box
-	server net.Listener
-	signed atomic.Int32
+	ca      *authority
+	dir     string
+	proxy   *exec.Cmd
+	said    *beginning
+	profile string // where it goes, if one is taken
+	link    *link.Link
+	door    *os.File
+	boxes   map[string]*box
+	server  net.Listener
+	signed  atomic.Int32
 }
 
 // box is one sandbox.
@@ -41,14 +42,16 @@ type box struct {
 	files     []*os.File
 }
 
-func openWorld(ctx context.Context, l *lab, ca *authority) (_ *world, err error) {
-	w := &world{ca: ca, dir: filepath.Join(l.dir, "mesh"), said: &beginning{}, boxes: map[string]*box{}}
+// openWorld makes one. Its proxy is hauberk-mesh, or, to be profiled, this program
+// with the same packages.
+func openWorld(ctx context.Context, l *lab, ca *authority, toProfile bool) (_ *world, err error) {
+	w := &world{ca: ca, said: &beginning{}, boxes: map[string]*box{}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("open mesh: %w: %s", err, w.said), w.Close())
 		}
 	}()
-	if err := os.Mkdir(w.dir, 0o700); err != nil {
+	if w.dir, err = os.MkdirTemp(l.dir, "mesh"); err != nil {
 		return nil, err
 	}
 	const meshUser = firstUser + 1<<16
@@ -56,7 +59,10 @@ func openWorld(ctx context.Context, l *lab, ca *authority) (_ *world, err error)
 		return nil, err
 	}
 	socket := filepath.Join(w.dir, "link.sock")
-	w.proxy = exec.Command(filepath.Join(l.bin, "hauberk-mesh"), "-link", socket)
+	w.proxy, w.profile = exec.Command(filepath.Join(l.bin, "hauberk-mesh"), "-link", socket), filepath.Join(w.dir, "cpu")
+	if toProfile {
+		w.proxy = exec.Command("/proc/self/exe", profiled, socket, w.profile)
+	}
 	w.proxy.Stderr = w.said
 	w.proxy.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: &syscall.Credential{Uid: meshUser, Gid: meshUser}}
 	if err := w.proxy.Start(); err != nil {

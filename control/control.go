@@ -23,6 +23,7 @@ import (
 	"hauberk.dev/image"
 	"hauberk.dev/kube"
 	"hauberk.dev/ledger"
+	"hauberk.dev/plan"
 	"hauberk.dev/registry"
 	"hauberk.dev/release"
 )
@@ -38,7 +39,9 @@ type Config struct {
 	// InsecureGuardOff gives identities to guests booted without the Guard, to
 	// prove that the checks notice.
 	InsecureGuardOff bool
-	Log              io.Writer
+	// Observe is what the proxies of all nodes note of requests; nil is counts.
+	Observe *plan.Observe
+	Log     io.Writer
 	// Now is the clock; nil means the system's.
 	Now func() time.Time
 }
@@ -54,24 +57,26 @@ type Control struct {
 	slog    *slog.Logger
 	started time.Time
 
-	log      *ledger.Log
-	book     *contain.Book
-	rollouts *rollout.Book
-	issuer   *ca.Issuer
-	tickets  *evidence.KeySigner
-	content  *registry.Store
-	gate     *release.Gate
-	api      *kube.Server
-	store    *kube.Store
-	self     id.Source
-	renewing *renewal
-	hub      *hub
-	denials  denials
-	meter    meter
-	lessons  lessons
-	untold   told // records about policies that have no event yet
-	wake     chan struct{}
-	filled   chan struct{} // closed once there is a world
+	log        *ledger.Log
+	book       *contain.Book
+	rollouts   *rollout.Book
+	issuer     *ca.Issuer
+	tickets    *evidence.KeySigner
+	content    *registry.Store
+	gate       *release.Gate
+	api        *kube.Server
+	store      *kube.Store
+	self       id.Source
+	renewing   *renewal
+	hub        *hub
+	denials    denials
+	accusers   accusers
+	meter      meter
+	lessons    lessons
+	conditions conditions // of access policies, compiled
+	untold     told       // records about policies that have no event yet
+	wake       chan struct{}
+	filled     chan struct{} // closed once there is a world
 
 	mu      sync.Mutex
 	world   world                   // of the last round

@@ -63,6 +63,7 @@ func (d *desk) handler() http.Handler {
 	mux.HandleFunc("POST "+admin.PathExec, d.exec)
 	mux.HandleFunc("GET "+admin.PathLogs, d.logs)
 	mux.HandleFunc("GET "+admin.PathEvents, d.events)
+	mux.HandleFunc("GET "+admin.PathTap, d.tap)
 	return onlyOwner(mux)
 }
 

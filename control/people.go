@@ -184,13 +184,34 @@ func (d *desk) logs(w http.ResponseWriter, r *http.Request) { d.relay(w, r, wire
 
 func (d *desk) events(w http.ResponseWriter, r *http.Request) { d.relay(w, r, wire.PathEvents) }
 
-// relay passes on what the node of an instance answers.
+// tap records that somebody looks at the requests of an instance, and shows them
+// as they pass.
+func (d *desk) tap(w http.ResponseWriter, r *http.Request) {
+	k, i, err := d.c.pick(namespaceOf(r), r.FormValue("workload"), r.FormValue("instance"))
+	if err == nil {
+		err = d.c.record(r.Context(), contain.Record{Kind: kindTap, Namespace: k.Namespace, Application: i.application, Workload: i.workload,
+			Instance: k.Name, Node: i.node, Text: fmt.Sprintf("the administrator looks at the requests of %s", k.Name)})
+	}
+	if err != nil {
+		refuseDesk(w, err)
+		return
+	}
+	d.relayFrom(w, r, wire.PathTap, k, i)
+}
+
+// relay passes on what the node of the instance that is meant answers.
 func (d *desk) relay(w http.ResponseWriter, r *http.Request, path string) {
 	k, i, err := d.c.pick(namespaceOf(r), r.FormValue("workload"), r.FormValue("instance"))
 	if err != nil {
 		refuseDesk(w, err)
 		return
 	}
+	d.relayFrom(w, r, path, k, i)
+}
+
+// relayFrom passes on what the node of one instance answers: what is recorded of
+// an instance is about the one that is then looked at.
+func (d *desk) relayFrom(w http.ResponseWriter, r *http.Request, path string, k key, i instance) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return d.c.dialNode(ctx, i.node) }}}
 	q := url.Values{"instance": {k.Name}, "follow": {r.FormValue("follow")}}

@@ -229,6 +229,9 @@ func (w world) accessVerdict(k key) verdict {
 	if _, ok := w.workloads[key{k.Namespace, name}]; !ok {
 		return verdict{false, "WorkloadNotFound", fmt.Sprintf("spec.workload: %q does not exist in namespace %s: create the Workload or correct the name", name, k.Namespace)}
 	}
+	if err := w.accessFaults(k, w.access[k]); err != nil {
+		return verdict{false, "RuleInvalid", err.Error()}
+	}
 	return sound
 }
 

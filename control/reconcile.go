@@ -154,6 +154,7 @@ func (c *Control) read(ctx context.Context) (world, error) {
 		guards: map[key]guardPolicy{}, access: map[key]spec.AccessPolicy{}, releases: map[key]spec.ReleasePolicy{},
 		instances: map[key]instance{}, epoch: c.book.Epoch(),
 		floors: map[string]clusterPolicy{}, book: c.rollouts.State(), given: maps.Clone(c.given),
+		conditions: &c.conditions, observe: c.conf.Observe,
 	}
 	var statuses map[word]wire.InstanceStatus
 	w.nodes, statuses, _ = c.hub.snapshot()

@@ -80,7 +80,11 @@ func (d *denials) beginLocked(instance string, now time.Time) *flood {
 // other is recorded.
 func (c *Control) violation(ctx context.Context, node string, r wire.Report) error {
 	k, i, ok := c.instance(r.Instance)
-	if !ok || i.node != node {
+	if r.Victim != "" {
+		if err := c.accused(node, r, i, ok); err != nil {
+			return err
+		}
+	} else if !ok || i.node != node {
 		return &wire.Error{Reason: "UnknownInstance", Message: fmt.Sprintf("report of %s: instance %q does not run on it", node, r.Instance)}
 	}
 	c.meter.count(r.Instance, c.now())
@@ -111,6 +115,70 @@ func (c *Control) violation(ctx context.Context, node string, r wire.Report) err
 		Workload: i.workload, Instance: k.Name, Text: text, Body: body})
 }
 
+// accused checks a report of what an instance, wherever it runs, has sent to one
+// on the reporting node. A node may accuse only what a policy of the victim lets
+// it: it is not trusted with other nodes' instances otherwise.
+func (c *Control) accused(node string, r wire.Report, offender instance, known bool) error {
+	k, victim, ok := c.instance(r.Victim)
+	if !ok || victim.node != node {
+		return &wire.Error{Reason: "UnknownInstance", Message: fmt.Sprintf("report of %s: victim %q does not run on it", node, r.Victim)}
+	}
+	if !known {
+		return &wire.Error{Reason: "UnknownInstance", Message: fmt.Sprintf("report of %s: no instance %q", node, r.Instance)}
+	}
+	c.mu.Lock()
+	w := c.world
+	c.mu.Unlock()
+	if !w.mayAccuse(k.Namespace, victim.workload) {
+		return &wire.Error{Reason: "NotAsked", Message: fmt.Sprintf("report of %s: no AccessPolicy of %q makes what is sent to it an incident", node, victim.workload)}
+	}
+	if offender.node != node && !c.accusers.admit(node, r.Instance, c.now()) {
+		return &wire.Error{Reason: "TooMany", Message: fmt.Sprintf("report of %s: it has accused %d instances of other nodes within a minute", node, maxAccused)}
+	}
+	return nil
+}
+
+// A node has at most so many instances of others contained in that time,
+// whatever it says: it may have been taken over. Its own count is of a minute;
+// this one is a little shorter, as reports take their time.
+const (
+	maxAccused  = 8
+	accusedTime = 55 * time.Second
+)
+
+// accusers remembers whom each node has accused of late.
+type accusers struct {
+	mu   sync.Mutex
+	seen map[string]map[string]time.Time // by node and instance
+}
+
+func (a *accusers) admit(node, instance string, now time.Time) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.seen == nil {
+		a.seen = map[string]map[string]time.Time{}
+	}
+	for name, of := range a.seen {
+		maps.DeleteFunc(of, func(_ string, at time.Time) bool { return now.Sub(at) >= accusedTime })
+		if len(of) == 0 {
+			delete(a.seen, name)
+		}
+	}
+	of := a.seen[node]
+	if _, again := of[instance]; again {
+		return true
+	}
+	if len(of) >= maxAccused {
+		return false
+	}
+	if of == nil {
+		of = map[string]time.Time{}
+		a.seen[node] = of
+	}
+	of[instance] = now
+	return true
+}
+
 // What an Incident may hold of a node's words, in bytes.
 const (
 	maxRule   = 4096
@@ -127,7 +195,7 @@ func clip(s string, most int) string {
 
 // causes are the words an Incident knows; of any other the Guard is the
 // nearest.
-var causes = []string{"guard", "bypass", "attestation", "person"}
+var causes = []string{"guard", "bypass", "attestation", "person", "mesh"}
 
 func (c *Control) openIncident(ctx context.Context, k key, i instance, r wire.Report) error {
 	if !slices.Contains(causes, r.Cause) {

@@ -23,6 +23,7 @@ const (
 	kindDenial       = "guard.denial"
 	kindAccess       = "mesh.denial"
 	kindExec         = "launch.exec"
+	kindTap          = "mesh.tap"
 )
 
 // links maps the room of an entry's kind to the link of the chain.

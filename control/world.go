@@ -23,6 +23,7 @@ func (k key) String() string { return k.Namespace + "/" + k.Name }
 // What a node should do is a pure function of it.
 type world struct {
 	trustDomain  string
+	observe      *plan.Observe
 	applications map[key]spec.Application
 	workloads    map[key]workload
 	guards       map[key]guardPolicy
@@ -31,12 +32,14 @@ type world struct {
 	book rollout.State
 	// given is what instances were given under the generation they have. What
 	// changed since then has no number yet and is told to nobody.
-	given     map[key]wire.Guard
-	access    map[key]spec.AccessPolicy
-	releases  map[key]spec.ReleasePolicy
-	instances map[key]instance
-	nodes     map[string]nodeState
-	epoch     plan.Epoch
+	given  map[key]wire.Guard
+	access map[key]spec.AccessPolicy
+	// conditions are those of access policies that were compiled before.
+	conditions *conditions
+	releases   map[key]spec.ReleasePolicy
+	instances  map[key]instance
+	nodes      map[string]nodeState
+	epoch      plan.Epoch
 }
 
 // workload is a Workload object with what was allotted to it.
@@ -165,7 +168,7 @@ func serviceKey(namespace, service string) (key, bool) {
 // mesh is the plan of one node's proxy. Services are the same for every node;
 // sandboxes are the node's own.
 func (w world) mesh(node string) plan.Mesh {
-	m := plan.Mesh{TrustDomain: w.trustDomain}
+	m := plan.Mesh{TrustDomain: w.trustDomain, Observe: w.observe}
 	for _, k := range sortedKeys(w.workloads) {
 		wl := w.workloads[k]
 		if !wl.address.IsValid() {
@@ -214,28 +217,12 @@ func (w world) service(k key, wl workload) plan.Service {
 		if ak.Namespace != k.Namespace || a.Workload != k.Name {
 			continue
 		}
-		s.Allow = append(s.Allow, w.rules(ak, "allow", a.Allow)...)
-		s.Deny = append(s.Deny, w.rules(ak, "deny", a.Deny)...)
+		w.protect(&s, ak, a)
+		if a.Mode != modeAudit {
+			s.Inspect = inspection(s.Inspect, a.Inspect)
+		}
 	}
 	return s
-}
-
-func (w world) rules(policy key, verb string, rules []spec.AccessRule) []plan.Rule {
-	var out []plan.Rule
-	for n, r := range rules {
-		p := plan.Rule{
-			Name:    fmt.Sprintf("%s/%s[%d]", policy.Name, verb, n),
-			Methods: r.Methods, Paths: r.Paths, Services: r.Services,
-		}
-		for _, from := range r.From {
-			p.From = append(p.From, w.caller(policy.Namespace, from))
-		}
-		for _, port := range r.Ports {
-			p.Ports = append(p.Ports, uint16(port))
-		}
-		out = append(out, p)
-	}
-	return out
 }
 
 // caller turns a name of an AccessRule into what the mesh compares.

@@ -5,6 +5,7 @@ import (
 	"reflect"
 	"slices"
 	"testing"
+	"time"
 
 	"hauberk.dev/api/guestproto"
 )
@@ -41,15 +42,21 @@ func testNetwork(t *testing.T, g *guest) {
 			t.Fatal(err)
 		}
 	}
-	list, err := g.c.Interfaces(g.ctx())
-	if err != nil || len(list) != 1 {
-		t.Fatalf("interfaces %+v, %v; want one", list, err)
+	own := guestproto.Address{Prefix: prefix("fe80::ff:fe00:7/64")} // given by the kernel, which then says so to the network
+	var state guestproto.InterfaceState
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		list, err := g.c.Interfaces(g.ctx())
+		if err != nil || len(list) != 1 {
+			t.Fatalf("interfaces %+v, %v; want one", list, err)
+		}
+		if state = list[0]; slices.Contains(state.Addresses, own) && state.Sent.Packets > 0 || time.Now().After(end) {
+			break
+		}
 	}
-	state := list[0]
 	if state.Name != name || state.MAC != want.Interfaces[0].MAC || state.MTU != 1420 || !state.Up || state.Sent.Packets == 0 {
 		t.Errorf("interface %+v", state)
 	}
-	for _, a := range append(want.Interfaces[0].Addresses, guestproto.Address{Prefix: prefix("fe80::ff:fe00:7/64")}) {
+	for _, a := range append(want.Interfaces[0].Addresses, own) {
 		if !slices.Contains(state.Addresses, a) {
 			t.Errorf("address %v is not among %v", a, state.Addresses)
 		}

@@ -17,17 +17,7 @@ const maxChain = 16
 // leaf rules of X.509-SVID: exactly one URI, not a CA, digital signatures yes,
 // signing certificates and revocation lists no. It does not verify the chain.
 func FromCertificate(leaf *x509.Certificate) (Name, error) {
-	switch {
-	case len(leaf.URIs) != 1:
-		return Name{}, fmt.Errorf("certificate has %d URI names, want exactly one", len(leaf.URIs))
-	case leaf.IsCA:
-		return Name{}, errors.New("certificate is a CA, not a leaf")
-	case leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0:
-		return Name{}, errors.New("certificate may not make digital signatures")
-	case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
-		return Name{}, errors.New("certificate may sign certificates or revocation lists")
-	}
-	raw, err := uriName(leaf)
+	raw, err := leafName(leaf)
 	if err != nil {
 		return Name{}, err
 	}

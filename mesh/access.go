@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -20,6 +21,8 @@ type call struct {
 	// before the request is known, http is false.
 	http         bool
 	method, path string
+	target       string // path and query as they came
+	crooked      bool   // servers read the path in different ways
 	// remote is what a request of an RPC protocol is for; rpc is false where
 	// there is none, or it cannot be told.
 	rpc    bool
@@ -27,16 +30,35 @@ type call struct {
 	// unclear is set on a port of gRPC where it cannot be told what a request is
 	// for: a server may read its path as that of a call.
 	unclear bool
+	// source is where the call comes from, if that can be told.
+	source netip.Addr
+	letter letter
+	// found is what conditions find out, nil if no rule of the service has any.
+	found *found
 }
 
 // remote names a method of an RPC service, in the bytes of its request.
-type remote struct{ service, version, group, method []byte }
+type remote struct {
+	service, version, group, method []byte
+	// command tells that the method is one of Redis, in upper case, with its
+	// subcommand after a bar. There is no service.
+	command bool
+}
+
+func (r *remote) what() string {
+	if r.command {
+		return fmt.Sprintf("command %.128q", r.method)
+	}
+	return fmt.Sprintf("%.128q method %.128q", r.service, r.method)
+}
 
 // verdict is a decision and who made it.
 type verdict struct {
 	allowed bool
 	rule    string
 	reason  string
+	// trial is the rule or policy in audit that would refuse what is allowed.
+	trial string
 }
 
 // decide applies the rules of a service: a deny that matches refuses, else an
@@ -45,31 +67,50 @@ func decide(s *service, c call) verdict {
 	if _, ok := s.ports[c.port]; !ok {
 		return verdict{reason: fmt.Sprintf("%s has no port %d", s, c.port)}
 	}
+	if s.conditions {
+		c.found = find(s, c)
+	}
 	for i := range s.Deny {
 		// Where the request cannot be read, a deny matches on the rest: what
 		// cannot be told apart is refused.
-		if r := &s.Deny[i]; matches(r, c, true) {
-			return verdict{rule: r.Name, reason: fmt.Sprintf("denied by %s", r.Name)}
+		if r := &s.Deny[i]; !r.Audit && matches(r, c, true) {
+			return verdict{rule: r.Name, reason: fmt.Sprintf("denied by %s%s", r.Name, c.found.why())}
 		}
 	}
 	for i := range s.Allow {
-		if r := &s.Allow[i]; matches(r, c, false) {
-			return verdict{allowed: true, rule: r.Name}
+		if r := &s.Allow[i]; !r.Audit && matches(r, c, false) {
+			v := verdict{allowed: true, rule: r.Name}
+			if s.trying {
+				v.trial = s.try(c)
+			}
+			return v
 		}
 	}
 	if len(s.Allow) == 0 {
 		return verdict{reason: fmt.Sprintf("%s has no rule that allows anybody", s)}
 	}
-	return verdict{reason: fmt.Sprintf("no rule of %s allows it", s)}
+	return verdict{reason: fmt.Sprintf("no rule of %s allows it%s%s", s, c.found.why(), s.wouldAllow(c))}
 }
 
-// mayCall tells whether some request of a caller could be allowed.
-func mayCall(s *service, caller string, port uint16) bool {
-	c := call{caller: caller, port: port}
-	if _, ok := s.ports[port]; !ok || slices.ContainsFunc(s.Deny, func(r plan.Rule) bool { return matches(&r, c, false) }) {
+// mayCall tells whether some request on a connection could be allowed.
+func mayCall(s *service, c call) bool {
+	if s.conditions {
+		c.found = find(s, c)
+	}
+	if _, ok := s.ports[c.port]; !ok {
 		return false
 	}
-	return slices.ContainsFunc(s.Allow, func(r plan.Rule) bool { return matches(&r, c, true) })
+	for i := range s.Deny {
+		if r := &s.Deny[i]; !r.Audit && matches(r, c, false) {
+			return false
+		}
+	}
+	for i := range s.Allow {
+		if r := &s.Allow[i]; !r.Audit && matches(r, c, true) {
+			return true
+		}
+	}
+	return false
 }
 
 // matches tells whether every present field matches. unreadable is the answer
@@ -94,16 +135,25 @@ func matches(r *plan.Rule, c call, unreadable bool) bool {
 		}
 	}
 	if len(r.Paths) > 0 {
-		if c.http && !slices.ContainsFunc(r.Paths, func(p string) bool { return pathMatches(p, c.path) }) {
+		clear := c.http && !c.crooked
+		if clear && !slices.ContainsFunc(r.Paths, func(p string) bool { return pathMatches(p, c.path) }) {
 			return false
 		}
-		readable = readable && c.http
+		readable = readable && clear
 	}
 	if len(r.Services) > 0 {
-		if c.rpc && !slices.ContainsFunc(r.Services, func(p string) bool { return serviceMatches(p, c.remote) }) {
+		named := c.rpc && !c.remote.command
+		if named && !slices.ContainsFunc(r.Services, func(p string) bool { return serviceMatches(p, c.remote) }) {
 			return false
 		}
-		readable = readable && c.rpc
+		readable = readable && named
+	}
+	if c.found != nil {
+		holds, known := c.found.holds(r)
+		if known && !holds {
+			return false
+		}
+		readable = readable && known
 	}
 	return readable || unreadable
 }
@@ -113,6 +163,8 @@ func matches(r *plan.Rule, c call, unreadable bool) bool {
 // request's get is GET too: some servers make that of it.
 func methodMatches(pattern string, c call, fold bool) bool {
 	switch {
+	case c.remote.command:
+		return commandMatches(pattern, c.remote.method)
 	case c.rpc && pattern == string(c.remote.method), c.http && pattern == c.method:
 		return true
 	case !c.http || c.rpc:
@@ -121,6 +173,24 @@ func methodMatches(pattern string, c call, fold bool) bool {
 		return strings.EqualFold(pattern, c.method)
 	}
 	return strings.ToUpper(pattern) == c.method
+}
+
+// commandMatches knows a command in whatever case, and takes one that has
+// subcommands for all of them.
+func commandMatches(pattern string, command []byte) bool {
+	if n := len(pattern); len(command) != n && (len(command) < n || command[n] != '|') {
+		return false
+	}
+	for i := range len(pattern) {
+		c := pattern[i]
+		if c >= 'a' && c <= 'z' {
+			c -= 'a' - 'A'
+		}
+		if c != command[i] {
+			return false
+		}
+	}
+	return true
 }
 
 // serviceMatches knows an interface, of any version and group, interface:version,
@@ -152,7 +222,7 @@ func pathMatches(pattern, path string) bool {
 
 // decideRequest judges one HTTP request. status is the answer to a request that
 // is refused for its form.
-func decideRequest(s *service, caller string, port uint16, h *http1.Head) (v verdict, status int) {
+func decideRequest(s *service, c call, h *http1.Head) (v verdict, status int) {
 	if m := strings.ToUpper(h.Method); m == "CONNECT" || m == "TRACE" {
 		return verdict{reason: m + " is not passed on"}, 405
 	}
@@ -160,8 +230,8 @@ func decideRequest(s *service, caller string, port uint16, h *http1.Head) (v ver
 	if err != nil && (s.paths || err != http1.ErrAmbiguous) {
 		return verdict{reason: fmt.Sprintf("path: %v", err)}, 400
 	}
-	c := call{caller: caller, port: port, http: true, method: h.Method, path: path}
-	if s.ports[port].Protocol == "grpc" {
+	c.http, c.method, c.path, c.target, c.crooked = true, h.Method, path, h.Target, err != nil
+	if s.ports[c.port].Protocol == "grpc" {
 		if path == h.Target {
 			c.remote, c.rpc = grpcTarget(h.Method, path)
 		}

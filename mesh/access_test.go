@@ -36,7 +36,7 @@ func TestRequestsReadInTwoWays(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		v, status := decideRequest(d.services["bank/s"], spiffe("web"), 1, &http1.Head{Method: c.method, Target: c.path})
+		v, status := decideRequest(d.services["bank/s"], call{caller: spiffe("web"), port: 1}, &http1.Head{Method: c.method, Target: c.path})
 		if v.allowed != c.allowed {
 			t.Errorf("%s %s of %s, denied %+v: %+v, %d", c.method, c.path, c.protocol, c.deny, v, status)
 		}

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hauberk.dev/mesh/wire"
 )
 
 // aheadFor is how long a connection to the guest that was made ahead is used for
@@ -13,7 +15,7 @@ const aheadFor = time.Second
 
 // early is a connection to the guest made before it is needed.
 type early struct {
-	conn *net.TCPConn
+	conn *wire.Conn
 	at   time.Time
 }
 
@@ -22,7 +24,7 @@ type early struct {
 // proxy can still try another endpoint, and its client never knows. A caller that
 // no rule allows anything costs the guest nothing.
 func (a *arrival) meetGuest(s *service, e *entry) error {
-	if _, ok := a.client.(streamSide); !ok || !mayCall(s, a.who.peerIdentity, a.port) {
+	if _, ok := a.client.(streamSide); !ok || !mayCall(s, a.call()) {
 		return nil
 	}
 	c, err := a.connect(e)
@@ -34,13 +36,13 @@ func (a *arrival) meetGuest(s *service, e *entry) error {
 }
 
 // metGuest is the connection made ahead, if it still serves.
-func (a *arrival) metGuest() *net.TCPConn {
+func (a *arrival) metGuest() *wire.Conn {
 	if a.early == nil {
 		return nil
 	}
 	m := a.early
 	a.early = nil
-	if time.Since(m.at) > aheadFor || !untouched(m.conn, a.streams.Load() != nil) {
+	if time.Since(m.at) > aheadFor || !untouched(m.conn.TCP(), a.streams.Load() != nil) {
 		m.conn.Close()
 		return nil
 	}

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 
 	"hauberk.dev/mesh/bolt"
@@ -44,6 +45,11 @@ func (c *boltCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, err 
 	return kind, c.frame.Type == bolt.Request, nil
 }
 
+func (c *boltCodec) asks(b []byte) bool {
+	at := int(b[0]) // the type stands after the version of protocol 2
+	return bolt.Type(b[at]) != bolt.Response && bolt.Command(binary.BigEndian.Uint16(b[at+1:])) == bolt.Call
+}
+
 func (c *boltCodec) target() (remote, error) {
 	t, err := c.reader.Target(&c.frame)
 	if err != nil {
@@ -57,6 +63,8 @@ func (c *boltCodec) refuse(dst []byte, f fault, text string) []byte {
 	status := bolt.ServerException
 	if f == faultUnreachable {
 		status = bolt.NoProcessor
+	} else if f == faultShed {
+		status = bolt.Busy
 	}
 	return bolt.AppendError(dst, &c.frame, status, text)
 }
@@ -70,6 +78,18 @@ func (c *boltCodec) add(b []byte) error {
 		return nil
 	}
 	return c.sum.Add(b)
+}
+
+func (c *boltCodec) progress() (p [3]uint32) {
+	if c.extent.CRC {
+		p = c.sum.Progress()
+	}
+	return p
+}
+
+func (c *boltCodec) resume(p [3]uint32) {
+	c.sum.Resume(p)
+	c.extent.CRC = p != [3]uint32{}
 }
 
 // dubboCodec reads frames of Dubbo. What does not begin with its magic is
@@ -107,6 +127,10 @@ func dubboKind(k dubbo.Kind) rpcKind {
 	return rpcCall
 }
 
+func (c *dubboCodec) asks(b []byte) bool {
+	return dubbo.Parse(b, dubbo.HeaderLen).Kind == dubbo.KindCall
+}
+
 func (c *dubboCodec) target() (remote, error) {
 	if n := dubbo.HeaderLen + len(c.frame.Body); n < c.size {
 		return remote{}, fmt.Errorf("%d of its %d bytes are not enough; at most %d are read", n, c.size, dubboLook)
@@ -122,6 +146,8 @@ func (c *dubboCodec) refuse(dst []byte, f fault, text string) []byte {
 	status := dubbo.ServiceError
 	if f == faultUnreachable {
 		status = dubbo.ServerError
+	} else if f == faultShed {
+		status = dubbo.Exhausted
 	}
 	return dubbo.AppendError(dst, &c.frame, status, text)
 }
@@ -131,6 +157,10 @@ func (c *dubboCodec) alive(dst []byte) []byte { return dubbo.AppendAlive(dst, &c
 func (c *dubboCodec) begin() {}
 
 func (c *dubboCodec) add([]byte) error { return nil }
+
+func (c *dubboCodec) progress() (p [3]uint32) { return p }
+
+func (c *dubboCodec) resume([3]uint32) {}
 
 // thriftCodec reads frames of dubbo-thrift.
 type thriftCodec struct {
@@ -157,6 +187,9 @@ func (c *thriftCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, er
 	return dubboKind(c.message.Kind), c.message.TwoWay, nil
 }
 
+// asks is never so: no server of dubbo-thrift calls back.
+func (c *thriftCodec) asks([]byte) bool { return false }
+
 func (c *thriftCodec) target() (remote, error) {
 	return remote{service: c.frame.Service, method: c.message.Method}, c.unclear
 }
@@ -171,3 +204,7 @@ func (c *thriftCodec) alive(dst []byte) []byte { return dst }
 func (c *thriftCodec) begin() {}
 
 func (c *thriftCodec) add([]byte) error { return nil }
+
+func (c *thriftCodec) progress() (p [3]uint32) { return p }
+
+func (c *thriftCodec) resume([3]uint32) {}

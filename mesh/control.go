@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 
 	api "hauberk.dev/api/mesh"
@@ -27,6 +28,11 @@ type control struct {
 // handle answers the node. Requests come one after the other.
 func (c *control) handle(ctx context.Context, m *api.Message, files []*os.File) (*api.Message, []*os.File, error) {
 	defer closeAll(files) // listeners are dup'ed on the way in
+	c.p.changes.RLock()
+	defer c.p.changes.RUnlock()
+	if c.p.handedOver() {
+		return nil, nil, errors.New("another process has taken this one's place; dial again")
+	}
 	if !c.greeted && m.Kind != api.KindHello {
 		return nil, nil, errors.New("say hello first")
 	}
@@ -57,6 +63,10 @@ func (c *control) handle(ctx context.Context, m *api.Message, files []*os.File) 
 		reply.Receipt = &r
 	case api.KindStats:
 		reply.Stats = c.p.stats()
+	case api.KindTap:
+		reply.Tapped, err = c.p.tap(m.Instance, m.Tap)
+	case api.KindCarried:
+		reply.Connections = c.p.carried.strange(m.Connections)
 	case api.KindPing:
 	default:
 		err = fmt.Errorf("a node does not ask for %q", m.Kind)
@@ -75,18 +85,27 @@ func (c *control) add(s plan.Sandbox, files []*os.File) error {
 		return fmt.Errorf("address %s belongs to %q", s.Address, other.facts.Load().Instance)
 	}
 	sb := p.sandboxes[s.Instance]
-	if sb == nil {
+	fresh, before := sb == nil, &s
+	if fresh {
 		sb = p.newSandbox(s)
 		p.sandboxes[s.Instance] = sb
 	} else {
-		delete(p.byAddress, sb.facts.Load().Address)
-		sb.facts.Store(&s)
+		before = sb.facts.Swap(&s)
+		delete(p.byAddress, before.Address)
 	}
 	p.byAddress[s.Address] = sb
 	p.mu.Unlock()
 	c.kept[s.Instance] = true
 	if err := sb.listen(files); err != nil {
-		p.removeSandbox(s.Instance)
+		if fresh {
+			p.removeSandbox(s.Instance)
+		} else { // what it has goes on
+			p.mu.Lock()
+			delete(p.byAddress, s.Address)
+			p.byAddress[before.Address] = sb
+			sb.facts.Store(before)
+			p.mu.Unlock()
+		}
 		return err
 	}
 	sb.svid.now()
@@ -112,21 +131,45 @@ func (c *control) plan(m plan.Mesh) error {
 	if now := p.directory.Load().generation; m.Generation < now {
 		return fmt.Errorf("plan %d is older than %d, which is in force", m.Generation, now)
 	}
-	d, err := newDirectory(m)
-	if err != nil {
+	if err := p.setPlan(m); err != nil {
 		return fmt.Errorf("plan %d: %w", m.Generation, err)
 	}
-	if err := p.traffic.follow(d, m.Sandboxes); err != nil {
-		return fmt.Errorf("plan %d: %w", m.Generation, err)
-	}
-	p.directory.Store(d)
-	p.plans.Do(func() { close(p.planned) })
-	p.refreshFacts(m.Sandboxes)
 	if !c.planned {
 		c.planned = true
 		p.dropStrangers(c.kept)
 	}
-	p.registry.cutIf(func(e *entry) bool { return e.allowed != nil && !e.allowed(d) })
+	p.cutForbidden(p.directory.Load())
+	return nil
+}
+
+// cutForbidden ends what a plan does not allow. It judges outside the registry's
+// lock: that verifies tokens, and a refusal may itself cut. What is registered
+// meanwhile is judged there.
+func (p *Proxy) cutForbidden(d *directory) {
+	gone := map[*entry]bool{}
+	for _, e := range p.registry.all() {
+		if !e.allowedBy(d) {
+			gone[e] = true
+		}
+	}
+	p.registry.cutIf(func(e *entry) bool { return gone[e] })
+}
+
+// setPlan puts a plan in force for what comes.
+func (p *Proxy) setPlan(m plan.Mesh) error {
+	d, err := newDirectory(m)
+	if err != nil {
+		return err
+	}
+	if err := p.traffic.follow(d, m.Sandboxes); err != nil {
+		return err
+	}
+	p.analysis.follow(p, d)
+	p.observer.follow(p, m.Observe)
+	p.directory.Store(d)
+	p.world.Store(&m)
+	p.plans.Do(func() { close(p.planned) })
+	p.refreshFacts(m.Sandboxes)
 	return nil
 }
 
@@ -168,7 +211,8 @@ func (p *Proxy) setGateway(f *os.File) error {
 		return err
 	}
 	p.replaceGateway(ln)
-	p.running.Go(func() { p.accept(ln, p.inbound) })
+	p.still.shakes(1)
+	p.running.Go(func() { p.accept(ln, p.still.shakes, p.inbound) })
 	return nil
 }
 
@@ -196,18 +240,18 @@ func (p *Proxy) setPublished(ports []api.PublishedPort, files []*os.File) error 
 		}
 		all = append(all, ln)
 	}
-	p.replacePublished(all)
+	p.replacePublished(all, ports)
 	for i, ln := range all {
 		port := ports[i]
-		p.running.Go(func() { p.accept(ln, func(c net.Conn) { p.ingress(c, port) }) })
+		p.serveOn(ln, func(c net.Conn) { p.ingress(c, port) })
 	}
 	return nil
 }
 
-func (p *Proxy) replacePublished(all []net.Listener) {
+func (p *Proxy) replacePublished(all []net.Listener, ports []api.PublishedPort) {
 	p.mu.Lock()
 	old := p.published
-	p.published = all
+	p.published, p.ports = all, ports
 	p.mu.Unlock()
 	for _, ln := range old {
 		ln.Close()
@@ -216,7 +260,7 @@ func (p *Proxy) replacePublished(all []net.Listener) {
 
 func (p *Proxy) stats() *api.Stats {
 	s := &api.Stats{Process: os.Getpid(), Started: p.started, Generation: p.directory.Load().generation,
-		Sandboxes: map[string]api.InstanceStats{}, EventsLost: p.events.total.Load()}
+		Sandboxes: map[string]api.InstanceStats{}, EventsLost: p.events.total.Load(), Analysis: p.analysis.stats(), Goroutines: runtime.NumGoroutine()}
 	s.Flows, s.FlowsTotal = p.registry.flows()
 	p.registry.mu.Lock()
 	s.Epoch = p.registry.epoch

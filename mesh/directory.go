@@ -8,6 +8,7 @@ import (
 
 	"hauberk.dev/id"
 	"hauberk.dev/mesh/balance"
+	"hauberk.dev/mesh/inspect"
 	"hauberk.dev/plan"
 )
 
@@ -27,10 +28,14 @@ type service struct {
 	plan.Service
 	identity id.Name
 	ports    map[uint16]plan.Port
-	paths    bool // some rule has paths
+	paths    bool // some rule that is enforced has paths
 	remote   bool // some rule has services or methods
-	policy   balance.Policy
-	set      *balance.Set // of the endpoints; kept from plan to plan
+	judgement
+	policy balance.Policy
+	set    *balance.Set // of the endpoints; kept from plan to plan
+
+	inspected *inspect.Service // nil if requests are not looked at
+	mirror    *mirror          // nil if they are not copied
 }
 
 func (s *service) String() string { return s.Name + "." + s.Namespace }
@@ -55,7 +60,7 @@ func newDirectory(m plan.Mesh) (*directory, error) {
 	}
 	d := &directory{generation: m.Generation, trustDomain: m.TrustDomain, services: map[string]*service{},
 		targets: map[netip.AddrPort]target{}, endpoints: map[netip.Addr]instanceOf{}}
-	var faults []error
+	faults := []error{checkObserve(m.Observe)}
 	for i := range m.Services {
 		if err := d.add(&service{Service: m.Services[i]}); err != nil {
 			faults = append(faults, fmt.Errorf("service %q in %q: %w", m.Services[i].Name, m.Services[i].Namespace, err))
@@ -75,6 +80,9 @@ func (d *directory) add(s *service) (err error) {
 		return fmt.Errorf("address %q is not IPv4", s.Address)
 	}
 	if s.policy, err = trafficPolicy(s.Traffic); err != nil {
+		return err
+	}
+	if _, err = inspectConfig(s.Inspect); err != nil {
 		return err
 	}
 	key := serviceKey(s.Namespace, s.Name)
@@ -113,13 +121,7 @@ func (d *directory) add(s *service) (err error) {
 			}
 		}
 	}
-	for _, rules := range [][]plan.Rule{s.Allow, s.Deny} {
-		for _, r := range rules {
-			s.paths = s.paths || len(r.Paths) > 0
-			s.remote = s.remote || len(r.Services)+len(r.Methods) > 0
-		}
-	}
-	return nil
+	return s.prepare()
 }
 
 func (d *directory) target(a netip.Addr, t target) error {

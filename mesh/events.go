@@ -64,6 +64,24 @@ func (e *events) back(ev api.Event) {
 	e.queue = append([]api.Event{ev}, e.queue...)
 }
 
+// take takes all that waits, and how much was lost.
+func (e *events) take() (queue []api.Event, lost uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	queue, lost = e.queue, e.lost
+	e.queue, e.lost = nil, 0
+	return queue, lost
+}
+
+// give puts what was taken before what has come since.
+func (e *events) give(queue []api.Event, lost uint64) {
+	e.mu.Lock()
+	e.queue = append(queue, e.queue...)
+	e.lost += lost
+	e.mu.Unlock()
+	e.wake()
+}
+
 // sendEvents sends one event after the other; the ack is the back pressure.
 func (p *Proxy) sendEvents(ctx context.Context) {
 	for {

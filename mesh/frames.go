@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"bytes"
+	"fmt"
 	"io"
 	"sync"
 )
@@ -40,6 +42,37 @@ func newFrames(r io.Reader, c rpcCodec, reserve func(int) bool) *frames {
 	s := &frames{r: r, codec: c, reserve: reserve, pooled: frameBuffers.Get().(*[frameBuffer]byte)}
 	s.buf = s.pooled[:]
 	return s
+}
+
+// framesState is where a cutter of frames stands, as plain data.
+type framesState struct {
+	Unread   []byte    `json:"unread,omitempty"` // of a frame that was not decided on
+	Left     int       `json:"left,omitempty"`   // of one that was, to come
+	Dropping bool      `json:"dropping,omitempty"`
+	Sum      [3]uint32 `json:"sum,omitzero"`
+}
+
+// check refuses what no cutter can have come to.
+func (s *framesState) check() error {
+	if s.Left < 0 || s.Left > 1<<31 || len(s.Unread) > frameBuffer+frameHold+maxHeld {
+		return fmt.Errorf("frames of which %d bytes are to come and %d unread", s.Left, len(s.Unread))
+	}
+	return nil
+}
+
+// state is where the frames stand between two reads. What passes has been sent.
+func (s *frames) state() framesState {
+	return framesState{Unread: bytes.Clone(s.buf[s.at:s.end]), Left: s.left, Dropping: s.dropping, Sum: s.codec.progress()}
+}
+
+// resume goes on where others stood.
+func (s *frames) resume(from framesState) {
+	if len(from.Unread) > len(s.buf) {
+		s.grow(len(from.Unread))
+	}
+	s.end = copy(s.buf, from.Unread)
+	s.left, s.dropping = from.Left, from.Dropping
+	s.codec.resume(from.Sum)
 }
 
 func (s *frames) free() {
@@ -97,6 +130,12 @@ func (s *frames) pass(size int) error {
 func (s *frames) drop(size int) {
 	s.left, s.dropping, s.want = size, true, 0
 	s.advance(min(size, s.end-s.at))
+}
+
+// discard lets go of what is there and of the frame decided on. What passes has
+// been sent.
+func (s *frames) discard() {
+	s.from, s.at, s.end, s.left, s.want = 0, 0, 0, 0, 0
 }
 
 func (s *frames) advance(n int) error {

@@ -8,13 +8,15 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
-	"time"
 
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/id"
 	"hauberk.dev/mesh/hbone"
 	"hauberk.dev/mesh/http1"
+	"hauberk.dev/mesh/tls13"
+	"hauberk.dev/mesh/wire"
 )
 
 // nameSuffix ends the server names by which a gateway is told whose
@@ -46,6 +48,8 @@ func addressOf(serverName string, local net.Addr) (netip.Addr, error) {
 
 // inbound serves a connection to the gateway.
 func (p *Proxy) inbound(raw net.Conn) {
+	shaken := sync.OnceFunc(func() { p.still.shakes(-1) })
+	defer shaken()
 	select {
 	case p.shakes <- struct{}{}:
 	default: // more strangers at the door than can be looked at
@@ -53,12 +57,13 @@ func (p *Proxy) inbound(raw net.Conn) {
 		p.events.add(api.Event{Kind: api.EventLimit, Source: raw.RemoteAddr().String(), Reason: fmt.Sprintf("%d handshakes at once", maxHandshakes)})
 		return
 	}
-	g := &guestSide{p: p, raw: raw.(*net.TCPConn), source: raw.RemoteAddr().String()}
-	c := tls.Server(raw, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: g.config})
-	raw.SetDeadline(time.Now().Add(handshakeTimeout))
-	err := c.HandshakeContext(p.context())
+	g := &guestSide{p: p, raw: wire.New(raw.(*net.TCPConn)), source: raw.RemoteAddr().String()}
+	ctx, cancel := context.WithTimeout(p.context(), handshakeTimeout)
+	var err error
+	g.tls, err = tls13.Server(ctx, g.raw, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: g.config})
+	cancel()
 	<-p.shakes
-	if err == nil && c.ConnectionState().NegotiatedProtocol != "h2" {
+	if err == nil && g.tls.ConnectionState().NegotiatedProtocol != "h2" {
 		err = errors.New("the peer does not speak h2")
 	}
 	if err != nil {
@@ -66,17 +71,25 @@ func (p *Proxy) inbound(raw net.Conn) {
 		g.refused(err)
 		return
 	}
-	raw.SetDeadline(time.Time{})
-	hbone.Serve(c, g.serve, g.attach)
-	if g.entry != nil {
-		p.registry.remove(g.entry)
+	g.gone(hbone.Serve(g.tls, g.serve, func(h *hbone.Conn) {
+		g.attach(h)
+		shaken()
+	}))
+}
+
+// gone forgets the connection, unless it was frozen: whoever holds all may not
+// have looked for it yet, and forgets it then.
+func (g *guestSide) gone(err error) {
+	if g.entry != nil && !errors.Is(err, wire.ErrFrozen) {
+		g.p.registry.remove(g.entry)
 	}
 }
 
 // guestSide is one connection to the gateway, for one sandbox.
 type guestSide struct {
 	p      *Proxy
-	raw    *net.TCPConn
+	raw    *wire.Conn
+	tls    *tls13.Conn
 	source string
 	sb     *sandbox
 	who    party
@@ -132,7 +145,8 @@ func (g *guestSide) refused(err error) {
 
 // attach registers the connection before it carries a stream.
 func (g *guestSide) attach(h *hbone.Conn) {
-	g.entry = &entry{kind: kindLink, party: g.who, sever: func() { severTCP(g.raw) }, close: func() { h.Close() }}
+	g.entry = &entry{kind: kindLink, party: g.who, sever: func() { severTCP(g.raw.TCP()) }, close: func() { h.Close() },
+		link: &carrierLink{h: h, tls: g.tls, raw: g.raw, guest: g}}
 	if err := g.sb.register(g.entry); err != nil {
 		g.entry = nil
 		h.Close()
@@ -142,6 +156,8 @@ func (g *guestSide) attach(h *hbone.Conn) {
 
 // serve serves one stream: a connection of the peer to a port of the sandbox.
 func (g *guestSide) serve(s *hbone.Stream) {
+	g.p.still.moves(1)
+	defer g.p.still.moves(-1)
 	sb := g.sb
 	facts := sb.facts.Load()
 	ev := api.Event{Peer: g.who.peerIdentity, Source: forwardedFor(s, g.source), Destination: s.Authority}
@@ -170,9 +186,14 @@ func (g *guestSide) serve(s *hbone.Stream) {
 		return
 	}
 	defer sb.leave(in)
-	a := &arrival{p: g.p, sb: sb, port: to.Port(), who: who, ev: ev, client: streamSide{s},
-		accept: func() { s.Accept() }, refuse: func(status int, reason string) { s.Refuse(status, reason) }}
+	a := g.arrival(s, to.Port(), who, ev)
+	a.origin = g.origin(s, who, ev.Source)
 	a.serve(svc)
+}
+
+func (g *guestSide) arrival(s *hbone.Stream, port uint16, who party, ev api.Event) *arrival {
+	return &arrival{p: g.p, sb: g.sb, port: port, who: who, ev: ev, via: g.source, client: streamSide{s},
+		accept: func() { s.Accept() }, refuse: func(status int, reason string) { s.Refuse(status, reason) }}
 }
 
 // forwardedFor is the address the calling proxy speaks for, or its own.
@@ -201,6 +222,8 @@ func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 		if svc != nil {
 			protocol = svc.ports[port.Port].Protocol
 		}
+		p.still.moves(-1)
+		defer p.still.moves(1)
 		refuseConnection(tcp, protocol, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: anonymous, Reason: ev.Reason, Hint: "hauberk why " + port.Service})
 		return
 	}
@@ -210,10 +233,14 @@ func (p *Proxy) ingress(c net.Conn, port api.PublishedPort) {
 	}
 	defer sb.leave(in)
 	facts := sb.facts.Load()
-	a := &arrival{p: p, sb: sb, port: port.Port, ev: ev, client: tcpSide{tcp},
-		who:    party{instance: facts.Instance, identity: facts.Identity, peerIdentity: anonymous},
-		accept: func() {}, refuse: func(int, string) { abortTCP(tcp) }}
+	who := party{instance: facts.Instance, identity: facts.Identity, peerIdentity: anonymous}
+	a := p.publishedArrival(sb, wire.New(tcp), port.Port, who, ev)
+	a.origin = addrPort(c.RemoteAddr()).Addr()
 	a.serve(svc)
+}
+
+func (p *Proxy) publishedArrival(sb *sandbox, c *wire.Conn, port uint16, who party, ev api.Event) *arrival {
+	return &arrival{p: p, sb: sb, port: port, ev: ev, client: tcpSide{c}, who: who, accept: func() {}, refuse: func(int, string) { c.Abort() }}
 }
 
 // arrival is a connection that has reached the sandbox it is for.
@@ -222,15 +249,24 @@ type arrival struct {
 	sb     *sandbox
 	port   uint16
 	who    party
+	sight  *sight     // what is noted of its requests
+	origin netip.Addr // where the call comes from; not valid if that cannot be told
 	ev     api.Event
+	via    string // the address of the proxy that speaks for the caller
 	client side
+	// What is called: the service, how it speaks, and both as flows name them.
+	key, protocol, address string
+	counts                 counts // of the connection before it was frozen
 	// accept and refuse answer the other proxy, before any byte.
 	accept func()
 	refuse func(status int, reason string)
-	guest  atomic.Pointer[net.TCPConn]
-	early  *early // to the guest, before it is needed
+	guest  atomic.Pointer[wire.Conn]
+	others []*wire.Conn // to the guest, when HTTP/2 was frozen
+	early  *early       // to the guest, before it is needed
 	// streams is set once HTTP/2 is spoken.
 	streams atomic.Pointer[exchange2]
+	// engine is what passes the bytes, if it waits for more than the connections.
+	engine atomic.Pointer[func()]
 }
 
 // allowedStill lets a connection stay whose requests are judged one by one; one
@@ -246,10 +282,10 @@ func (a *arrival) allowedStill(d *directory) bool {
 // connection under it.
 func (a *arrival) sever() {
 	if c, ok := a.client.(tcpSide); ok {
-		severTCP(c.TCPConn)
+		severTCP(c.TCP())
 	}
 	if g := a.guest.Load(); g != nil {
-		severTCP(g)
+		severTCP(g.TCP())
 	}
 }
 
@@ -257,87 +293,210 @@ func (a *arrival) sever() {
 func (a *arrival) cut() {
 	a.client.abort()
 	if g := a.guest.Load(); g != nil {
-		abortTCP(g)
+		g.Abort()
 	}
 }
 
-// connect connects to the guest, unless the connection has been cut meanwhile.
-func (a *arrival) connect(e *entry) (*net.TCPConn, error) {
+// freeze stops both sides where they are. A stream stops with the connection
+// under it, and before its handler returns, or it would be reset.
+func (a *arrival) freeze() {
+	if f := a.engine.Load(); f != nil {
+		(*f)()
+	}
+	switch c := a.client.(type) {
+	case tcpSide:
+		c.Freeze()
+	case streamSide:
+		c.Conn().Freeze()
+	}
+	if g := a.guest.Load(); g != nil {
+		g.Freeze()
+	}
+}
+
+// guestTCP is the connection to the guest, nil while there is none.
+func (a *arrival) guestTCP() *net.TCPConn {
+	if g := a.guest.Load(); g != nil {
+		return g.TCP()
+	}
+	return nil
+}
+
+// connect connects to the guest, unless the connection has been cut meanwhile,
+// or is to be frozen before it has succeeded.
+func (a *arrival) connect(e *entry) (*wire.Conn, error) {
+	ctx, cancel := context.WithCancel(a.sb.ctx)
+	defer cancel()
+	defer a.p.still.onFreeze(cancel)()
+	c, err := a.connectWithin(ctx, e)
+	if err != nil && a.p.still.frozen() {
+		return nil, wire.ErrFrozen
+	}
+	return c, err
+}
+
+// connectWithin is connect for who cannot come back to it.
+func (a *arrival) connectWithin(ctx context.Context, e *entry) (*wire.Conn, error) {
 	if c := a.metGuest(); c != nil {
 		return c, nil
 	}
-	c, err := a.sb.connect(a.sb.ctx, a.port)
+	tcp, err := a.sb.connect(ctx, a.port)
 	if err != nil {
-		a.unreachable(err)
+		if ctx.Err() == nil || a.sb.ctx.Err() != nil {
+			a.unreachable(err)
+		}
 		return nil, err
 	}
+	c := wire.New(tcp)
 	a.guest.Store(c)
 	if e.cut.Load() {
-		abortTCP(c)
+		c.Abort()
 		return nil, errCut
+	}
+	if e.frozen.Load() {
+		c.Freeze() // whoever froze the connection has not seen this one
 	}
 	return c, nil
 }
 
 // serve registers the connection, judges it and connects it to the guest.
 func (a *arrival) serve(svc *service) {
-	protocol := svc.ports[a.port].Protocol
-	isHTTP, isRPC := speaksHTTP(protocol), newCodec(protocol) != nil
-	e := &entry{direction: "in", guest: a.guest.Load, party: a.who, address: fmt.Sprintf("%s:%d", svc, a.port), sever: a.sever, close: a.cut}
-	key := serviceKey(svc.Namespace, svc.Name)
-	if isRPC {
-		// A server may speak first, so who may call nothing any more goes.
-		e.allowed = func(d *directory) bool {
-			s := d.services[key]
-			return a.guest.Load() == nil || s != nil && mayCall(s, a.who.peerIdentity, a.port)
-		}
-	} else if !isHTTP {
-		if v := a.judge(svc, call{caller: a.who.peerIdentity, port: a.port}); !v.allowed {
+	a.key, a.protocol, a.address = serviceKey(svc.Namespace, svc.Name), svc.ports[a.port].Protocol, fmt.Sprintf("%s:%d", svc, a.port)
+	if !a.byRequest() {
+		if v := a.judge(svc, a.call()); !v.allowed {
 			a.refuse(401, v.reason)
 			return
 		}
-		e.allowed = func(d *directory) bool {
-			s := d.services[key]
-			return s != nil && decide(s, call{caller: a.who.peerIdentity, port: a.port}).allowed
-		}
 	}
-	if isHTTP {
-		e.allowed = a.allowedStill
+	e := a.entry()
+	err := a.sb.register(e)
+	if errors.Is(err, wire.ErrFrozen) {
+		a.freeze()
+		a.p.still.put(a.flow(e, engineState{Fresh: true}))
+		return
 	}
-	if err := a.sb.register(e); err != nil {
+	if err != nil {
 		a.ev.Kind, a.ev.Reason = kindOf(err), err.Error()
 		a.sb.refuse(a.ev)
 		a.refuse(401, err.Error())
 		return
 	}
-	defer a.sb.ended(e)
-	defer a.p.registry.remove(e)
-	if isHTTP || isRPC {
-		if err := a.meetGuest(svc, e); err != nil {
-			a.refuse(503, err.Error())
-			return
-		}
-		defer a.leaveGuest()
-		a.accept()
-		if isRPC {
-			a.serveRPC(e, key, protocol)
-			return
-		}
-		client, two, _ := opening(a.client) // a fault is met again when reading on
-		if two || protocol == "grpc" {
-			a.serveHTTP2(e, key, client)
-		} else {
-			a.serveHTTP(e, key, client)
-		}
+	a.finish(e, a.begin(e, svc))
+}
+
+// finish lets go of a connection that has ended, or leaves one that is frozen to
+// whoever has frozen it.
+func (a *arrival) finish(e *entry, frozen *engineState) {
+	a.p.registry.remove(e)
+	e.watch.leave()
+	a.leaveGuest()
+	if frozen != nil {
+		a.p.still.put(a.flow(e, *frozen))
 		return
 	}
-	guest, err := a.connect(e)
-	if err != nil {
-		a.refuse(503, err.Error())
-		return
+	a.sb.ended(e)
+}
+
+// byRequest tells whether requests are judged one by one.
+func (a *arrival) byRequest() bool { return speaksHTTP(a.protocol) || newCodec(a.protocol) != nil }
+
+// entry is the connection as the registry knows it.
+func (a *arrival) entry() *entry {
+	e := &entry{direction: "in", guest: a.guestTCP, party: a.who, address: a.address, sever: a.sever, close: a.cut, freeze: a.freeze}
+	e.watch = &watch{a: a, e: e, key: a.key, counted: a.counts.Sent}
+	a.sight = a.p.observer.look(a)
+	switch {
+	case newCodec(a.protocol) != nil:
+		// A server may speak first, so who may call nothing any more goes.
+		e.allowed = func(d *directory) bool {
+			s := d.services[a.key]
+			return a.guest.Load() == nil || s != nil && mayCall(s, a.call())
+		}
+	case speaksHTTP(a.protocol):
+		e.allowed = a.allowedStill
+	default:
+		e.allowed = func(d *directory) bool {
+			s := d.services[a.key]
+			return s != nil && decide(s, a.call()).allowed
+		}
+	}
+	a.counts.restore(e)
+	return e
+}
+
+// begin connects to the guest, accepts the connection and passes its bytes.
+func (a *arrival) begin(e *entry, svc *service) *engineState {
+	if a.byRequest() {
+		if err := a.meetGuest(svc, e); err != nil {
+			return a.unmet(err)
+		}
+		a.accept()
+		return a.run(e, engineState{})
+	}
+	if _, err := a.connect(e); err != nil {
+		return a.unmet(err)
 	}
 	a.accept()
-	splice(e, tcpSide{guest}, a.client)
+	return a.run(e, engineState{Splice: &halves{}})
+}
+
+// unmet refuses a connection whose guest cannot be reached, or has it begin anew.
+func (a *arrival) unmet(err error) *engineState {
+	if errors.Is(err, wire.ErrFrozen) {
+		a.freeze()
+		return &engineState{Fresh: true}
+	}
+	a.refuse(503, err.Error())
+	return nil
+}
+
+// run passes the bytes, from where from says that the engine stands. It returns
+// where it stands if the connection is frozen.
+func (a *arrival) run(e *entry, from engineState) *engineState {
+	switch {
+	case from.Splice != nil:
+		if h := splice(e, tcpSide{a.guest.Load()}, a.client, *from.Splice); h != nil {
+			return &engineState{Splice: h}
+		}
+	case newCodec(a.protocol) != nil:
+		if s := a.serveRPC(e, a.key, a.protocol, from.RPC); s != nil {
+			return &engineState{RPC: s}
+		}
+	case from.HTTP2 != nil:
+		if s := a.serveHTTP2(e, a.key, &begunSide{a.client, from.HTTP2.Begun}, from.HTTP2); s != nil {
+			return &engineState{HTTP2: s}
+		}
+	case from.HTTP != nil:
+		return a.runHTTP(e, &begunSide{a.client, from.HTTP.Client}, from.HTTP)
+	default:
+		return a.open(e, from.Begun)
+	}
+	return nil
+}
+
+// open finds out which HTTP is spoken, and speaks it.
+func (a *arrival) open(e *entry, begun []byte) *engineState {
+	client, two, err := opening(&begunSide{a.client, begun})
+	if errors.Is(err, wire.ErrFrozen) {
+		return &engineState{Begun: client.begun}
+	}
+	// Another fault is met again when reading on.
+	if !two && a.protocol != "grpc" {
+		return a.runHTTP(e, client, nil)
+	}
+	if s := a.serveHTTP2(e, a.key, client, nil); s != nil {
+		return &engineState{HTTP2: s}
+	}
+	return nil
+}
+
+func (a *arrival) runHTTP(e *entry, client *begunSide, from *exchangeState) *engineState {
+	s := a.serveHTTP(e, a.key, client, from)
+	if s == nil {
+		return nil
+	}
+	s.Client = append(s.Client, client.begun...)
+	return &engineState{HTTP: s}
 }
 
 func (a *arrival) unreachable(err error) {
@@ -351,6 +510,7 @@ func (a *arrival) judge(s *service, c call) verdict {
 	if !v.allowed {
 		a.denied(v)
 	}
+	a.tried(v, "connection")
 	return v
 }
 
@@ -361,9 +521,11 @@ func (a *arrival) denied(v verdict) {
 }
 
 // serveHTTP judges each request by the plan of the moment.
-func (a *arrival) serveHTTP(e *entry, key string, client side) {
+func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeState) *exchangeState {
+	var tried *http1.Head
 	x := &exchange{
 		entry:  e,
+		sight:  a.sight,
 		client: client,
 		dial: func() (side, error) {
 			c, err := a.connect(e)
@@ -375,13 +537,20 @@ func (a *arrival) serveHTTP(e *entry, key string, client side) {
 			v := verdict{reason: "the service is no longer in the plan"}
 			status = 403
 			if s := a.p.directory.Load().services[key]; s != nil {
-				v, status = decideRequest(s, a.who.peerIdentity, a.port, h)
+				c := a.call()
+				c.letter.one = h
+				v, status = decideRequest(s, c, h)
 			}
 			if v.allowed {
+				if h != tried { // the first of a connection is judged twice
+					a.triedRequest(v, h.Method, h.Target)
+					tried = h
+				}
+				a.sight.now.rule = v.rule
 				return 0, r
 			}
 			ev := a.ev
-			ev.Kind, ev.Rule, ev.Reason = api.EventAccessDenied, v.rule, fmt.Sprintf("%s %.128q: %s", h.Method, h.Target, v.reason)
+			ev.Kind, ev.Rule, ev.Reason = api.EventAccessDenied, v.rule, said(h.Method, h.Target)+": "+v.reason
 			a.sb.refuse(ev)
 			r.Error, r.Rule, r.Reason = "access denied", v.rule, v.reason
 			return status, r
@@ -392,5 +561,14 @@ func (a *arrival) serveHTTP(e *entry, key string, client side) {
 			a.sb.refuse(ev)
 		},
 	}
-	x.run()
+	x.start()
+	freeze := x.freeze
+	a.engine.Store(&freeze)
+	if e.frozen.Load() {
+		freeze()
+	}
+	if from != nil && from.Met {
+		x.server = &begunSide{tcpSide{a.guest.Load()}, from.Server}
+	}
+	return x.run(from)
 }

@@ -17,6 +17,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -28,6 +29,7 @@ import (
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/link"
+	"hauberk.dev/plan"
 )
 
 // Bounds and patience.
@@ -48,10 +50,13 @@ const (
 // Options of a Proxy. The zero value is usable.
 type Options struct {
 	Log *slog.Logger
+	// Requests takes the log of requests, if a plan wants one; nil drops it.
+	Requests io.Writer
 	// Connections open at once per sandbox and direction; 0 means 1024.
 	Connections int
 
-	silence time.Duration // of a guest, before it is given up; 0 means 30 s
+	silence     time.Duration // of a guest, before it is given up; 0 means 30 s
+	tapPatience time.Duration // with who taps and does not ask; 0 means 5 s
 }
 
 // Proxy is the data plane of one node.
@@ -63,14 +68,27 @@ type Proxy struct {
 
 	directory atomic.Pointer[directory]
 	traffic   traffic
+	analysis  analysis
 	planned   chan struct{} // closed when there is a plan
 	plans     sync.Once
 	registry  registry
+	carried   carried
 	pool      pool
 	events    *events
+	observer  observer
+	requests  io.Writer
 	node      atomic.Pointer[link.Session] // nil while no node is connected
 
+	world   atomic.Pointer[plan.Mesh] // the plan in force, as it was told
+	still   *still
+	changes sync.RWMutex    // held by what the node asks for; whole, by hold
+	leaves  context.Context // until all has been given to another process
+	leave   context.CancelFunc
+
 	mu        sync.Mutex
+	nodes     *net.UnixListener // where nodes connect
+	door      *net.UnixListener // where who takes this one's place does
+	ports     []api.PublishedPort
 	ctx       context.Context // of Run
 	sandboxes map[string]*sandbox
 	byAddress map[netip.Addr]*sandbox
@@ -93,13 +111,24 @@ func New(o Options) *Proxy {
 	if o.silence == 0 {
 		o.silence = defaultSilence
 	}
+	if o.tapPatience == 0 {
+		o.tapPatience = tapPatience
+	}
+	if o.Requests == nil {
+		o.Requests = io.Discard
+	}
 	p := &Proxy{
-		log: o.Log, limit: o.Connections, silence: o.silence, started: time.Now(), events: newEvents(),
+		requests: o.Requests,
+		log:      o.Log, limit: o.Connections, silence: o.silence, started: time.Now(), events: newEvents(),
 		sandboxes: map[string]*sandbox{}, byAddress: map[netip.Addr]*sandbox{},
+		still:  newStill(),
 		shakes: make(chan struct{}, maxHandshakes), planned: make(chan struct{}),
-		traffic: traffic{clock: balance.NewClock(), sets: map[string]*balance.Set{}},
+		analysis: newAnalysis(),
+		observer: observer{patience: o.tapPatience},
+		traffic:  traffic{clock: balance.NewClock(), sets: map[string]*balance.Set{}},
 	}
 	p.directory.Store(&directory{})
+	p.leaves, p.leave = context.WithCancel(context.Background())
 	return p
 }
 
@@ -110,8 +139,12 @@ func (p *Proxy) Run(ctx context.Context, ln *net.UnixListener) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	p.mu.Lock()
-	p.ctx = ctx
+	p.ctx, p.nodes = ctx, ln
 	p.mu.Unlock()
+	defer context.AfterFunc(p.leaves, func() {
+		ln.SetUnlinkOnClose(false) // it is another's
+		cancel()
+	})()
 	p.running.Go(func() { p.janitor(ctx) })
 	p.running.Go(func() { p.sendEvents(ctx) })
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
@@ -121,8 +154,12 @@ func (p *Proxy) Run(ctx context.Context, ln *net.UnixListener) error {
 	var err error
 	for {
 		var socket *net.UnixConn
-		if socket, err = ln.AcceptUnix(); err != nil {
+		if socket, err = ln.AcceptUnix(); errors.Is(err, net.ErrClosed) {
 			break
+		}
+		if err != nil {
+			p.pause("accept a node", err)
+			continue
 		}
 		endLast()
 		waitLast()
@@ -153,11 +190,13 @@ func (p *Proxy) shut() {
 	p.sandboxes, p.byAddress = map[string]*sandbox{}, map[netip.Addr]*sandbox{}
 	p.mu.Unlock()
 	p.replaceGateway(nil)
-	p.replacePublished(nil)
+	p.replacePublished(nil, nil)
 	for _, sb := range boxes {
 		sb.close()
 	}
 	p.registry.closeAll()
+	p.analysis.close()
+	p.observer.close()
 }
 
 // serveNode serves one connection from the node.
@@ -200,8 +239,11 @@ func (p *Proxy) janitor(ctx context.Context) {
 		case now := <-tick.C:
 			p.pool.sweep(now)
 			p.registry.sweep(now)
+			p.directory.Load().readKeysAgain(p.log)
+			p.observer.sweep(now)
 		case <-often.C:
 			p.giveUpSilent()
+			p.analyse()
 		}
 	}
 }
@@ -219,6 +261,18 @@ func (p *Proxy) plan() *directory {
 		}
 	}
 	return p.directory.Load()
+}
+
+// start runs a task until it is stopped.
+func (p *Proxy) start(run func(context.Context) error) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	p.running.Go(func() {
+		defer cancel()
+		if err := run(ctx); err != nil {
+			p.log.Warn("ended", "err", err)
+		}
+	})
+	return cancel
 }
 
 func (p *Proxy) context() context.Context {
@@ -250,21 +304,41 @@ func (p *Proxy) localEndpoint(namespace, service string) *sandbox {
 	return all[int(p.turn.Add(1))%len(all)]
 }
 
-// accept runs an accept loop until the listener is closed.
-func (p *Proxy) accept(ln net.Listener, serve func(net.Conn)) {
+// accept runs an accept loop until the listener is closed. It counts itself and
+// what it has accepted, so that nothing is overlooked between the two; serve takes
+// its count back.
+func (p *Proxy) accept(ln net.Listener, count func(int), serve func(net.Conn)) {
+	defer count(-1)
 	for {
 		c, err := ln.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil {
-			// Out of descriptors, most likely: let some be closed.
-			p.log.Warn("accept", "address", ln.Addr(), "err", err)
-			time.Sleep(20 * time.Millisecond)
+			p.pause("accept at "+ln.Addr().String(), err)
 			continue
 		}
+		count(1)
 		p.running.Go(func() { serve(c) })
 	}
+}
+
+// pause waits a moment after an error of accept. Out of descriptors, most likely:
+// let some be closed.
+func (p *Proxy) pause(what string, err error) {
+	p.log.Warn(what, "err", err)
+	time.Sleep(20 * time.Millisecond)
+}
+
+// serveOn serves the connections that ln accepts.
+func (p *Proxy) serveOn(ln net.Listener, serve func(net.Conn)) {
+	p.still.moves(1)
+	p.running.Go(func() {
+		p.accept(ln, p.still.moves, func(c net.Conn) {
+			defer p.still.moves(-1)
+			serve(c)
+		})
+	})
 }
 
 func listener(f *os.File) (net.Listener, error) {

@@ -346,7 +346,7 @@ func TestHTTPRaw(t *testing.T) {
 		"CL and TE":       {"POST /ok HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + fmt.Sprintf(get, "/no"), []string{`400 {"e`}},
 		"bare LF":         {"GET /ok HTTP/1.1\nHost: a\n\n", []string{`400 {"e`}},
 		"http/2 too late": {fmt.Sprintf(get, "/ok") + "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", []string{"200 /ok", `400 {"e`}},
-		"connect":         {"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", []string{`405 {"e`}},
+		"connect":         {"CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n", []string{`405 {"e`}},
 		"close":           {"GET /ok HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" + fmt.Sprintf(get, "/ok/2"), []string{"200 /ok"}},
 		"1.0":             {"GET /ok HTTP/1.0\r\n\r\n", []string{"200 /ok"}},
 		"broken chunks":   {"POST /ok HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", nil},
@@ -541,6 +541,22 @@ func TestRotation(t *testing.T) {
 	}
 	w.awaitEvent(api.EventNoIdentity, "expired")
 	w.awaitEvent(api.EventNoIdentity, "the ticket was withdrawn")
+	// What was proved when a connection began holds until it is revoked.
+	open.SetDeadline(time.Now().Add(time.Minute))
+	if err := roundTrip(open, "proved"); err != nil {
+		t.Errorf("an open connection, after the certificates: %v", err)
+	}
+	// The CA is back: so is everybody, without being asked.
+	w.mu.Lock()
+	w.sign = nil
+	w.mu.Unlock()
+	err := errors.New("not called")
+	for begin := time.Now(); time.Since(begin) < time.Minute && err != nil; time.Sleep(50 * time.Millisecond) {
+		err = a.call("10.99.0.2:9000", "again")
+	}
+	if err != nil {
+		t.Errorf("after the CA has come back: %v", err)
+	}
 }
 
 func TestCut(t *testing.T) {

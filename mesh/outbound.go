@@ -2,86 +2,164 @@ package mesh
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 
+	"golang.org/x/sys/unix"
+
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/hbone"
+	"hauberk.dev/mesh/wire"
 )
 
-// outbound serves a connection that the sandbox has made. Its local address is
-// where the sandbox wants to go.
-func (sb *sandbox) outbound(c net.Conn) {
-	tcp := c.(*net.TCPConn)
+// outbound serves a connection that the sandbox has made.
+func (sb *sandbox) outbound(c net.Conn) { sb.goOut(wire.New(c.(*net.TCPConn))) }
+
+func (sb *sandbox) goOut(c *wire.Conn) {
 	if !sb.enter(out) {
-		abortTCP(tcp)
+		c.Abort()
 		return
 	}
 	defer sb.leave(out)
-	sb.p.listenFor(tcp)
-	from, to := addrPort(c.RemoteAddr()), addrPort(c.LocalAddr())
+	sb.p.listenFor(c.TCP())
+	from, to := addrPort(c.RemoteAddr()), wanted(c.TCP())
 	facts := sb.facts.Load()
 	ev := api.Event{Source: from.String(), Destination: to.String()}
 	if from.Addr() != facts.Address {
 		ev.Kind, ev.Reason = api.EventEgressRefused, "the source address is not the sandbox's"
 		sb.refuse(ev)
-		abortTCP(tcp)
+		c.Abort()
 		return
 	}
 	if t, ok := sb.p.plan().targets[to]; ok {
-		sb.toService(tcp, t, ev)
+		sb.toService(c, t, ev)
 		return
 	}
 	if !mayEgress(facts, destination{to}) {
 		ev.Kind, ev.Reason = api.EventEgressRefused, "no service has this address and no egress rule allows it"
 		sb.refuse(ev)
-		abortTCP(tcp)
+		c.Abort()
 		return
 	}
-	sb.toOutside(tcp, to, ev)
+	sb.toOutside(c, to, ev)
 }
 
 // toService forwards to an endpoint of a service.
-func (sb *sandbox) toService(c *net.TCPConn, t target, ev api.Event) {
+func (sb *sandbox) toService(c *wire.Conn, t target, ev api.Event) {
 	ev.Service, ev.Peer = t.service.String(), t.service.Identity
 	ctx, cancel := context.WithTimeout(sb.ctx, identityWait)
 	defer cancel()
+	defer sb.p.still.onFreeze(cancel)()
 	me, err := sb.svid.wait(ctx)
 	if err != nil {
+		if sb.leftFresh(c) {
+			return
+		}
 		ev.Kind, ev.Reason = api.EventNoIdentity, err.Error()
 		sb.refuseOutbound(c, t, ev)
 		return
 	}
 	facts := sb.facts.Load()
-	e := &entry{direction: "out", address: ev.Destination, party: party{instance: facts.Instance, identity: facts.Identity, serial: me.serial, peerIdentity: t.service.Identity}}
-	if err := sb.p.registry.check(e.party); err != nil {
+	f := &outFlow{sb: sb, c: c, service: serviceKey(t.service.Namespace, t.service.Name), ev: ev, party: party{instance: facts.Instance, identity: facts.Identity, serial: me.serial, peerIdentity: t.service.Identity}}
+	if err := sb.p.registry.check(f.party); err != nil {
 		ev.Kind, ev.Reason = api.EventRevoked, err.Error()
 		sb.refuseOutbound(c, t, ev)
 		return
 	}
 	stream, pick, err := sb.reach(ctx, me, t, ev.Source)
 	if err != nil {
+		if sb.leftFresh(c) {
+			return
+		}
 		ev.Kind, ev.Reason = outboundKind(err), err.Error()
 		sb.refuseOutbound(c, t, ev)
 		return
 	}
 	defer pick.Release()
-	e.peerInstance = endpointOf(pick.Host()).Instance
-	e.guest = func() *net.TCPConn { return c }
-	e.sever = func() { severTCP(c) }
-	e.close = func() { abortTCP(c); stream.Reset(hbone.CodeCancel) }
-	if err := sb.register(e); err != nil {
-		e.close()
-		ev.Kind, ev.Reason = kindOf(err), err.Error()
-		sb.refuse(ev)
+	f.stream, f.party.peerInstance = stream, endpointOf(pick.Host()).Instance
+	err = f.serve(halves{})
+	if errors.Is(err, wire.ErrFrozen) {
+		stream.Reset(hbone.CodeCancel) // nothing has been sent over it
+		sb.leftFresh(c)
+	} else if err != nil {
+		f.unregistered(err)
+	}
+}
+
+// leftFresh leaves a connection over which nothing has gone yet to whoever has
+// frozen the proxy, if that is so.
+func (sb *sandbox) leftFresh(c *wire.Conn) bool {
+	if !sb.p.still.frozen() {
+		return false
+	}
+	c.Freeze()
+	sb.p.still.put(&flow{flowState: flowState{Kind: flowOut, Instance: sb.facts.Load().Instance, Engine: engineState{Fresh: true}}, client: c})
+	return true
+}
+
+// outFlow is a connection of a workload to a service, or to the outside.
+type outFlow struct {
+	sb      *sandbox
+	c       *wire.Conn
+	stream  *hbone.Stream // to a service
+	service string
+	far     *wire.Conn // or to the outside
+	to      netip.AddrPort
+	ev      api.Event
+	party   party
+	counts  counts
+}
+
+func (f *outFlow) entry() *entry {
+	e := &entry{direction: "out", address: f.ev.Destination, party: f.party, guest: func() *net.TCPConn { return f.c.TCP() },
+		sever: func() { severTCP(f.c.TCP()) }, close: func() { f.c.Abort(); f.peer().abort() }, freeze: f.c.Freeze}
+	if f.far != nil {
+		e.direction = "egress"
+		e.allowed = func(*directory) bool { return mayEgress(f.sb.facts.Load(), destination{f.to}) }
+		e.sever = func() { severTCP(f.c.TCP()); severTCP(f.far.TCP()) }
+		e.close = func() { f.c.Abort(); f.far.Abort() }
+		e.freeze = func() { f.c.Freeze(); f.far.Freeze() }
+	}
+	f.counts.restore(e)
+	return e
+}
+
+func (f *outFlow) peer() side {
+	switch {
+	case f.far != nil:
+		return tcpSide{f.far}
+	case f.stream != nil:
+		return streamSide{f.stream}
+	}
+	return goneSide{}
+}
+
+// serve registers the connection and moves its bytes. If it could not be
+// registered the connection is ended, unless that is because of a freeze.
+func (f *outFlow) serve(h halves) error {
+	e := f.entry()
+	if err := f.sb.register(e); err != nil {
+		if !errors.Is(err, wire.ErrFrozen) {
+			e.close()
+		}
+		return err
+	}
+	f.move(e, h)
+	return nil
+}
+
+func (f *outFlow) move(e *entry, h halves) {
+	frozen := splice(e, tcpSide{f.c}, f.peer(), h)
+	f.sb.p.registry.remove(e)
+	if frozen == nil {
+		f.sb.ended(e)
 		return
 	}
-	splice(e, tcpSide{c}, streamSide{stream})
-	sb.p.registry.remove(e)
-	sb.ended(e)
+	f.sb.p.still.put(f.state(e, frozen))
 }
 
 func outboundKind(err error) api.EventKind {
@@ -113,44 +191,75 @@ func refuseConnection(c *net.TCPConn, protocol string, r refusal) {
 	}
 }
 
-func (sb *sandbox) refuseOutbound(c *net.TCPConn, t target, ev api.Event) {
+func (sb *sandbox) refuseOutbound(c *wire.Conn, t target, ev api.Event) {
 	sb.refuse(ev)
-	refuseConnection(c, t.port.Protocol, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
+	sb.p.still.moves(-1) // it ends by itself, soon
+	defer sb.p.still.moves(1)
+	refuseConnection(c.TCP(), t.port.Protocol, refusal{Error: string(ev.Kind), Service: ev.Service, Caller: sb.facts.Load().Identity, Reason: ev.Reason,
 		Hint: "hauberk why " + sb.facts.Load().Instance})
 }
 
 // toOutside forwards to a destination that the egress rules list, in the clear:
 // what is outside the mesh has no identity.
-func (sb *sandbox) toOutside(c *net.TCPConn, to netip.AddrPort, ev api.Event) {
+func (sb *sandbox) toOutside(c *wire.Conn, to netip.AddrPort, ev api.Event) {
 	facts := sb.facts.Load()
-	e := &entry{direction: "egress", address: to.String(), party: party{instance: facts.Instance, identity: facts.Identity},
-		allowed: func(*directory) bool { return mayEgress(sb.facts.Load(), destination{to}) }}
-	if err := sb.p.registry.check(e.party); err != nil {
+	f := &outFlow{sb: sb, c: c, to: to, ev: ev, party: party{instance: facts.Instance, identity: facts.Identity}}
+	if err := sb.p.registry.check(f.party); err != nil {
 		ev.Kind, ev.Reason = api.EventRevoked, err.Error()
 		sb.refuse(ev)
-		abortTCP(c)
+		c.Abort()
 		return
 	}
 	ctx, cancel := context.WithTimeout(sb.ctx, connectTimeout)
 	defer cancel()
+	defer sb.p.still.onFreeze(cancel)()
 	far, err := new(net.Dialer).DialContext(ctx, "tcp", to.String())
 	if err != nil {
+		if sb.leftFresh(c) {
+			return
+		}
 		ev.Kind, ev.Reason = api.EventUnreachable, err.Error()
 		sb.refuse(ev)
-		abortTCP(c)
+		c.Abort()
 		return
 	}
-	remote := far.(*net.TCPConn)
-	e.guest = func() *net.TCPConn { return c }
-	e.sever = func() { severTCP(c); severTCP(remote) }
-	e.close = func() { abortTCP(c); abortTCP(remote) }
-	if err := sb.register(e); err != nil {
-		e.close()
-		return
+	f.far = wire.New(far.(*net.TCPConn))
+	if err := f.serve(halves{}); errors.Is(err, wire.ErrFrozen) {
+		far.Close() // nothing has been sent over it
+		sb.leftFresh(c)
+	} else if err != nil {
+		f.unregistered(err)
 	}
-	splice(e, tcpSide{c}, tcpSide{remote})
-	sb.p.registry.remove(e)
-	sb.ended(e)
+}
+
+// unregistered tells why a connection was ended that could not be registered.
+func (f *outFlow) unregistered(err error) {
+	ev := f.ev
+	if ev.Kind, ev.Reason = kindOf(err), err.Error(); f.stream == nil && errors.Is(err, errForbidden) {
+		ev.Kind = api.EventEgressRefused
+	}
+	f.sb.refuse(ev)
+}
+
+// wanted is where a connection that was diverted here wants to go: its local
+// address where it came by a tap, and what the kernel says where hooks of its
+// cgroup have given it another. Who connects to the listener itself wants to go
+// there, which nobody may.
+func wanted(c *net.TCPConn) netip.AddrPort {
+	local := addrPort(c.LocalAddr())
+	if !local.Addr().IsLoopback() {
+		return local
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return local
+	}
+	var said *unix.IPv6Mreq // a sockaddr_in, and four bytes of nothing
+	cerr := raw.Control(func(fd uintptr) { said, err = unix.GetsockoptIPv6Mreq(int(fd), unix.SOL_IP, unix.SO_ORIGINAL_DST) })
+	if cerr != nil || err != nil || binary.NativeEndian.Uint16(said.Multiaddr[:]) != unix.AF_INET {
+		return local
+	}
+	return netip.AddrPortFrom(netip.AddrFrom4([4]byte(said.Multiaddr[4:8])), binary.BigEndian.Uint16(said.Multiaddr[2:]))
 }
 
 func addrPort(a net.Addr) netip.AddrPort {

@@ -15,6 +15,8 @@ import (
 
 	"hauberk.dev/id"
 	"hauberk.dev/mesh/hbone"
+	"hauberk.dev/mesh/tls13"
+	"hauberk.dev/mesh/wire"
 	"hauberk.dev/plan"
 )
 
@@ -152,8 +154,9 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 		who.peerSerial = serialOf(cs.PeerCertificates[0])
 		return p.registry.check(who.party)
 	}
-	c := tls.Client(raw, cfg)
-	if err := c.HandshakeContext(ctx); err != nil {
+	below := wire.New(raw.(*net.TCPConn))
+	c, err := tls13.Client(ctx, below, cfg)
+	if err != nil {
 		raw.Close()
 		return nil, &peerError{fmt.Errorf("handshake with the endpoint: %w", err)}
 	}
@@ -165,19 +168,32 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 	if err != nil {
 		return nil, err
 	}
-	who.sever = func() { severTCP(raw.(*net.TCPConn)) }
-	who.close = func() { h.Close() }
-	if err := sb.register(who); err != nil {
+	l := &carrierLink{h: h, tls: c, raw: below, key: poolKey{facts.Instance, me.serial, e.Gateway, e.Address}}
+	if err := sb.pooled(who, l); err != nil {
 		h.Close()
 		return nil, err
 	}
-	set.add(h)
+	return h, nil
+}
+
+// pooled registers a link and keeps it for others to use, until it ends or is
+// frozen.
+func (sb *sandbox) pooled(who *entry, l *carrierLink) error {
+	who.link = l
+	who.sever = func() { severTCP(l.raw.TCP()) }
+	who.close = func() { l.h.Close() }
+	if err := sb.register(who); err != nil {
+		return err
+	}
+	p := sb.p
+	set := p.pool.set(l.key)
+	set.add(l.h)
 	go func() {
-		<-h.Done()
-		set.drop(h)
+		<-l.h.Done()
+		set.drop(l.h)
 		p.registry.remove(who)
 	}()
-	return h, nil
+	return nil
 }
 
 // peerError is a peer that could not prove who it is.

@@ -3,11 +3,11 @@ package mesh
 import (
 	"errors"
 	"io"
-	"net"
 	"sync"
 	"sync/atomic"
 
 	"hauberk.dev/mesh/hbone"
+	"hauberk.dev/mesh/wire"
 )
 
 // side is one side of a spliced connection.
@@ -21,20 +21,27 @@ type side interface {
 	finish()
 }
 
-type tcpSide struct{ *net.TCPConn }
+type tcpSide struct{ *wire.Conn }
 
-func (t tcpSide) abort()  { abortTCP(t.TCPConn) }
+func (t tcpSide) abort()  { t.Abort() }
 func (t tcpSide) finish() { t.Close() }
-
-func abortTCP(c *net.TCPConn) {
-	c.SetLinger(0)
-	c.Close()
-}
 
 type streamSide struct{ *hbone.Stream }
 
 func (s streamSide) abort()  { s.Reset(hbone.CodeConnect) }
 func (s streamSide) finish() { s.Reset(hbone.CodeNone) } // nothing, after an orderly end
+
+// goneSide is a stream that has ended, of which something is still done with what
+// it has brought.
+type goneSide struct{}
+
+func (goneSide) Read([]byte) (int, error)  { return 0, errGone }
+func (goneSide) Write([]byte) (int, error) { return 0, errGone }
+func (goneSide) CloseWrite() error         { return nil }
+func (goneSide) abort()                    {}
+func (goneSide) finish()                   {}
+
+var errGone = errors.New("the stream has ended")
 
 const bufferSize = 32 << 10
 
@@ -44,28 +51,58 @@ var buffers = sync.Pool{New: func() any { return new(buffer) }}
 
 var errCut = errors.New("connection cut")
 
+// halves are the directions of a spliced connection that have ended.
+type halves struct {
+	Out bool `json:"out,omitempty"` // from a to b
+	In  bool `json:"in,omitempty"`
+}
+
 // splice moves bytes both ways until both halves have ended. sent counts what
-// goes from a to b.
-func splice(e *entry, a, b side) {
+// goes from a to b. h says which have ended before; what is returned, if it is
+// frozen, which have now.
+func splice(e *entry, a, b side, h halves) (frozen *halves) {
 	var wg sync.WaitGroup
-	wg.Go(func() { pump(e, b, a, &e.received) })
-	pump(e, a, b, &e.sent)
+	var out, in ending
+	if !h.In {
+		wg.Go(func() { in = pump(e, b, a, &e.received) })
+	}
+	if !h.Out {
+		out = pump(e, a, b, &e.sent)
+	}
 	wg.Wait()
+	if out != endFailed && in != endFailed && (out == endFrozen || in == endFrozen) {
+		return &halves{Out: out == endOrderly, In: in == endOrderly}
+	}
 	a.finish()
 	b.finish()
+	return nil
 }
+
+// ending is how a half stopped.
+type ending int
+
+const (
+	endOrderly ending = iota
+	endFailed
+	endFrozen
+)
 
 // pump moves one way. An orderly end closes the half only; anything else ends
 // both connections, so that neither side takes the rest for complete.
-func pump(e *entry, from, to side, count *atomic.Uint64) {
+func pump(e *entry, from, to side, count *atomic.Uint64) ending {
 	err := move(e, from, to, count)
 	if err == nil {
 		err = to.CloseWrite()
 	}
+	if errors.Is(err, wire.ErrFrozen) {
+		return endFrozen
+	}
 	if err != nil {
 		from.abort()
 		to.abort()
+		return endFailed
 	}
+	return endOrderly
 }
 
 func move(e *entry, from, to side, count *atomic.Uint64) error {

@@ -12,10 +12,14 @@ import (
 	"time"
 
 	api "hauberk.dev/api/mesh"
+	"hauberk.dev/mesh/wire"
 	"hauberk.dev/plan"
 )
 
-var errRevoked = errors.New("revoked")
+var (
+	errRevoked   = errors.New("revoked")
+	errForbidden = errors.New("the plan does not allow the connection any more")
+)
 
 // party is both sides of a connection, as far as they are known.
 type party struct {
@@ -46,8 +50,12 @@ type entry struct {
 	// registry, and neither may call back into it.
 	sever func()
 	close func()
+	watch *watch // looks at the requests, if any
+	// freeze stops a flow where it is; link is what a link is made of.
+	freeze func()
+	link   *carrierLink
 
-	cut            atomic.Bool
+	cut, frozen    atomic.Bool
 	sent, received atomic.Uint64 // by, and to, the local sandbox
 
 	moved uint64 // bytes at the last sweep
@@ -64,6 +72,7 @@ type registry struct {
 	identities map[string]bool
 	serials    map[string]bool
 	closed     bool // no connection is taken in any more
+	frozen     bool // nor for now
 }
 
 // add takes a connection in, unless a party of it is revoked. Check and entry
@@ -74,22 +83,33 @@ func (r *registry) add(e *entry) error {
 	if r.closed {
 		return net.ErrClosed
 	}
+	if r.frozen {
+		return wire.ErrFrozen
+	}
 	if err := r.checkLocked(e.party); err != nil {
 		return err
 	}
 	if r.entries == nil {
 		r.entries = map[*entry]struct{}{}
 	}
-	e.since = time.Now()
-	e.quiet = e.since
+	if e.since.IsZero() {
+		e.since = time.Now()
+	}
+	e.quiet = time.Now()
 	r.entries[e] = struct{}{}
 	return nil
 }
 
+// allowedBy tells whether the connection may stay under a plan.
+func (e *entry) allowedBy(d *directory) bool { return e.allowed == nil || e.allowed(d) }
+
 // kindOf is how a connection that was not taken in is told of.
 func kindOf(err error) api.EventKind {
-	if errors.Is(err, errRevoked) {
+	switch {
+	case errors.Is(err, errRevoked):
 		return api.EventRevoked
+	case errors.Is(err, errForbidden):
+		return api.EventAccessDenied
 	}
 	return api.EventUnreachable
 }
@@ -155,7 +175,8 @@ func (r *registry) cutEpoch(e plan.Epoch) api.Receipt {
 	return receipt
 }
 
-// cutIf ends the flows for which f says so and returns how many.
+// cutIf ends the flows for which f says so and returns how many. f is asked under
+// the lock: it must be quick and not come back here.
 func (r *registry) cutIf(f func(*entry) bool) (n int) {
 	r.mu.Lock()
 	var hit []*entry
@@ -176,6 +197,27 @@ func (r *registry) closeAll() {
 	r.closed = true
 	r.mu.Unlock()
 	r.cutIf(func(*entry) bool { return true })
+}
+
+// freeze takes no connection in until thaw, and returns those there are.
+func (r *registry) freeze() []*entry {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.frozen = true
+	return slices.Collect(maps.Keys(r.entries))
+}
+
+func (r *registry) thaw() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.frozen = false
+}
+
+// inForce is the epoch, as it was told.
+func (r *registry) inForce() plan.Epoch {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return plan.Epoch{Number: r.epoch, Instances: keys(r.instances), Identities: keys(r.identities), Serials: keys(r.serials)}
 }
 
 // sweep ends flows over which nothing has moved for long.
@@ -232,6 +274,8 @@ func set(all []string) map[string]bool {
 	}
 	return m
 }
+
+func keys(m map[string]bool) []string { return slices.Sorted(maps.Keys(m)) }
 
 // all is every entry of the moment.
 func (r *registry) all() []*entry {

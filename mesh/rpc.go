@@ -6,9 +6,11 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	api "hauberk.dev/api/mesh"
+	"hauberk.dev/mesh/wire"
 )
 
 // fault is why a request is answered here and not by its server.
@@ -17,6 +19,7 @@ type fault int
 const (
 	faultDenied fault = iota
 	faultUnreachable
+	faultShed
 )
 
 // rpcKind is what a frame means to who passes it on.
@@ -26,6 +29,7 @@ const (
 	rpcCall  rpcKind = iota // to be judged
 	rpcAlive                // asks for a sign of life
 	rpcOther                // answers, or tells of an event
+	rpcMore                 // goes the way of the one before (orderedCodec)
 )
 
 // rpcCodec reads the frames of one direction of a connection. What inspect has
@@ -38,6 +42,9 @@ type rpcCodec interface {
 	// inspect reads the frame of size bytes that begins with b. answer tells
 	// whether its sender waits for one.
 	inspect(b []byte, size int) (kind rpcKind, answer bool, err error)
+	// asks tells whether the frame that begins with b, of which measure knows the
+	// size, is a request. It is asked of what servers say.
+	asks(b []byte) bool
 	// target tells what the request is for.
 	target() (remote, error)
 	// refuse appends an answer to the request, alive one to the heartbeat.
@@ -46,6 +53,9 @@ type rpcCodec interface {
 	// begin and add check what passes of a frame.
 	begin()
 	add(b []byte) error
+	// progress is how far that check has come in a frame, for resume.
+	progress() [3]uint32
+	resume([3]uint32)
 }
 
 func newCodec(protocol string) rpcCodec {
@@ -56,6 +66,8 @@ func newCodec(protocol string) rpcCodec {
 		return &dubboCodec{}
 	case "dubbo-thrift":
 		return &thriftCodec{}
+	case "redis":
+		return &redisCodec{}
 	}
 	return nil
 }
@@ -77,38 +89,121 @@ type rpcExchange struct {
 	judge       func(rpcCodec) (fault, string)
 	reserve     func(bytes int) bool
 	malformed   func(error)
+	called      func()      // tells of a request of the server, if not nil
+	toldOf      atomic.Bool // that it has asked, in a hand-over before too
 
 	server side
 	in     *frames
+	order  *order // of the answers, nil if they have ids
 	answer []byte
 	mu     sync.Mutex    // held while a frame is written to the client
 	done   chan struct{} // the responses' goroutine has ended
+
+	ended    bool // the client has ended its half
+	silent   bool // under mu: ours is ended
+	replies  ending
+	replying framesState // where a frozen responses' goroutine stopped
+	farewell *time.Timer // for a client that does not know yet that the server has ended
 }
 
-// run serves the client to its end.
-func (x *rpcExchange) run() {
-	x.in = newFrames(&countingReader{x.entry, x.client, &x.entry.received}, newCodec(x.protocol), x.reserve)
+// rpcState is a frozen exchange as plain data.
+type rpcState struct {
+	Requests framesState `json:"requests"`
+	Ended    bool        `json:"ended,omitempty"` // by the client
+	// Met tells that there is a server, Over that it has ended its half.
+	Met     bool        `json:"met,omitempty"`
+	Over    bool        `json:"over,omitempty"`
+	Replies framesState `json:"replies"`
+	// Called tells that the server has asked something, and that this was told.
+	Called bool        `json:"called,omitempty"`
+	Order  *orderState `json:"order,omitempty"`
+}
+
+func (s *rpcState) check() error {
+	if !s.Met && (s.Over || s.Requests.Left > 0 && !s.Requests.Dropping) {
+		return errors.New("exchange with a frame under way and no server")
+	}
+	return errors.Join(s.Requests.check(), s.Replies.check(), s.Order.check())
+}
+
+// run serves the client to its end. It returns where it stands if it was frozen;
+// from is such a return, and x.server the server that was met.
+func (x *rpcExchange) run(from *rpcState) *rpcState {
+	codec := newCodec(x.protocol)
+	if c, ok := codec.(orderedCodec); ok {
+		x.order = &order{codec: c}
+	}
+	x.in = newFrames(&countingReader{x.entry, x.client, &x.entry.received}, codec, x.reserve)
 	defer x.in.free()
-	err := x.requests()
+	if from != nil {
+		x.resume(from)
+	}
+	var err error
+	if !x.ended {
+		err = x.requests()
+	}
 	if x.server == nil {
+		if errors.Is(err, wire.ErrFrozen) {
+			return &rpcState{Requests: x.in.state()}
+		}
 		if err != nil {
 			x.client.abort()
-			return
+			return nil
 		}
 		x.client.CloseWrite()
 		x.client.finish()
-		return
+		return nil
 	}
 	if err == nil {
+		x.ended = true
 		err = x.server.CloseWrite() // what it still answers is passed on
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, wire.ErrFrozen) {
 		x.client.abort()
 		x.server.abort()
 	}
 	<-x.done
+	if frozen := errors.Is(err, wire.ErrFrozen) || err == nil && x.replies == endFrozen; frozen && x.replies != endFailed {
+		return x.state()
+	}
 	x.server.finish()
 	x.client.finish()
+	return nil
+}
+
+func (x *rpcExchange) state() *rpcState {
+	if x.farewell != nil {
+		x.farewell.Stop()
+	}
+	return &rpcState{Requests: x.in.state(), Ended: x.ended, Met: true, Called: x.toldOf.Load(), Over: x.replies == endOrderly, Replies: x.replying, Order: x.order.state()}
+}
+
+// resume puts the exchange where another stood.
+func (x *rpcExchange) resume(s *rpcState) {
+	x.in.resume(s.Requests)
+	x.toldOf.Store(s.Called)
+	x.ended, x.replying = s.Ended, s.Replies
+	if x.server == nil {
+		return
+	}
+	if x.order != nil {
+		x.order.resume(s.Order)
+		if x.order.Said {
+			x.endAfter()
+		}
+	}
+	x.done = make(chan struct{})
+	if s.Over {
+		x.sayGoodbye()
+		close(x.done)
+		return
+	}
+	if x.order != nil {
+		x.order.hold(x)
+	} else if s.Replies.Left > 0 {
+		x.mu.Lock() // copy's, before anything of ours
+	}
+	go x.responses()
 }
 
 // requests passes frames on until the client's end.
@@ -149,6 +244,10 @@ func (x *rpcExchange) requests() error {
 // buffered decides on all the frames that are there.
 func (x *rpcExchange) buffered() error {
 	for {
+		if x.order != nil && x.order.Closing {
+			x.in.discard()
+			return nil
+		}
 		b, size, err := x.in.next(x.deep())
 		if err != nil {
 			return errors.Join(x.flush(), err)
@@ -163,6 +262,9 @@ func (x *rpcExchange) buffered() error {
 		if !pass {
 			if err := x.flush(); err != nil {
 				return err
+			}
+			if x.order != nil {
+				x.order.codec.skip()
 			}
 			x.in.drop(size)
 		} else if err := x.in.pass(size); err != nil {
@@ -186,7 +288,9 @@ func (x *rpcExchange) one(b []byte, size int) (pass bool, err error) {
 			break
 		}
 		fresh := x.server == nil
-		if err := x.connect(); err != nil {
+		if err := x.connect(); errors.Is(err, wire.ErrFrozen) {
+			return false, err
+		} else if err != nil {
 			x.answer = codec.refuse(x.answer, faultUnreachable, err.Error())
 			break
 		}
@@ -196,15 +300,33 @@ func (x *rpcExchange) one(b []byte, size int) (pass bool, err error) {
 				break
 			}
 		}
+		if text := x.entry.watch.call(codec, size); text != "" {
+			x.answer = codec.refuse(x.answer, faultShed, text)
+			break
+		}
+		if x.order != nil {
+			x.order.passed()
+		}
 		return true, nil
+	case rpcMore:
+		return x.order.codec.passes(), nil
 	default:
 		// Who may call nothing does not reach the server with anything else.
-		if x.server != nil || x.maybe() && x.connect() == nil {
+		if x.server == nil && x.maybe() {
+			if err := x.connect(); errors.Is(err, wire.ErrFrozen) {
+				return false, err
+			}
+		}
+		if x.server != nil {
 			return true, nil
 		}
 		if answer = kind == rpcAlive; answer {
 			x.answer = codec.alive(x.answer)
 		}
+	}
+	if answer && x.order != nil {
+		x.order.refused(x.answer)
+		return false, x.settle()
 	}
 	if answer {
 		err = x.say(x.answer)
@@ -233,6 +355,9 @@ func (x *rpcExchange) connect() error {
 func (x *rpcExchange) say(b []byte) error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if x.silent {
+		return nil
+	}
 	_, err := x.client.Write(b)
 	return err
 }
@@ -252,21 +377,47 @@ func (x *rpcExchange) flush() error {
 func (x *rpcExchange) responses() {
 	defer close(x.done)
 	out := &counter{x.entry, x.client, &x.entry.sent}
-	in := newFrames(x.server, newCodec(x.protocol), x.reserve)
-	defer in.free()
-	err := x.copy(in, out)
-	if err == io.EOF && !in.within() {
-		// As long as the client has not seen the end, what it sends goes nowhere.
-		x.client.CloseWrite()
-		time.AfterFunc(lingerTime, x.client.abort)
-		return
+	codec := newCodec(x.protocol)
+	var answers answerCodec
+	if x.order != nil {
+		answers = x.order.codec.answers()
+		codec = answers
 	}
-	x.client.abort()
-	x.server.abort()
+	in := newFrames(x.server, codec, x.reserve)
+	defer in.free()
+	in.resume(x.replying)
+	var err error
+	if answers == nil {
+		err = x.copy(in, out)
+	} else {
+		err = x.copyInOrder(in, answers, out)
+	}
+	switch {
+	case errors.Is(err, wire.ErrFrozen):
+		x.replies, x.replying = endFrozen, in.state()
+	case x.order != nil && x.order.said():
+		// What comes after the last refusal is of no interest, nor how it ends.
+	case err == io.EOF && !in.within():
+		x.sayGoodbye()
+	default:
+		x.replies = endFailed
+		x.client.abort()
+		x.server.abort()
+	}
+}
+
+// sayGoodbye tells the client that there are no more answers. As long as it has
+// not seen that, what it sends goes nowhere.
+func (x *rpcExchange) sayGoodbye() {
+	x.mu.Lock()
+	x.silent = true
+	x.client.CloseWrite()
+	x.mu.Unlock()
+	x.farewell = time.AfterFunc(lingerTime, x.client.abort)
 }
 
 func (x *rpcExchange) copy(in *frames, out io.Writer) error {
-	held := false // the lock, in the middle of a frame
+	held := in.left > 0 // the lock, in the middle of a frame; resume has taken it
 	defer func() {
 		if held {
 			x.mu.Unlock()
@@ -279,8 +430,11 @@ func (x *rpcExchange) copy(in *frames, out io.Writer) error {
 		}
 		var fault error
 		for fault == nil {
-			_, size, err := in.next(false)
+			b, size, err := in.next(false)
 			if err == nil && size > 0 {
+				if x.called != nil && in.codec.asks(b) {
+					x.called()
+				}
 				err = in.pass(size)
 			}
 			if fault = err; size == 0 {
@@ -307,11 +461,11 @@ func (x *rpcExchange) copy(in *frames, out io.Writer) error {
 }
 
 // serveRPC judges each request by the plan of the moment.
-func (a *arrival) serveRPC(e *entry, key, protocol string) {
+func (a *arrival) serveRPC(e *entry, key, protocol string, from *rpcState) *rpcState {
 	service := func() *service { return a.p.directory.Load().services[key] }
 	maybe := func() bool {
 		s := service()
-		return s != nil && mayCall(s, a.who.peerIdentity, a.port)
+		return s != nil && mayCall(s, a.call())
 	}
 	x := &rpcExchange{
 		entry: e, client: a.client, protocol: protocol,
@@ -321,7 +475,7 @@ func (a *arrival) serveRPC(e *entry, key, protocol string) {
 		},
 		deep: func() bool {
 			s := service()
-			return s != nil && s.remote
+			return s != nil && (s.remote || s.inspected != nil)
 		},
 		maybe:   maybe,
 		reserve: a.p.reserve,
@@ -332,13 +486,32 @@ func (a *arrival) serveRPC(e *entry, key, protocol string) {
 			a.sb.refuse(ev)
 		},
 	}
-	x.run()
+	x.called = a.calledBack(&x.toldOf)
+	if from != nil && from.Met {
+		x.server = tcpSide{a.guest.Load()}
+	}
+	return x.run(from)
+}
+
+// calledBack counts what a server asks over the connection of its client, and tells
+// of the first: rules say who may call the server, and nobody judges these.
+func (a *arrival) calledBack(told *atomic.Bool) func() {
+	return func() {
+		a.sight.counts.callbacks.Add(1)
+		if told.Swap(true) {
+			return
+		}
+		ev := a.ev
+		ev.Kind, ev.Instance = api.EventFinding, a.sb.facts.Load().Instance
+		ev.Reason = "the server makes requests over the connection of its client; they pass and are not judged"
+		a.p.events.add(ev)
+	}
 }
 
 // judgeRPC judges one request. A refusal says in a sentence what it is about.
 func (a *arrival) judgeRPC(s *service, codec rpcCodec) (fault, string) {
 	v := verdict{reason: "the service is no longer in the plan"}
-	c := call{caller: a.who.peerIdentity, port: a.port}
+	c := a.call()
 	var unclear error
 	if s != nil {
 		if s.remote {
@@ -347,13 +520,17 @@ func (a *arrival) judgeRPC(s *service, codec rpcCodec) (fault, string) {
 		}
 		v = decide(s, c)
 	}
+	a.sight.judged(codec, c, v)
 	if v.allowed {
+		if v.trial != "" {
+			a.tried(v, c.remote.what())
+		}
 		return 0, ""
 	}
 	if !c.rpc && unclear == nil {
 		c.remote, unclear = codec.target()
 	}
-	what := fmt.Sprintf("%.128q method %.128q", c.remote.service, c.remote.method)
+	what := c.remote.what()
 	if unclear != nil {
 		what = fmt.Sprintf("a request that cannot be read (%v)", unclear)
 	}
@@ -368,9 +545,9 @@ func (a *arrival) judgeRPC(s *service, codec rpcCodec) (fault, string) {
 func refuseRPC(c *net.TCPConn, protocol, text string) {
 	c.SetDeadline(time.Now().Add(askTime))
 	x := &rpcExchange{
-		entry: &entry{}, client: tcpSide{c}, protocol: protocol,
+		entry: &entry{}, client: tcpSide{wire.New(c)}, protocol: protocol,
 		deep: func() bool { return false }, maybe: func() bool { return false }, reserve: func(int) bool { return false },
 		judge: func(rpcCodec) (fault, string) { return faultUnreachable, text }, malformed: func(error) {},
 	}
-	x.run()
+	x.run(nil)
 }

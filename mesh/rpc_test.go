@@ -362,23 +362,40 @@ func TestDubbo(t *testing.T) {
 	w.awaitEvent(api.EventBadRequest, "it begins with 696e")
 }
 
-// loop is a side in memory: what it reads is given, in pieces of step bytes.
+// loop is a side in memory: what it reads is given, in pieces of step bytes. With
+// asked it ends as a server does: when nobody asks any more.
 type loop struct {
-	in   *bytes.Reader
-	step int
-	out  bytes.Buffer
+	in    *bytes.Reader
+	step  int
+	out   bytes.Buffer
+	asked chan struct{}
+	over  sync.Once
 }
 
-func (l *loop) Read(b []byte) (int, error)  { return l.in.Read(b[:min(len(b), l.step)]) }
+func (l *loop) Read(b []byte) (int, error) {
+	if l.asked != nil {
+		<-l.asked
+	}
+	return l.in.Read(b[:min(len(b), l.step)])
+}
+
+func (l *loop) end() {
+	l.over.Do(func() {
+		if l.asked != nil {
+			close(l.asked)
+		}
+	})
+}
+
 func (l *loop) Write(b []byte) (int, error) { return l.out.Write(b) }
-func (l *loop) CloseWrite() error           { return nil }
-func (l *loop) abort()                      {}
-func (l *loop) finish()                     {}
+func (l *loop) CloseWrite() error           { l.end(); return nil }
+func (l *loop) abort()                      { l.end() }
+func (l *loop) finish()                     { l.end() }
 
 // pass runs an exchange over in, in pieces of step bytes, that refuses methods
 // which begin with a capital, and returns what the server and the client see.
 func pass(protocol string, in []byte, step int) (server, client []byte, err error) {
-	far := &loop{in: bytes.NewReader(nil), step: step}
+	far := &loop{in: bytes.NewReader(nil), step: step, asked: make(chan struct{})}
 	near := &loop{in: bytes.NewReader(in), step: step}
 	x := &rpcExchange{
 		entry: &entry{}, client: near, protocol: protocol, dial: func() (side, error) { return far, nil },
@@ -392,7 +409,7 @@ func pass(protocol string, in []byte, step int) (server, client []byte, err erro
 		},
 		malformed: func(e error) { err = e },
 	}
-	x.run()
+	x.run(nil)
 	return far.out.Bytes(), near.out.Bytes(), err
 }
 
@@ -484,7 +501,7 @@ func TestExchangeNoAllocation(t *testing.T) {
 					judge:     func(c rpcCodec) (fault, string) { return a.judgeRPC(d.services["bank/s"], c) },
 					malformed: func(err error) { t.Error(err) },
 				}
-				x.run()
+				x.run(nil)
 			}
 		}
 		few, many := testing.AllocsPerRun(10, run(10)), testing.AllocsPerRun(10, run(10_000))
@@ -555,7 +572,7 @@ func TestRPCRules(t *testing.T) {
 		if v := decide(s, c.ask); v.allowed != c.want {
 			t.Errorf("%s: %+v", name, v)
 		}
-		if got := mayCall(s, c.ask.caller, 1); got != c.maybe {
+		if got := mayCall(s, call{caller: c.ask.caller, port: 1}); got != c.maybe {
 			t.Errorf("%s: some call may be allowed: %v", name, got)
 		}
 	}
@@ -589,7 +606,7 @@ func TestHeldFramesAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r, err := in.codec.target(); err == nil || !strings.Contains(err.Error(), "are not enough") {
-		t.Errorf("%q, %v", r, err)
+		t.Errorf("%q, %v", r.service, err)
 	}
 }
 

@@ -33,6 +33,7 @@ type sandbox struct {
 	open     [2]atomic.Int64 // by direction: out, in
 	total    atomic.Uint64
 	refused  atomic.Uint64
+	trials   trials        // what rules in audit would have refused
 	bytesIn  atomic.Uint64 // of flows that have ended
 	bytesOut atomic.Uint64
 }
@@ -79,15 +80,23 @@ func (sb *sandbox) listen(files []*os.File) error {
 		},
 	}
 	run := &sb.p.running
-	run.Go(func() { sb.p.accept(tcp, sb.outbound) })
+	sb.p.serveOn(sb.p.carried.by(tcp), sb.outbound)
 	run.Go(func() { d.ServeUDP(names) })
-	run.Go(func() { d.ServeTCP(namesTCP) })
+	run.Go(func() { d.ServeTCP(sb.p.carried.by(namesTCP)) })
 	return nil
 }
 
 // close cuts all and gives the sockets up.
 func (sb *sandbox) close() {
 	sb.cancel()
+	sb.closeSockets()
+	instance := sb.facts.Load().Instance
+	sb.p.registry.cutIf(func(e *entry) bool { return e.instance == instance })
+	sb.stock.close()
+}
+
+// closeSockets takes no connection of the guest any more.
+func (sb *sandbox) closeSockets() {
 	sb.mu.Lock()
 	sockets := sb.sockets
 	sb.sockets = nil
@@ -95,13 +104,12 @@ func (sb *sandbox) close() {
 	for _, s := range sockets {
 		s.Close()
 	}
-	instance := sb.facts.Load().Instance
-	sb.p.registry.cutIf(func(e *entry) bool { return e.instance == instance })
-	sb.stock.close()
 }
 
 // register puts a connection of this sandbox into the registry. One that was
-// still being made when the sandbox was closed does not outlive it.
+// still being made when the sandbox was closed does not outlive it, nor does one
+// that was allowed by a plan before: a plan in force cuts what is registered, and
+// what comes later finds it here.
 func (sb *sandbox) register(e *entry) error {
 	if err := sb.p.registry.add(e); err != nil {
 		return err
@@ -109,6 +117,10 @@ func (sb *sandbox) register(e *entry) error {
 	if sb.ctx.Err() != nil {
 		sb.p.registry.remove(e)
 		return net.ErrClosed
+	}
+	if !e.allowedBy(sb.p.directory.Load()) {
+		sb.p.registry.remove(e)
+		return errForbidden
 	}
 	return nil
 }
@@ -137,11 +149,12 @@ func (sb *sandbox) refuse(ev api.Event) {
 	sb.refused.Add(1)
 	ev.Instance = sb.facts.Load().Instance
 	sb.p.events.add(ev)
+	sb.p.analysis.refused(sb, ev)
 }
 
 func (sb *sandbox) stats() api.InstanceStats {
 	s := api.InstanceStats{
-		Open: int(sb.open[out].Load() + sb.open[in].Load()), Total: sb.total.Load(), Refused: sb.refused.Load(),
+		Open: int(sb.open[out].Load() + sb.open[in].Load()), Total: sb.total.Load(), Refused: sb.refused.Load(), WouldDeny: sb.trials.count.Load(),
 		BytesIn: sb.bytesIn.Load(), BytesOut: sb.bytesOut.Load(),
 	}
 	i, err := sb.svid.current()
@@ -166,6 +179,7 @@ func (sb *sandbox) connect(ctx context.Context, port uint16) (*net.TCPConn, erro
 	if err != nil {
 		return nil, fmt.Errorf("connect to guest port %d: %w", port, err)
 	}
+	sb.p.carried.add(c)
 	sb.p.listenFor(c)
 	return c, nil
 }

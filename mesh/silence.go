@@ -49,3 +49,9 @@ func silent(c *net.TCPConn, than time.Duration) bool {
 	heard := time.Duration(info.Last_ack_recv) * time.Millisecond
 	return heard > than && (info.Retransmits >= 2 || info.Probes >= 2)
 }
+
+// abortTCP ends both halves of a connection at once, with a reset.
+func abortTCP(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}

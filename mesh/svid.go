@@ -127,7 +127,10 @@ func (v *svid) renew(ctx context.Context, p *Proxy, instance, name string) (time
 	return jitter(time.Until(leaf.NotAfter) / 2), nil
 }
 
+// jitter is about d, and never less than retryFirst: a clock that steps, or a
+// certificate that expires as it comes, must not make asking for one a loop.
 func jitter(d time.Duration) time.Duration {
+	d = max(d, retryFirst)
 	return d*9/10 + time.Duration(mathrand.Int64N(int64(d/5)+1))
 }
 

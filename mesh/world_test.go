@@ -107,6 +107,7 @@ type world struct {
 	path    string
 	options Options
 	proxy   *Proxy
+	line    *succession // if the proxy is another process
 	link    *link.Link
 	gateway netip.AddrPort
 	door    *os.File
@@ -124,7 +125,10 @@ func spiffe(workload string) string { return "spiffe://" + domain + "/ns/bank/sa
 
 func newWorld(t testing.TB) *world { return newWorldOf(t, Options{}) }
 
-func newWorldOf(t testing.TB, o Options) *world {
+func newWorldOf(t testing.TB, o Options) *world { return newWorldWith(t, o, false) }
+
+// newWorldWith has the proxy be a process of its own, if so wanted.
+func newWorldWith(t testing.TB, o Options, process bool) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("making network namespaces for guests needs root")
@@ -140,7 +144,11 @@ func newWorldOf(t testing.TB, o Options) *world {
 		t.Fatal(err)
 	}
 	ln.Close()
-	w.startProxy()
+	if process {
+		w.line = newSuccession(t, w.dir)
+	} else {
+		w.startProxy()
+	}
 	t.Cleanup(w.close)
 	w.connect()
 	return w
@@ -158,6 +166,10 @@ func (w *world) startProxy() {
 }
 
 func (w *world) stopProxy() {
+	if w.line != nil {
+		w.line.end()
+		return
+	}
 	w.stop()
 	select {
 	case err := <-w.done:
@@ -201,6 +213,13 @@ func (w *world) connect() {
 		}
 	}
 	w.apply()
+}
+
+// reconnect connects to the proxy that has taken the place of another.
+func (w *world) reconnect() {
+	w.t.Helper()
+	w.link.Close()
+	w.connect()
 }
 
 func (w *world) apply() {

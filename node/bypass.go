@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	wire "hauberk.dev/api/node"
 	"hauberk.dev/api/spec"
 	"hauberk.dev/internal/netns"
@@ -20,7 +22,7 @@ const bypassEvery = 100 * time.Millisecond
 // whose address no name resolves to, is an attack and contains the sender. Any
 // other datagram or protocol may be a mistake and is reported.
 func (n *Node) bypassLoop(ctx context.Context) error {
-	seen := map[string]netns.Drops{}
+	seen := map[string]reading{}
 	tick := time.NewTicker(bypassEvery)
 	defer tick.Stop()
 	for {
@@ -29,18 +31,15 @@ func (n *Node) bypassLoop(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		present := map[string]netns.Drops{}
+		present := map[string]reading{}
 		for id, sandbox := range n.mesh.fenced() {
-			now, err := sandbox.ns.Dropped()
-			if err != nil {
-				continue // the sandbox is being taken down
-			}
 			before, ok := seen[id]
 			if !ok {
-				before = sandbox.base
+				before = reading{drops: sandbox.base}
 			}
+			now, reports := since(before, sandbox.watch.Made, sandbox.ns.Dropped)
 			if a, ok := n.find(id); ok {
-				for _, r := range bypassed(before, now) {
+				for _, r := range reports {
 					n.violation(a, r)
 				}
 			}
@@ -48,6 +47,27 @@ func (n *Node) bypassLoop(ctx context.Context) error {
 		}
 		seen = present
 	}
+}
+
+// reading is what the counters of one namespace said.
+type reading struct {
+	drops netns.Drops
+	made  uint64 // of the rules, with which counters begin anew
+}
+
+// since reads counters again and says what is new. A reading that failed, as the
+// sandbox is being taken down, or during which the rules were made anew, counts
+// for nothing: whose counters it has told is not known.
+func since(before reading, made func() uint64, dropped func() (netns.Drops, error)) (reading, []wire.Report) {
+	now := reading{made: made()}
+	var err error
+	if now.drops, err = dropped(); err != nil || now.made%2 != 0 || made() != now.made {
+		return before, nil
+	}
+	if now.made != before.made {
+		before.drops = netns.Drops{}
+	}
+	return now, bypassed(before.drops, now.drops)
 }
 
 // bypassed compares two readings and says what is new.
@@ -69,7 +89,7 @@ func bypassed(before, now netns.Drops) []wire.Report {
 		}
 		r := wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: "around the proxy", Denied: true,
 			Detail: fmt.Sprintf("%d packets to %s", n, name(d))}
-		if plan.Guests.Contains(d.Destination) {
+		if d.Protocol != unix.IPPROTO_TCP && plan.Guests.Contains(d.Destination) { // TCP is for the proxy to refuse
 			r.Severity, r.Cause = spec.SeverityCritical, "bypass"
 		}
 		out = append(out, r)

@@ -31,6 +31,7 @@ func (n *Node) serveDoor(ctx context.Context) error {
 	mux.HandleFunc("POST "+wire.PathExec, n.exec)
 	mux.HandleFunc("GET "+wire.PathLogs, n.logs)
 	mux.HandleFunc("GET "+wire.PathEvents, n.events)
+	mux.HandleFunc("GET "+wire.PathTap, n.tap)
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10}
 	return run.HTTP("door", srv, tls.NewListener(ln, n.keys.serverTLS()), time.Second).Run(ctx)
 }

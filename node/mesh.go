@@ -38,6 +38,7 @@ type meshPart struct {
 	gateway   *os.File
 	published map[uint16]link.Published // by port of the node
 	dirty     chan struct{}             // capacity 1: the plan is to be sent
+	accused   map[string]time.Time      // instances, and when
 }
 
 type meshSandbox struct {
@@ -48,6 +49,9 @@ type meshSandbox struct {
 	// base is what was dropped before the workload's first process: the
 	// guest kernel's own greetings.
 	base netns.Drops
+	// watch sees the namespace as the kernel does; found is what it saw first.
+	watch *netns.Watch
+	found []string
 }
 
 func newMeshPart(n *Node) *meshPart {
@@ -260,7 +264,11 @@ func (m *meshPart) add(ctx context.Context, s plan.Sandbox, ns *netns.Namespace)
 		return err
 	}
 	sandbox := &meshSandbox{plan: s, ns: ns, tcp: tcp, udp: udp, dns: dns}
-	if sandbox.base, err = ns.Dropped(); err != nil {
+	sandbox.watch, sandbox.found, err = ns.Watch(fencedGuest(s.Address))
+	if err == nil {
+		sandbox.base, err = ns.Dropped()
+	}
+	if err != nil {
 		return errors.Join(err, tcp.Close(), udp.Close(), dns.Close())
 	}
 	m.mu.Lock()
@@ -392,6 +400,9 @@ func (m *meshPart) sockets(instance string, count int) ([]*os.File, error) {
 // event passes on what the mesh saw. Its words are the proxy's and are only
 // shown, never acted upon.
 func (m *meshPart) event(e api.Event) {
+	if e.Kind == api.EventIncident && m.accuse(e) {
+		return
+	}
 	a, ok := m.n.find(e.Instance)
 	if !ok {
 		m.n.slog.Info("mesh event", "kind", e.Kind, "service", e.Service, "peer", e.Peer, "reason", e.Reason)
@@ -401,6 +412,6 @@ func (m *meshPart) event(e api.Event) {
 	if e.Rule != "" {
 		rule += " " + e.Rule
 	}
-	m.n.violation(a, wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: rule, Denied: true,
+	m.n.violation(a, wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: rule, Denied: e.Kind != api.EventWouldDeny,
 		Detail: fmt.Sprintf("%s from %s to %s %s: %s", e.Peer, e.Source, e.Service, e.Destination, e.Reason)})
 }

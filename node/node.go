@@ -71,6 +71,7 @@ type Node struct {
 	reports chan wire.Report
 	learnt  chan wire.Learnt
 	metrics trail.Metrics
+	views   viewCounts
 	alarms  chan wire.Report // critical ones, which no flood of others may hold up
 
 	mu     sync.Mutex
@@ -143,6 +144,7 @@ func (n *Node) Run(ctx context.Context) error {
 		run.Task{Name: "metrics", Run: n.serveMetrics},
 		run.Task{Name: "renew", Run: n.keys.renewLoop},
 		run.Task{Name: "bypass", Run: n.bypassLoop},
+		run.Task{Name: "views", Run: n.viewsLoop},
 		run.Task{Name: "template", Run: n.makeTemplate},
 		run.Task{Name: "spares", Run: n.guests.spares.Run},
 	)

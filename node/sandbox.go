@@ -157,6 +157,11 @@ func guestMAC(a netip.Addr) net.HardwareAddr {
 	return net.HardwareAddr{0x02, 0x48, b[0], b[1], b[2], b[3]}
 }
 
+// fencedGuest is who a namespace is made for.
+func fencedGuest(a netip.Addr) netns.Guest {
+	return netns.Guest{Address: a, MAC: guestMAC(a), Owner: machineUser(a)}
+}
+
 func machineUser(a netip.Addr) int {
 	b := a.As4()
 	return uidBase + int(b[2])<<8 + int(b[3])
@@ -179,7 +184,7 @@ func (s *sandbox) network(address netip.Addr, spare *vm.Machine) (err error) {
 	if s.ns, err = netns.Create(s.g.namespaces, s.id); err != nil {
 		return err
 	}
-	g := netns.Guest{Address: address, MAC: guestMAC(address), Owner: machineUser(address)}
+	g := fencedGuest(address)
 	if spare != nil {
 		return s.ns.Adopt(spare.Tap(), g)
 	}

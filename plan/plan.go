@@ -25,6 +25,8 @@ type Mesh struct {
 	Services []Service `json:"services"`
 	// Sandboxes on this node.
 	Sandboxes []Sandbox `json:"sandboxes"`
+	// Observe is what is noted of requests; nil is nothing but counts.
+	Observe *Observe `json:"observe,omitempty"`
 }
 
 // Service is a workload as its callers see it.
@@ -41,8 +43,14 @@ type Service struct {
 	// call arrives. Deny beats allow; nothing allowed means nobody may call.
 	Allow []Rule `json:"allow,omitempty"`
 	Deny  []Rule `json:"deny,omitempty"`
+	// Trials are policies that refuse nothing yet.
+	Trials []Trial `json:"trials,omitempty"`
+	// Issuers of the tokens that rules ask for.
+	Issuers []Issuer `json:"issuers,omitempty"`
 	// Traffic is how calls are spread and bounded; nil is as the proxy does it.
 	Traffic *Traffic `json:"traffic,omitempty"`
+	// Inspect is what is looked for in requests; nil is nothing.
+	Inspect *Inspect `json:"inspect,omitempty"`
 }
 
 // Port of a service.
@@ -54,7 +62,7 @@ type Port struct {
 }
 
 // Protocols a mesh can judge by request, and "tcp", which it cannot.
-var Protocols = []string{"http", "grpc", "bolt", "dubbo", "dubbo-thrift", "tcp"}
+var Protocols = []string{"http", "grpc", "bolt", "dubbo", "dubbo-thrift", "redis", "tcp"}
 
 // Endpoint is one instance of a service.
 type Endpoint struct {
@@ -70,11 +78,20 @@ type Rule struct {
 	// From: SPIFFE ids, "anonymous" or "*" (any identity).
 	From    []string `json:"from"`
 	Ports   []uint16 `json:"ports,omitempty"`
-	Methods []string `json:"methods,omitempty"` // of HTTP, or of an RPC service
+	Methods []string `json:"methods,omitempty"` // of HTTP, or of an RPC service; a command of Redis
 	Paths   []string `json:"paths,omitempty"`   // of HTTP; a trailing * is a prefix
 	// Services of an RPC protocol: an interface, of whatever version and group,
 	// or interface:version, or group/ before either; a trailing * is a prefix.
 	Services []string `json:"services,omitempty"`
+	// Sources are where calls come from: the sandbox that calls, or who has
+	// connected to a published port.
+	Sources []netip.Prefix `json:"sources,omitempty"`
+	Headers []Header       `json:"headers,omitempty"` // of HTTP, all of them
+	Token   *Token         `json:"token,omitempty"`
+	When    *Expr          `json:"when,omitempty"`
+	// Audit rules are tried out: one that denies only tells what it would refuse,
+	// one that allows allows nothing.
+	Audit bool `json:"audit,omitempty"`
 }
 
 // Sandbox is a local instance as the mesh knows it.

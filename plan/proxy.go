@@ -78,6 +78,8 @@ type Route struct {
 	// HostRewrite replaces the name of the host.
 	HostRewrite string      `json:"hostRewrite,omitempty"`
 	Retry       *RouteRetry `json:"retry,omitempty"`
+	// Hedge has what takes Retry.PerTry asked again while it is waited for on.
+	Hedge bool `json:"hedge,omitempty"`
 	// Request and Reply headers are changed before they go on.
 	RequestHeaders  []HeaderEdit `json:"requestHeaders,omitempty"`
 	ResponseHeaders []HeaderEdit `json:"responseHeaders,omitempty"`

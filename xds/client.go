@@ -9,16 +9,18 @@
 // the server is away everything stays as it was. Everything the server can
 // make grow has a bound.
 //
-// The package applies nothing and fetches no secret: plans go to whoever asked,
-// and name keys that the proxy has.
+// The package applies nothing and keeps no key: plans and secrets go to whoever
+// asked.
 package xds
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,7 +43,6 @@ const (
 	maxAsked   = 512 << 10 // bytes of names in one request
 	maxDetail  = 4 << 10   // bytes of the reason in one NACK
 	maxRefused = 64        // refusals that the status remembers, per kind
-	applyAgain = 5 * time.Second
 
 	sendPatience = time.Minute // for a server that does not read
 )
@@ -62,10 +63,21 @@ type Options struct {
 	// *envoy.Listener, *envoy.RouteTable, *envoy.Cluster or *envoy.EndpointTable.
 	// Nil refuses nothing.
 	Check func(value any) error
+	// Secrets gets the certificates and authorities that clusters and listeners
+	// name, whenever they change, and before the plan that needs them is applied.
+	// It may keep the values. Nil asks for none: then the proxy has them in files.
+	Secrets func(context.Context, []*envoy.Secret) error
+	// Local says that the proxy has a secret of that name in a file, so that it
+	// is not asked for. Nil: none.
+	Local func(name string) bool
 	// OnDemand asks only for clusters that listeners and routes name, or Want
 	// was called for, instead of all.
 	OnDemand bool
-	Log      *slog.Logger
+	// Confirm answers a response only once Apply has made true what is ready of
+	// it: an ACK means that it is in force, and a *Refusal of Apply is the reason
+	// of a NACK. Any other error of Apply is waited out before the answer.
+	Confirm bool
+	Log     *slog.Logger
 
 	// Each 0 means the value in parentheses.
 	MaxMessage   int           // bytes of one response (16 MiB)
@@ -74,6 +86,8 @@ type Options struct {
 	Patience     time.Duration // a listener waits for clusters (15 s)
 	RetryMin     time.Duration // first wait before a reconnect (500 ms)
 	RetryMax     time.Duration // longest one (30 s)
+	OpenTimeout  time.Duration // the server lets a stream begin (30 s)
+	ApplyAgain   time.Duration // wait after an error of Apply (5 s)
 }
 
 // Node says to the server who asks.
@@ -88,6 +102,11 @@ type Client struct {
 	o     Options
 	dirty chan struct{} // a plan is to be made
 	wants chan struct{} // other names are wanted
+
+	applying sync.Mutex // held while a plan is made and applied
+	hands    [sha256.Size]byte
+	handed   bool                 // hands is of the secrets that were handed on last
+	held     map[string]*resource // secrets of the plan in force, however often its successor is tried
 
 	mu    sync.Mutex
 	store store
@@ -130,6 +149,8 @@ func New(o Options) (*Client, error) {
 	set(&o.Patience, 15*time.Second)
 	set(&o.RetryMin, 500*time.Millisecond)
 	set(&o.RetryMax, 30*time.Second)
+	set(&o.OpenTimeout, 30*time.Second)
+	set(&o.ApplyAgain, 5*time.Second)
 	return &Client{
 		o: o, dirty: make(chan struct{}, 1), wants: make(chan struct{}, 1),
 		store: newStore(o),
@@ -211,33 +232,59 @@ func (c *Client) apply(ctx context.Context) {
 		case <-c.dirty:
 		case <-timer.C:
 		}
-		c.mu.Lock()
-		p, again := c.store.build(time.Now())
-		digest, waiting := c.store.digest(), c.store.waiting()
-		c.mu.Unlock()
-		if p == nil {
-			continue
-		}
-		err := c.o.Apply(ctx, p)
+		c.applying.Lock()
+		again, err := c.force(ctx)
+		c.applying.Unlock()
 		if ctx.Err() != nil {
 			return
 		}
-		c.mu.Lock()
-		c.stat.waiting = waiting
-		if err == nil {
-			c.stat.applied++
-			c.stat.digest, c.stat.applyErr = digest, ""
-		} else {
-			c.stat.applyErr = clip(err.Error(), maxDetail)
-			c.o.Log.Error("apply plan of xds server", "err", err)
-			again = applyAgain
+		if err != nil {
+			again = c.o.ApplyAgain
 		}
-		c.mu.Unlock()
 		timer.Reset(again)
 		// On-demand names follow what is in force.
 		poke(c.wants)
 	}
 }
+
+// force makes the plan of what is ready and has it applied, and says after which
+// time to do so again though nothing was heard.
+func (c *Client) force(ctx context.Context) (again time.Duration, err error) {
+	c.mu.Lock()
+	early := c.store.secrets(c.held) // with those that only what is replaced needs
+	p, again := c.store.build(time.Now())
+	late := c.store.secrets(nil)
+	digest, waiting := c.store.digest(), c.store.waiting()
+	c.mu.Unlock()
+	if p == nil {
+		return again, nil
+	}
+	if err = c.hand(ctx, early); err == nil {
+		if err = c.o.Apply(ctx, p); err == nil {
+			err = c.hand(ctx, late)
+		}
+	}
+	if err == nil {
+		c.held = late
+	}
+	if ctx.Err() != nil {
+		return again, ctx.Err()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stat.waiting = waiting
+	if err == nil {
+		c.stat.applied++
+		c.stat.digest, c.stat.applyErr = digest, ""
+		return again, nil
+	}
+	c.stat.applyErr = clip(err.Error(), maxDetail)
+	c.o.Log.Error("apply plan of xds server", "err", err)
+	return again, err
+}
+
+// Again has the plan in force applied again: who applies it has lost it.
+func (c *Client) Again() { poke(c.dirty) }
 
 // poke leaves a note that stays until it is read.
 func poke(note chan struct{}) {
@@ -307,10 +354,10 @@ func (c *Client) Status() Status {
 	}
 }
 
-// clip bounds foreign text.
+// clip bounds foreign text, between two characters: protobuf takes no part of one.
 func clip(s string, n int) string {
 	if len(s) <= n {
-		return s
+		return strings.ToValidUTF8(s, "\uFFFD")
 	}
-	return s[:n] + "..."
+	return strings.ToValidUTF8(s[:n], "") + "..."
 }

@@ -82,11 +82,16 @@ func (st *store) buildClusters() {
 	next := map[string]cluster{}
 	for name, r := range st.shelves[envoy.Clusters].have {
 		from := r.value.(*envoy.Cluster)
-		if p, ok := st.cluster(from); ok {
+		missing := st.lacks(from.Secrets())
+		p, ok := st.cluster(from)
+		if !ok {
+			missing = fmt.Sprintf("endpoints %q", from.Endpoints)
+		}
+		if missing == "" {
 			next[name] = cluster{from, p}
 			continue
 		}
-		st.force.wait = append(st.force.wait, fmt.Sprintf("clusters %q waits for endpoints %q", name, from.Endpoints))
+		st.force.wait = append(st.force.wait, fmt.Sprintf("clusters %q waits for %s", name, missing))
 		if old, there := st.force.clusters[name]; there {
 			if p, ok := st.cluster(old.from); ok {
 				old.plan = p
@@ -121,8 +126,8 @@ func (st *store) buildListeners(now time.Time) (again time.Duration) {
 		old, there := st.force.listeners[name]
 		p, named, missing := st.listener(from)
 		if missing == "" {
-			if missing = st.unready(named); missing != "" {
-				// A cluster that never gets ready does not hold up a listener for ever.
+			if missing = cmp.Or(st.unready(named), st.lacks(from.Secrets())); missing != "" {
+				// A cluster or secret that never gets ready does not hold up a listener for ever.
 				since[name] = cmp.Or(st.force.since[name], now)
 				left := st.o.Patience - now.Sub(since[name])
 				if left <= 0 {

@@ -218,6 +218,9 @@ func (r *resource) listed(name string) int { return len(name) + len(r.version) +
 func (st *store) remove(kind envoy.Kind, name string) (changed bool) {
 	s := &st.shelves[kind]
 	delete(s.refused, name)
+	if kind == envoy.Secrets && s.have[name] != nil && s.wanted[name] {
+		return false // as in Envoy: what still names it would be left without
+	}
 	changed = st.drop(kind, name)
 	if s.wanted[name] && name != "*" && !s.gone[name] {
 		s.gone[name] = true
@@ -273,6 +276,7 @@ func (st *store) refer() {
 	if st.o.OnDemand { // routes may have left
 		st.want(envoy.Clusters, st.namedClusters())
 	}
+	st.referSecrets()
 }
 
 // namedClusters are those that listeners and routes speak of.

@@ -31,9 +31,14 @@ type session struct {
 // is read only once this one is judged and answered, so that a server that
 // sends faster is held back by gRPC's windows, and never more than two
 // responses are in memory.
-func (c *Client) stream(ctx context.Context, server discovery.AggregatedDiscoveryServiceClient) (answered bool, err error) {
-	ctx, cancel := context.WithCancel(ctx)
+func (c *Client) stream(parent context.Context, server discovery.AggregatedDiscoveryServiceClient) (answered bool, err error) {
+	ctx, cancel := context.WithCancel(parent)
+	// A server that allows no stream would be waited for without end.
+	late := time.AfterFunc(c.o.OpenTimeout, cancel)
 	wire, err := server.DeltaAggregatedResources(ctx)
+	if !late.Stop() && parent.Err() == nil {
+		err = errors.Join(err, fmt.Errorf("the server lets none begin within %v", c.o.OpenTimeout))
+	}
 	if err != nil {
 		cancel()
 		return false, fmt.Errorf("open stream: %w", err)
@@ -183,9 +188,15 @@ func (s *session) handle(r *discovery.DeltaDiscoveryResponse) error {
 	var faults faults
 	changed := false
 	kind, known := envoy.KindOf(r.TypeUrl)
-	if known && s.told[kind] != nil {
+	switch {
+	case known && s.told[kind] != nil && s.c.o.Confirm:
+		var err error
+		if changed, faults, err = s.confirm(s.wire.Context(), kind, r); err != nil {
+			return err
+		}
+	case known && s.told[kind] != nil:
 		changed, faults = s.c.take(kind, r)
-	} else {
+	default:
 		faults.add(fmt.Sprintf("type_url %q: not asked for", answer.TypeUrl))
 	}
 	if faults.n > 0 {

@@ -159,6 +159,10 @@ func (w *world) set(version string, resources ...types.Resource) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	// Else its own goroutines would, while digest reads.
+	if err := s.ConstructVersionMap(); err != nil {
+		w.t.Fatal(err)
+	}
 	if err := w.cache.SetSnapshot(context.Background(), node, s); err != nil {
 		w.t.Fatal(err)
 	}

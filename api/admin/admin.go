@@ -22,6 +22,7 @@ const (
 	PathExec      = "/v1/exec"          // POST Exec; upgraded to the stream of package admin
 	PathLogs      = "/v1/logs"          // ?namespace=&workload=&instance=&follow=
 	PathEvents    = "/v1/events"        // ?namespace=&workload=&instance=&follow= : records of guard/trail, one a line
+	PathTap       = "/v1/tap"           // ?namespace=&workload=&instance= : requests of api/mesh as they pass, one a line
 	PathRestart   = "/v1/restart"       // POST ?namespace=&workload= : replace every instance
 	PathLedger    = "/v1/ledger"        // ?from=&limit= : LedgerEntry list
 	PathJoin      = "/v1/join"          // POST Join, by root on this machine

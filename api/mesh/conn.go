@@ -77,7 +77,7 @@ func (c *Conn) Send(m *Message, files ...*os.File) error {
 	}
 	var oob []byte
 	if len(files) > 0 {
-		fds, err := descriptors(files)
+		fds, err := Descriptors(files)
 		if err != nil {
 			return fmt.Errorf("send %q: %w", m.Kind, err)
 		}
@@ -94,11 +94,11 @@ func (c *Conn) Send(m *Message, files ...*os.File) error {
 	return nil
 }
 
-// descriptors are the numbers of open files. Not by Fd, which makes a socket
-// blocking: the other end has a duplicate of it, and a listener that turns
+// Descriptors are the numbers of open files, to be sent while they are kept open.
+// Not by Fd, which makes a socket blocking: the other end has a duplicate of it, and a listener that turns
 // blocking there holds whoever accepts, and whoever closes it, until somebody
 // connects.
-func descriptors(files []*os.File) ([]int, error) {
+func Descriptors(files []*os.File) ([]int, error) {
 	fds := make([]int, len(files))
 	for i, f := range files {
 		raw, err := f.SyscallConn()
@@ -112,7 +112,8 @@ func descriptors(files []*os.File) ([]int, error) {
 	return fds, nil
 }
 
-// Receive waits for one message. The files are the caller's.
+// Receive waits for one message. The files are the caller's. After an
+// UnknownError more can be received.
 func (c *Conn) Receive() (m *Message, files []*os.File, err error) {
 	c.rmu.Lock()
 	defer c.rmu.Unlock()
@@ -170,6 +171,9 @@ func (c *Conn) readLarge(small *Message, f *os.File) (*Message, error) {
 		return nil, fmt.Errorf("receive: read large message: %w", err)
 	}
 	m, err := Parse(body)
+	if u := (*UnknownError)(nil); errors.As(err, &u) && (u.Kind != small.Kind || u.Seq != small.Seq) {
+		return nil, errors.New("receive: large message is not the one announced")
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -180,18 +184,30 @@ func (c *Conn) readLarge(small *Message, f *os.File) (*Message, error) {
 }
 
 // Parse reads one message, strictly: unknown fields and trailing bytes are
-// refused.
+// refused. Of a request that is sound but for that, the error is an UnknownError.
 func Parse(body []byte) (*Message, error) {
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
 	var m Message
 	if err := d.Decode(&m); err != nil {
-		return nil, fmt.Errorf("parse message: %w", err)
+		return nil, unknown(body, fmt.Errorf("parse message: %w", err))
 	}
 	if _, err := d.Token(); err != io.EOF {
 		return nil, errors.New("parse message: trailing data")
 	}
 	return &m, nil
+}
+
+// unknown is the error of a message that does not parse, for the reason given.
+func unknown(body []byte, err error) error {
+	var m struct {
+		Kind Kind   `json:"kind"`
+		Seq  uint64 `json:"seq"`
+	}
+	if json.Unmarshal(body, &m) != nil || m.Kind == "" || len(m.Kind) > maxName || m.Kind == KindAck {
+		return err
+	}
+	return &UnknownError{m.Kind, m.Seq, err}
 }
 
 func sealed(body []byte) (*os.File, error) {

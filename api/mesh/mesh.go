@@ -14,6 +14,7 @@ package mesh
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"hauberk.dev/plan"
@@ -48,6 +49,8 @@ const (
 	KindCut     Kind = "cut"
 	KindStats   Kind = "stats"
 	KindPing    Kind = "ping"
+	KindTap     Kind = "tap"     // answered with what passed since the last one
+	KindCarried Kind = "carried" // answered with those of Connections that are not the proxy's
 
 	KindCSR     Kind = "csr"     // answered with a Certificate
 	KindSockets Kind = "sockets" // answered with Count files
@@ -78,6 +81,60 @@ type Message struct {
 	Certificate *Certificate  `json:"certificate,omitempty"`
 	Count       int           `json:"count,omitempty"`
 	Event       *Event        `json:"event,omitempty"`
+	Tap         uint64        `json:"tap,omitempty"` // who taps, chosen by the asker
+	Tapped      *Tapped       `json:"tapped,omitempty"`
+	Connections []Connection  `json:"connections,omitempty"`
+}
+
+// MaxConnections bounds what one message asks of.
+const MaxConnections = 1024
+
+// Connection is one of TCP in the namespace of a sandbox, as the kernel of the
+// node sees it.
+type Connection struct {
+	Local  netip.AddrPort `json:"local"`  // where the sandbox wanted to go, or from where it is called
+	Remote netip.AddrPort `json:"remote"` // the sandbox
+}
+
+// Tapped are requests of one instance, as they passed. A tap that nobody asks for
+// any more ends by itself.
+type Tapped struct {
+	Requests []Request `json:"requests,omitempty"`
+	Lost     uint64    `json:"lost,omitempty"` // for want of room, since the last answer
+}
+
+// Request is what is noted of one request where it arrived.
+type Request struct {
+	At       time.Time `json:"at"`
+	Instance string    `json:"instance"`
+	Service  string    `json:"service"`
+	Protocol string    `json:"protocol"`
+	Peer     string    `json:"peer"` // identity, or "anonymous"
+	Source   string    `json:"source,omitempty"`
+	Method   string    `json:"method,omitempty"`
+	Path     string    `json:"path,omitempty"` // or the service of an RPC protocol
+	// Verdict is allowed, denied, malformed or failed; Rule decided, if one did.
+	Verdict string `json:"verdict"`
+	Rule    string `json:"rule,omitempty"`
+	Reason  string `json:"reason,omitempty"`
+	// Status of the answer, 0 if it is not known; GRPC that of a call of gRPC.
+	Status   int    `json:"status,omitempty"`
+	GRPC     string `json:"grpc,omitempty"`
+	Received int64  `json:"received"` // bytes that were announced or seen
+	Sent     int64  `json:"sent"`
+	Micros   int64  `json:"micros"`
+	Trace    string `json:"trace,omitempty"`
+	// Header holds the fields of the request, for taps only. Values that are
+	// secrets are left out.
+	Header []Header `json:"header,omitempty"`
+	// Lost requests before this one, for want of room; then nothing else is said.
+	Lost uint64 `json:"lost,omitempty"`
+}
+
+// Header is a field of a request.
+type Header struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
 }
 
 // Hello opens the link, and comes back in its ack.
@@ -127,6 +184,25 @@ type Stats struct {
 	Flows      []Flow `json:"flows,omitempty"`
 	FlowsTotal int    `json:"flowsTotal"`
 	EventsLost uint64 `json:"eventsLost"`
+	Goroutines int    `json:"goroutines,omitempty"`
+	// Analysis of services whose plan has them looked at, by "namespace/name".
+	Analysis map[string]Analysis `json:"analysis,omitempty"`
+}
+
+// Analysis counts what was looked at and what was found.
+type Analysis struct {
+	Requests uint64 `json:"requests"`
+	Bytes    uint64 `json:"bytes"` // of bodies
+	// Found, by the name of the finding, and Done, by that of the action.
+	Found map[string]uint64 `json:"found,omitempty"`
+	Done  map[string]uint64 `json:"done,omitempty"`
+	// What has had no room of its own.
+	RoutesOver  uint64 `json:"routesOver,omitempty"`
+	CallersOver uint64 `json:"callersOver,omitempty"`
+	FieldsOver  uint64 `json:"fieldsOver,omitempty"`
+	// Bytes copied to an analyser, and those it was too slow for.
+	Mirrored     uint64 `json:"mirrored,omitempty"`
+	MirrorMissed uint64 `json:"mirrorMissed,omitempty"`
 }
 
 // MaxFlows bounds the list in Stats.
@@ -134,11 +210,13 @@ const MaxFlows = 4096
 
 // InstanceStats are those of one sandbox.
 type InstanceStats struct {
-	Open     int    `json:"open"`
-	Total    uint64 `json:"total"`
-	Refused  uint64 `json:"refused"`
-	BytesIn  uint64 `json:"bytesIn"`  // to the sandbox
-	BytesOut uint64 `json:"bytesOut"` // from it
+	Open    int    `json:"open"`
+	Total   uint64 `json:"total"`
+	Refused uint64 `json:"refused"`
+	// WouldDeny counts what rules in audit would have refused.
+	WouldDeny uint64 `json:"wouldDeny,omitempty"`
+	BytesIn   uint64 `json:"bytesIn"`  // to the sandbox
+	BytesOut  uint64 `json:"bytesOut"` // from it
 	// Serial and NotAfter of the certificate in use, "" if there is none.
 	Serial   string    `json:"serial,omitempty"`
 	NotAfter time.Time `json:"notAfter,omitzero"`
@@ -164,6 +242,7 @@ type EventKind string
 // The kinds of events.
 const (
 	EventAccessDenied  EventKind = "AccessDenied"    // a rule, or the lack of one, refused a call
+	EventWouldDeny     EventKind = "WouldDeny"       // a rule or policy in audit would have refused a call
 	EventEgressRefused EventKind = "EgressRefused"   // the workload dialled what is neither service nor allowed
 	EventPeerRefused   EventKind = "PeerRefused"     // the other side proved no identity, or the wrong one
 	EventNoIdentity    EventKind = "NoIdentity"      // the local side has no valid certificate
@@ -172,6 +251,8 @@ const (
 	EventBadRequest    EventKind = "BadRequest"      // HTTP that may not be passed on
 	EventLimit         EventKind = "Limit"           // a bound was reached
 	EventIdentity      EventKind = "IdentityRenewed" // a certificate was obtained
+	EventFinding       EventKind = "Finding"         // a request, or a caller, was found out of the ordinary
+	EventIncident      EventKind = "Incident"        // the same, and Offender is to be contained for it
 )
 
 // Event is something a person may ask about later.
@@ -180,6 +261,8 @@ type Event struct {
 	At       time.Time `json:"at"`
 	Instance string    `json:"instance,omitempty"` // the local side
 	Peer     string    `json:"peer,omitempty"`     // identity, or "anonymous"
+	// Offender is the instance that called, of an Incident.
+	Offender string `json:"offender,omitempty"`
 	// Source and Destination are addresses; Service is "name.namespace".
 	Source      string `json:"source,omitempty"`
 	Destination string `json:"destination,omitempty"`
@@ -191,16 +274,33 @@ type Event struct {
 	Lost uint64 `json:"lost,omitempty"`
 }
 
+// UnknownError is said of a request that is sound and of a kind, or with fields,
+// that are not known here: one of a newer peer. It can be answered by Seq, and
+// the connection goes on.
+type UnknownError struct {
+	Kind Kind
+	Seq  uint64
+	err  error
+}
+
+func (e *UnknownError) Error() string { return fmt.Sprintf("message %q: %v", e.Kind, e.err) }
+
+func (e *UnknownError) Unwrap() error { return e.err }
+
 // Check refuses a message whose fields are not those of its kind, or that came
 // with the wrong number of files.
 func (m *Message) Check(files int) error {
-	if err := m.check(files); err != nil {
-		return fmt.Errorf("message %q: %w", m.Kind, err)
+	err := m.check(files)
+	if _, ok := err.(*UnknownError); ok || err == nil {
+		return err
 	}
-	return nil
+	return fmt.Errorf("message %q: %w", m.Kind, err)
 }
 
-var errFields = errors.New("a field is missing or malformed")
+var (
+	errKind   = errors.New("unknown kind")
+	errFields = errors.New("a field is missing or malformed")
+)
 
 func (m *Message) check(files int) error {
 	want := 0
@@ -215,6 +315,10 @@ func (m *Message) check(files int) error {
 		ok, want = m.Sandbox != nil && isName(m.Sandbox.Instance) && m.Sandbox.Address.Is4(), 3
 	case KindRemove:
 		ok = isName(m.Instance)
+	case KindTap:
+		ok = isName(m.Instance) && m.Tap != 0
+	case KindCarried:
+		ok = isName(m.Instance) && len(m.Connections) > 0 && len(m.Connections) <= MaxConnections
 	case KindPlan:
 		ok = m.Plan != nil
 	case KindGateway:
@@ -231,7 +335,7 @@ func (m *Message) check(files int) error {
 	case KindSockets:
 		ok = isName(m.Instance) && m.Count > 0 && m.Count <= MaxSockets
 	case KindEvent:
-		ok = m.Event != nil && m.Event.Kind != "" && len(m.Event.Instance) <= maxName
+		ok = m.Event != nil && m.Event.Kind != "" && len(m.Event.Instance) <= maxName && len(m.Event.Offender) <= maxName
 	case KindAck:
 		// What the ack of a request must hold is for the one who asked.
 		if files > MaxSockets {
@@ -239,7 +343,7 @@ func (m *Message) check(files int) error {
 		}
 		return nil
 	default:
-		return errors.New("unknown kind")
+		return &UnknownError{m.Kind, m.Seq, errKind}
 	}
 	if !ok {
 		return errFields

@@ -39,6 +39,7 @@ const (
 const (
 	PathExec   = "/v1/exec"   // upgraded to a stream of Frames
 	PathLogs   = "/v1/logs"   // chunked text
+	PathTap    = "/v1/tap"    // chunked requests of api/mesh as they pass, one a line; ?instance=
 	PathEvents = "/v1/events" // chunked records of guard/trail, one a line; ?instance=&follow=
 )
 
@@ -231,6 +232,9 @@ type Report struct {
 	Denied   bool          `json:"denied"` // false: seen in audit mode
 	// Policy whose rule it is, by the name it has in NamedGuardPolicy.
 	Policy string `json:"policy,omitempty"`
+	// Victim is an instance on the reporting node that Instance, which runs
+	// there or elsewhere, has attacked over the mesh.
+	Victim string `json:"victim,omitempty"`
 }
 
 // Receipt says an enforcement point has applied an epoch.

@@ -16,8 +16,9 @@ type Incident struct {
 	// Identity is the SPIFFE id that was revoked.
 	// +kubebuilder:validation:MaxLength=2048
 	Identity string `json:"identity"`
-	// Cause: guard, bypass, or attestation.
-	// +kubebuilder:validation:Enum=guard;bypass;attestation;person
+	// Cause: guard, bypass, attestation, person, or mesh, which has seen what the
+	// instance sends to others.
+	// +kubebuilder:validation:Enum=guard;bypass;attestation;person;mesh
 	Cause string `json:"cause"`
 	// Rule that was broken, in words.
 	// +kubebuilder:validation:MaxLength=4096

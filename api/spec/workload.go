@@ -98,8 +98,8 @@ type Port struct {
 	// +kubebuilder:validation:Maximum=65535
 	Port int32 `json:"port"`
 	// Protocol the mesh understands on this port: it judges each request of
-	// HTTP, gRPC, SOFARPC (bolt) and Dubbo; tcp passes bytes.
-	// +kubebuilder:validation:Enum=http;grpc;bolt;dubbo;dubbo-thrift;tcp
+	// HTTP, gRPC, SOFARPC (bolt) and Dubbo, each command of Redis; tcp passes bytes.
+	// +kubebuilder:validation:Enum=http;grpc;bolt;dubbo;dubbo-thrift;redis;tcp
 	// +kubebuilder:default=tcp
 	// +optional
 	Protocol string `json:"protocol,omitempty"`

@@ -76,19 +76,21 @@ func answer(c net.Conn, answers map[byte][]byte) {
 // way is one to the origin, with connections of its own.
 type way struct {
 	name, address string
+	spoken        string
 	kib           int
-	tls           bool
-	proxy         *proxy // nil if it is straight
+	shown         *tls.Certificate // to who demands one
+	proxy         *proxy           // nil if it is straight
 
-	conns []*client
+	conns []caller
 	took  time.Duration
 	spent time.Duration // by the proxy
 	times []time.Duration
+	fault error
 }
 
 func (w *way) open(ctx context.Context) error {
 	for range connections {
-		c, err := dial(ctx, w.address, w.tls, w.kib)
+		c, err := open(ctx, w.spoken, w.address, w.kib, w.shown)
 		if err != nil {
 			return err
 		}
@@ -122,11 +124,11 @@ func (w *way) turn(ctx context.Context, length time.Duration, rate int) error {
 	for i, c := range w.conns {
 		wg.Go(func() {
 			if rate == 0 {
-				took[i], faults[i] = c.flood(ctx, began.Add(length))
+				took[i], faults[i] = flood(ctx, c, began.Add(length))
 				return
 			}
 			each := time.Duration(len(w.conns)) * time.Second / time.Duration(rate)
-			took[i], faults[i] = c.paced(ctx, began.Add(each*time.Duration(i)/time.Duration(len(w.conns))), each, began.Add(length))
+			took[i], faults[i] = paced(ctx, c, began.Add(each*time.Duration(i)/time.Duration(len(w.conns))), each, began.Add(length))
 		})
 	}
 	wg.Wait()
@@ -138,6 +140,12 @@ func (w *way) turn(ctx context.Context, length time.Duration, rate int) error {
 }
 
 func (w *way) cell() cell {
+	if w.fault == nil && len(w.times) == 0 {
+		w.fault = errors.New("nothing was answered")
+	}
+	if w.fault != nil {
+		return cell{Name: w.name, Fault: w.fault.Error()}
+	}
 	slices.Sort(w.times)
 	at := func(q float64) float64 {
 		return float64(w.times[min(len(w.times)-1, int(q*float64(len(w.times))))].Nanoseconds()) / 1000
@@ -204,7 +212,7 @@ func (c *client) call() error {
 	return err
 }
 
-func (c *client) flood(ctx context.Context, end time.Time) (took []time.Duration, err error) {
+func flood(ctx context.Context, c caller, end time.Time) (took []time.Duration, err error) {
 	for now := time.Now(); now.Before(end) && ctx.Err() == nil; {
 		if err := c.call(); err != nil {
 			return took, err
@@ -217,7 +225,7 @@ func (c *client) flood(ctx context.Context, end time.Time) (took []time.Duration
 
 // paced asks when it is due. What waited for the answer before it waited since
 // it was due; the lateness of a timer is nobody's.
-func (c *client) paced(ctx context.Context, due time.Time, each time.Duration, end time.Time) (took []time.Duration, err error) {
+func paced(ctx context.Context, c caller, due time.Time, each time.Duration, end time.Time) (took []time.Duration, err error) {
 	for ; due.Before(end) && ctx.Err() == nil; due = due.Add(each) {
 		began := due
 		if wait := time.Until(due); wait > 0 {

@@ -6,12 +6,13 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
+	"debug/buildinfo"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"math/big"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +20,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"hauberk.dev/bench/loopback"
 )
 
 // proxy is one of those measured.
@@ -26,51 +29,92 @@ type proxy struct {
 	name    string
 	words   []string          // the command
 	asked   []string          // for its version; nil is ours
+	told    map[string]string // its configuration, by file
+	cores   int               // it may use
+	held    *loopback.Held
 	ports   map[string]string // address by what is spoken
 	process *exec.Cmd
-	said    bytes.Buffer
+	ended   chan struct{} // it and all that it started
+	said    bytes.Buffer  // may be read after that
 }
 
+// starts is how often a proxy is started elsewhere when somebody listens where it
+// would.
+const starts = 3
+
+// What is in place of words in the configurations: {dir}, {http} and the like for
+// where a proxy listens, {to-http} and the like for where the origins do.
 const meshConfig = `version: 1
-admin: %[1]s/mesh.sock
+admin: {dir}/mesh.sock
+limits: {connections: 40000, idle_timeout: 1h}
 listeners:
-- {name: plain, address: "%[3]s"}
-- {name: secure, address: "%[4]s", tls: {certificates: [{chain: %[1]s/chain.pem, key: %[1]s/key.pem}]}}
-- {name: bytes, address: "%[5]s", protocol: tcp, upstream: origin}
+- {name: plain, address: "{http}"}
+- {name: secure, address: "{https}", tls: {certificates: [{chain: {dir}/chain.pem, key: {dir}/key.pem}]}}
+- {name: mutual, address: "{mtls}", tls: {clients: {ca: {dir}/chain.pem}, certificates: [{chain: {dir}/chain.pem, key: {dir}/key.pem}]}}
+- {name: two, address: "{h2}"}
+- {name: calls, address: "{grpc}"}
+- {name: bytes, address: "{tcp}", protocol: tcp, upstream: origin}
+- {name: bolt, address: "{bolt}", protocol: bolt, calls: [{upstream: bolt}]}
+- {name: dubbo, address: "{dubbo}", protocol: dubbo, calls: [{upstream: dubbo}]}
 hosts:
 - names: ["*"]
+  listeners: [plain, secure, mutual, two]
   routes:
   - {prefix: /, upstream: origin}
+- names: ["*"]
+  listeners: [calls]
+  routes:
+  - {prefix: /, upstream: calls}
 upstreams:
 - name: origin
-  endpoints: [{address: "%[2]s"}]
+  endpoints: [{address: "{to-http}"}]
+- name: calls
+  protocol: grpc
+  endpoints: [{address: "{to-grpc}"}]
+- name: bolt
+  protocol: bolt
+  endpoints: [{address: "{to-bolt}"}]
+- name: dubbo
+  protocol: dubbo
+  endpoints: [{address: "{to-dubbo}"}]
 `
 
-// One worker, keep-alive to the origin, no log: the least that it can do.
+// A worker for each processor, keep-alive to the origin, no log: the least that it can do.
 const nginxConfig = `daemon off;
-worker_processes 1;
-pid %[1]s/nginx.pid;
+worker_processes {cores};
+worker_rlimit_nofile 60000;
+pid {dir}/nginx.pid;
 error_log stderr crit;
-events { worker_connections 8000; }
+events { worker_connections 30000; }
 http {
 	access_log off;
-	client_body_temp_path %[1]s/t1; proxy_temp_path %[1]s/t2; fastcgi_temp_path %[1]s/t3; uwsgi_temp_path %[1]s/t4; scgi_temp_path %[1]s/t5;
+	client_body_temp_path {dir}/t1; proxy_temp_path {dir}/t2; fastcgi_temp_path {dir}/t3; uwsgi_temp_path {dir}/t4; scgi_temp_path {dir}/t5;
 	keepalive_requests 100000000;
 	keepalive_timeout 3600s;
 	ssl_protocols TLSv1.3;
-	upstream origin { server %[2]s; keepalive 256; keepalive_requests 100000000; }
+	upstream origin { server {to-http}; keepalive 256; keepalive_requests 100000000; }
+	upstream calls { server {to-grpc}; keepalive 256; keepalive_requests 100000000; }
+	ssl_certificate {dir}/chain.pem; ssl_certificate_key {dir}/key.pem;
+	proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header X-Forwarded-For $remote_addr;
 	server {
-		listen %[3]s;
-		listen %[4]s ssl;
-		ssl_certificate %[1]s/chain.pem; ssl_certificate_key %[1]s/key.pem;
-		location / { proxy_pass http://origin; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header X-Forwarded-For $remote_addr; }
+		listen {http};
+		listen {https} ssl;
+		location / { proxy_pass http://origin; }
 	}
+	server {
+		listen {mtls} ssl;
+		ssl_client_certificate {dir}/chain.pem; ssl_verify_client on;
+		location / { proxy_pass http://origin; }
+	}
+	server { listen {h2} http2; location / { proxy_pass http://origin; } }
+	server { listen {grpc} http2; location / { grpc_pass grpc://calls; } }
 }
 `
 
 const haproxyConfig = `global
-	nbthread 1
-	maxconn 8000
+	nbthread {cores}
+	maxconn 30000
+	no strict-limits
 	ssl-default-bind-options ssl-min-ver TLSv1.3
 defaults
 	timeout connect 5s
@@ -79,51 +123,142 @@ defaults
 	timeout http-keep-alive 1h
 frontend plain
 	mode http
-	bind %[3]s
-	bind %[4]s ssl crt %[1]s/both.pem
+	bind {http}
+	bind {https} ssl crt {dir}/both.pem
+	bind {mtls} ssl crt {dir}/both.pem ca-file {dir}/chain.pem verify required
+	bind {h2} proto h2
 	option forwardfor
 	default_backend origin
 backend origin
 	mode http
 	http-reuse always
-	server origin %[2]s
+	server origin {to-http}
+frontend calls
+	mode http
+	bind {grpc} proto h2
+	default_backend calls
+backend calls
+	mode http
+	http-reuse always
+	server calls {to-grpc} proto h2
 listen bytes
 	mode tcp
-	bind %[5]s
-	server origin %[2]s
+	bind {tcp}
+	server origin {to-http}
 `
 
-// proxies writes what they are told. Whoever is not installed is a fault: a
-// table without a rival says nothing.
-func (b *bench) proxies(origin string) ([]*proxy, error) {
+const traefikConfig = `global: {checkNewVersion: false, sendAnonymousUsage: false}
+log: {level: ERROR}
+entryPoints:
+  plain: {address: "{http}"}
+  secure: {address: "{https}"}
+  mutual: {address: "{mtls}"}
+  two: {address: "{h2}"}
+  calls: {address: "{grpc}"}
+  bytes: {address: "{tcp}"}
+providers: {file: {filename: "{dir}/routes.yaml", watch: false}}
+`
+
+// traefikRoutes stands in a file of its own, as Traefik wants it.
+const traefikRoutes = `http:
+  routers:
+    plain: {entryPoints: [plain, two], rule: "PathPrefix(` + "`/`" + `)", service: origin}
+    secure: {entryPoints: [secure], rule: "PathPrefix(` + "`/`" + `)", service: origin, tls: {}}
+    mutual: {entryPoints: [mutual], rule: "PathPrefix(` + "`/`" + `)", service: origin, tls: {options: mutual}}
+    calls: {entryPoints: [calls], rule: "PathPrefix(` + "`/`" + `)", service: calls}
+  services:
+    origin: {loadBalancer: {servers: [{url: "http://{to-http}"}]}}
+    calls: {loadBalancer: {servers: [{url: "h2c://{to-grpc}"}]}}
+tcp:
+  routers: {bytes: {entryPoints: [bytes], rule: "HostSNI(` + "`*`" + `)", service: origin}}
+  services: {origin: {loadBalancer: {servers: [{address: "{to-http}"}]}}}
+tls:
+  stores: {default: {defaultCertificate: {certFile: "{dir}/chain.pem", keyFile: "{dir}/key.pem"}}}
+  options:
+    default: {minVersion: VersionTLS13}
+    mutual: {minVersion: VersionTLS13, clientAuth: {caFiles: ["{dir}/chain.pem"], clientAuthType: RequireAndVerifyClientCert}}
+`
+
+// speaks is what each proxy is asked in.
+var speaks = map[string][]string{
+	"hauberk-mesh": {"http", "https", "mtls", "tcp", "h2", "grpc", "bolt", "dubbo"},
+	"nginx":        {"http", "https", "mtls", "h2", "grpc"}, // tcp is a package of its own
+	"HAProxy":      {"http", "https", "mtls", "tcp", "h2", "grpc"},
+	"Traefik":      {"http", "https", "mtls", "tcp", "h2", "grpc"},
+}
+
+// proxies writes what they are told. Whoever of Debian is not installed is a fault:
+// a table without a rival says nothing. Traefik takes long to build and may be
+// absent; then the table says so.
+func (b *bench) proxies(origins map[string]*origin) (all []*proxy, absent []string, err error) {
 	if err := certify(b.dir); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	all := []*proxy{
-		{name: "hauberk-mesh", words: []string{b.mesh, "-c", b.path("mesh.yaml")}},
-		{name: "nginx", words: []string{"nginx", "-p", b.dir, "-c", b.path("nginx.conf")}, asked: []string{"nginx", "-v"}},
-		{name: "HAProxy", words: []string{"haproxy", "-db", "-f", b.path("haproxy.cfg")}, asked: []string{"haproxy", "-v"}},
+	if b.shown, err = tls.LoadX509KeyPair(b.path("chain.pem"), b.path("key.pem")); err != nil {
+		return nil, nil, err
 	}
-	for i, config := range []struct{ file, words string }{{"mesh.yaml", meshConfig}, {"nginx.conf", nginxConfig}, {"haproxy.cfg", haproxyConfig}} {
-		p := all[i]
-		if _, err := exec.LookPath(p.words[0]); err != nil {
-			return nil, fmt.Errorf("%s: %w: run make build and scripts/setup bench first", p.name, err)
-		}
-		ports, err := freePorts(3)
-		if err != nil {
-			return nil, err
-		}
-		p.ports = map[string]string{"http": ports[0], "https": ports[1], "tcp": ports[2]}
-		args := []any{b.dir, origin, ports[0], ports[1], ports[2]}
-		if p.name == "nginx" {
-			delete(p.ports, "tcp") // a package of its own
-			args = args[:4]
-		}
-		if err := os.WriteFile(b.path(config.file), fmt.Appendf(nil, config.words, args...), 0o600); err != nil {
-			return nil, err
+	all = []*proxy{
+		{name: "hauberk-mesh", words: []string{b.mesh, "-c", b.path("mesh.yaml")}, told: map[string]string{"mesh.yaml": meshConfig}},
+		{name: "nginx", words: []string{"nginx", "-p", b.dir, "-c", b.path("nginx.conf")}, asked: []string{"nginx", "-v"}, told: map[string]string{"nginx.conf": nginxConfig}},
+		{name: "HAProxy", words: []string{"haproxy", "-db", "-f", b.path("haproxy.cfg")}, asked: []string{"haproxy", "-v"}, told: map[string]string{"haproxy.cfg": haproxyConfig}},
+	}
+	if version, err := traefikVersion(b.traefik); err != nil {
+		absent = append(absent, fmt.Sprintf("Traefik: not measured: %v; scripts/traefik builds it", err))
+	} else {
+		all = append(all, &proxy{name: "Traefik", words: []string{b.traefik, "--configfile=" + b.path("traefik.yaml")}, asked: []string{"echo", "Traefik: " + version},
+			told: map[string]string{"traefik.yaml": traefikConfig, "routes.yaml": traefikRoutes}})
+	}
+	for _, p := range all {
+		if err := b.tell(p, origins); err != nil {
+			return all, nil, fmt.Errorf("%s: %w", p.name, err)
 		}
 	}
-	return all, nil
+	return all, absent, nil
+}
+
+// tell writes the configuration of one, with ports to listen on that are its own
+// until it is closed.
+func (b *bench) tell(p *proxy, origins map[string]*origin) error {
+	if _, err := exec.LookPath(p.words[0]); err != nil {
+		return fmt.Errorf("%w: run make build and scripts/setup bench first", err)
+	}
+	if err := p.release(); err != nil {
+		return err
+	}
+	held, err := loopback.Hold(len(speaks[p.name]))
+	if err != nil {
+		return err
+	}
+	p.held = held
+	p.ports, p.cores = map[string]string{}, b.cores
+	words := []string{"{dir}", b.dir, "{cores}", strconv.Itoa(b.cores)}
+	for i, spoken := range speaks[p.name] {
+		p.ports[spoken] = held.Addresses[i]
+		words = append(words, "{"+spoken+"}", held.Addresses[i])
+	}
+	for spoken, o := range origins {
+		words = append(words, "{to-"+spoken+"}", o.address())
+	}
+	for file, config := range p.told {
+		if err := os.WriteFile(b.path(file), []byte(strings.NewReplacer(words...).Replace(config)), 0o600); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// traefikVersion is that of the module a program was built of.
+func traefikVersion(path string) (string, error) {
+	info, err := buildinfo.ReadFile(path)
+	if err != nil {
+		return "", err
+	}
+	for _, d := range append(info.Deps, &info.Main) { // it is built in a module of ours, or as itself
+		if strings.HasPrefix(d.Path, "github.com/traefik/traefik/v") {
+			return d.Version, nil
+		}
+	}
+	return "", fmt.Errorf("%s is another program", path)
 }
 
 func (p *proxy) version() string {
@@ -138,39 +273,89 @@ func (p *proxy) version() string {
 	return line
 }
 
-// begin starts it on its processor and waits until it answers.
-func (p *proxy) begin(ctx context.Context) error {
-	p.process = exec.Command("taskset", append([]string{"-c", ofProxy}, p.words...)...)
-	p.process.Env = append(os.Environ(), "GOMAXPROCS=1")
-	p.process.Stdout, p.process.Stderr = &p.said, &p.said
-	p.process.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if os.Geteuid() == 0 && p.name == "hauberk-mesh" {
-		p.process.Args = append(p.process.Args, "-allow-root")
+// begin starts one, elsewhere if somebody came before it.
+func (b *bench) begin(ctx context.Context, p *proxy, origins map[string]*origin) error {
+	for try := 1; ; try++ {
+		err := p.begin(ctx)
+		if err == nil {
+			return nil
+		}
+		p.end()
+		said := p.said.String()
+		if try == starts || ctx.Err() != nil || !loopback.Taken(said) {
+			return fmt.Errorf("start %s: %w: %s", p.name, err, strings.TrimSpace(said))
+		}
+		fmt.Fprintf(os.Stderr, "bench: %s is started elsewhere: %s\n", p.name, strings.TrimSpace(said))
+		if err := b.tell(p, origins); err != nil {
+			return err
+		}
 	}
-	if err := p.process.Start(); err != nil {
+}
+
+// begin starts it on its processors and waits until it answers.
+func (p *proxy) begin(ctx context.Context) error {
+	c := exec.Command("taskset", append([]string{"-c", processors(0, p.cores)}, p.words...)...)
+	c.Env = append(os.Environ(), "GOMAXPROCS="+strconv.Itoa(p.cores))
+	p.said.Reset()
+	c.Stdout, c.Stderr = &p.said, &p.said
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if os.Geteuid() == 0 && p.name == "hauberk-mesh" {
+		c.Args = append(c.Args, "-allow-root")
+	}
+	if err := c.Start(); err != nil {
 		return err
 	}
-	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
-		c, err := dial(ctx, p.ports["http"], false, 1)
+	ended := make(chan struct{})
+	p.process, p.ended = c, ended
+	go func() {
+		defer close(ended)
+		_ = c.Wait() // returns when nobody holds its output any more; how it ended is no figure
+	}()
+	for end := time.Now().Add(patience); ; {
+		asked, err := dial(ctx, p.ports["http"], false, 1)
 		if err == nil {
-			err = errors.Join(c.call(), c.Close())
+			err = errors.Join(asked.call(), asked.Close())
 		}
 		if err == nil {
 			return nil
 		}
 		if time.Now().After(end) || ctx.Err() != nil {
-			return fmt.Errorf("start %s: %w: %s", p.name, err, p.said.Bytes())
+			return err
+		}
+		select {
+		case <-ended:
+			return errors.New("it has ended")
+		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
 
+// end returns when it and all that it started are gone.
 func (p *proxy) end() {
-	if p.process != nil && p.process.Process != nil {
-		_ = p.process.Process.Signal(syscall.SIGTERM)
-		late := time.AfterFunc(patience, func() { _ = p.process.Process.Kill() })
-		_ = p.process.Wait()
-		late.Stop()
+	if p.process == nil {
+		return
 	}
+	_ = p.process.Process.Signal(syscall.SIGTERM) // at worst it has ended
+	select {
+	case <-p.ended:
+	case <-time.After(patience):
+		_ = syscall.Kill(-p.process.Process.Pid, syscall.SIGKILL)
+		<-p.ended
+	}
+	p.process = nil
+}
+
+// release lets go of its ports.
+func (p *proxy) release() error {
+	if p.held == nil {
+		return nil
+	}
+	return p.held.Close()
+}
+
+func (p *proxy) close() {
+	p.end()
+	_ = p.release() // this process ends soon
 }
 
 // spent is the processor time of the proxy and its children so far, by the
@@ -227,57 +412,37 @@ func (p *proxy) each(do func(pid string) error) error {
 	return nil
 }
 
-// idleConnections is how many are held, that asked once.
-const idleConnections = 5000
-
 // held is what a proxy holds.
 type held struct {
 	Name       string  `json:"name"`
 	KiB        int     `json:"kib"`
-	Connection float64 `json:"kibAConnection"` // each, of so many idle
+	Connection float64 `json:"kibAConnection"` // each
+	Idle       int     `json:"idle"`           // of so many, that asked once
 }
 
 // idle measures what connections cost that ask nothing.
-func idle(ctx context.Context, all []*proxy) (out []held, err error) {
-	for _, p := range all {
-		before, err := p.memory()
-		if err != nil {
-			return out, err
-		}
-		var open []*client
-		for range idleConnections {
-			c, err := dial(ctx, p.ports["http"], false, 1)
-			if err == nil {
-				open = append(open, c)
-				err = c.call()
-			}
-			if err != nil {
-				break
-			}
-		}
-		after, err := p.memory()
-		for _, c := range open {
-			c.Close()
-		}
-		if err != nil || len(open) < idleConnections {
-			return out, fmt.Errorf("hold %d connections to %s: %w, after %d", idleConnections, p.name, err, len(open))
-		}
-		out = append(out, held{p.name, before, float64(after-before) / idleConnections})
+func (p *proxy) idle(ctx context.Context, n int) (h held, err error) {
+	before, err := p.memory()
+	if err != nil {
+		return h, fmt.Errorf("weigh %s: %w", p.name, err)
 	}
-	return out, nil
-}
-
-// freePorts finds loopback ports that nobody listens on.
-func freePorts(n int) (found []string, err error) {
+	var open []*client
 	for range n {
-		ln, err := net.Listen("tcp4", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
+		c, err := dial(ctx, p.ports["http"], false, 1)
+		if err == nil {
+			defer c.Close()
+			open = append(open, c)
+			err = c.call()
 		}
-		defer ln.Close() // held until all are found, so that they differ
-		found = append(found, ln.Addr().String())
+		if err != nil {
+			return h, fmt.Errorf("hold %d connections to %s: %w, after %d", n, p.name, err, len(open))
+		}
 	}
-	return found, nil
+	after, err := p.memory()
+	if err != nil {
+		return h, fmt.Errorf("weigh %s: %w", p.name, err)
+	}
+	return held{p.name, before, float64(after-before) / float64(n), n}, nil
 }
 
 // certify writes a key and a certificate that nobody checks.

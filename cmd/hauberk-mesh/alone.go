@@ -7,18 +7,22 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"syscall"
 
 	"hauberk.dev/internal/overdue"
+	"hauberk.dev/internal/unixsock"
 	proxy "hauberk.dev/mesh/alone"
 	"hauberk.dev/mesh/nginxconf"
 )
 
 // alone serves a file until ctx ends. SIGHUP reads the file again: one that is
-// wrong changes nothing, and the log says why.
-func alone(ctx context.Context, path string, stderr io.Writer) error {
+// wrong changes nothing, and the log says why. With door another process may take
+// this one's place there; with take this one takes that of another, and with both it
+// does so if there is one.
+func alone(ctx context.Context, path, door, take string, stderr io.Writer) error {
 	hangup := make(chan os.Signal, 1)
 	signal.Notify(hangup, syscall.SIGHUP)
 	defer signal.Stop(hangup)
@@ -27,13 +31,14 @@ func alone(ctx context.Context, path string, stderr io.Writer) error {
 		return err
 	}
 	log := slog.New(slog.NewTextHandler(stderr, nil))
-	p, err := proxy.Open(c, log)
+	p, next, err := opened(ctx, c, door, take, log)
 	if err != nil {
 		return err
 	}
 	for _, l := range c.Listeners {
 		log.Info("listening", "listener", l.Name, "address", p.Address(l.Name))
 	}
+	tellSupervisor(log)
 	inTime := overdue.Tell(ctx, p.Patience()+endTime, func(stacks []byte) {
 		fmt.Fprintf(stderr, "hauberk-mesh: not ended %v after it was asked to; all goroutines:\n%s\n", p.Patience()+endTime, stacks)
 		os.Exit(1)
@@ -52,10 +57,37 @@ func alone(ctx context.Context, path string, stderr io.Writer) error {
 			}
 		}
 	}()
+	giving, stop := context.WithCancel(ctx)
+	given := make(chan error, 1)
+	go func() {
+		if next == nil {
+			given <- nil
+			return
+		}
+		given <- p.GiveOver(giving, next)
+	}()
 	err = p.Run(ctx)
+	stop()
 	close(done)
 	<-ended
-	return err
+	return errors.Join(err, <-given)
+}
+
+// opened is a proxy with its sockets, its own or those of the process whose place it
+// takes, and the socket where the next asks.
+func opened(ctx context.Context, c *proxy.Config, door, take string, log *slog.Logger) (p *proxy.Proxy, next *net.UnixListener, err error) {
+	if take != "" && (door == "" || somebody(take)) {
+		return proxy.TakeOver(ctx, take, c, log)
+	}
+	if door != "" {
+		if next, err = unixsock.Listen(door); err != nil {
+			return nil, nil, err
+		}
+	}
+	if p, err = proxy.Open(c, log); err != nil && next != nil {
+		next.Close()
+	}
+	return p, next, err
 }
 
 func reload(p *proxy.Proxy, path string, log *slog.Logger) {

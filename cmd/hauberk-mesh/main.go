@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -43,7 +44,10 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	flags.SetOutput(stderr)
 	config := flags.String("c", "", "serve alone, as this file says; see docs/proxy.md")
 	path := flags.String("link", "/run/hauberk/mesh.sock", "socket to listen on for hauberk-node")
+	admin := flags.String("admin", "", "Unix socket for GET /metrics; none by default")
 	limit := flags.Int("connections", 0, "connections open at once, per sandbox and direction; 0 means 1024")
+	door := flags.String("handover", "", "socket to listen on for a process that is to take this one's place; only this user and root may")
+	take := flags.String("take-over", "", "take the place of the process that listens there for it, with its sockets and live connections")
 	root := flags.Bool("allow-root", false, "run as root, for tests only")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -58,14 +62,15 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	if *config != "" {
-		return alone(ctx, *config, stderr)
+		return alone(ctx, *config, *door, *take, stderr)
 	}
-	ln, err := unixsock.Listen(*path)
+	log := slog.New(slog.NewTextHandler(stderr, nil))
+	p := mesh.New(mesh.Options{Log: log, Connections: *limit, Requests: os.Stdout})
+	ln, next, err := sockets(ctx, p, *path, *door, *take)
 	if err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(stderr, nil))
-	log.Info("listening for the node", "link", *path, "pid", os.Getpid())
+	log.Info("listening for the node", "link", ln.Addr(), "pid", os.Getpid())
 	// Nothing here needs to be saved: if an end takes too long, it is told why
 	// and made.
 	inTime := overdue.Tell(ctx, endTime, func(stacks []byte) {
@@ -73,7 +78,81 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		os.Exit(1)
 	})
 	defer inTime()
-	return mesh.New(mesh.Options{Log: log, Connections: *limit}).Run(ctx, ln)
+	if *admin != "" {
+		metrics, err := listenAdmin(*admin)
+		if err != nil && *take == "" {
+			return errors.Join(err, ln.Close())
+		}
+		var stop context.CancelFunc
+		ctx, stop = context.WithCancel(ctx)
+		served := make(chan error, 1)
+		if err == nil {
+			go func() { served <- p.ServeAdmin(ctx, metrics) }()
+		} else {
+			go func() { served <- serveAdminLater(ctx, log, p, *admin) }()
+		}
+		defer func() { stop(); <-served }()
+	}
+	if next == nil {
+		return p.Run(ctx, ln)
+	}
+	given := make(chan error, 1)
+	go func() { given <- p.GiveOver(ctx, next) }()
+	return errors.Join(p.Run(ctx, ln), <-given)
+}
+
+// serveAdminLater opens the socket for administrators once the process whose place
+// this one has taken has let go of it. That it cannot is no reason to end: live
+// connections are here.
+func serveAdminLater(ctx context.Context, log *slog.Logger, p *mesh.Proxy, path string) error {
+	for until := time.Now().Add(2 * endTime); ; {
+		ln, err := listenAdmin(path)
+		if err == nil {
+			return p.ServeAdmin(ctx, ln)
+		}
+		if time.Now().After(until) {
+			log.Error("nobody can be told the counts", "err", err)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// sockets opens the sockets for the node and for the next process, or takes those
+// of the process whose place this one takes.
+func sockets(ctx context.Context, p *mesh.Proxy, path, door, take string) (nodes, next *net.UnixListener, err error) {
+	if take != "" {
+		return p.TakeOver(ctx, take)
+	}
+	if nodes, err = unixsock.Listen(path); err != nil || door == "" {
+		return nodes, nil, err
+	}
+	if next, err = unixsock.Listen(door); err != nil {
+		nodes.Close()
+	}
+	return nodes, next, err
+}
+
+// listenAdmin opens a socket for its owner alone; one that a program before has
+// left is replaced.
+func listenAdmin(path string) (net.Listener, error) {
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("listen on %s: another program is there", path)
+	} else if errors.Is(err, unix.ECONNREFUSED) {
+		os.Remove(path)
+	}
+	old := unix.Umask(0o177)
+	ln, err := net.Listen("unix", path)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	return ln, nil
 }
 
 // endTime is how long the proxy may take to end.

@@ -6,16 +6,20 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
+	"strconv"
 	"syscall"
 	"time"
 
 	"hauberk.dev/control"
 	"hauberk.dev/internal/overdue"
+	"hauberk.dev/plan"
 )
 
 func main() {
@@ -37,11 +41,51 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	f.StringVar(&c.Door, "node-listen", "127.0.0.1:7444", "address nodes talk to")
 	f.StringVar(&c.TrustDomain, "trust-domain", "hauberk.local", "trust domain of every identity issued here")
 	f.BoolVar(&c.InsecureGuardOff, "insecure-guard-off", false, "give identities to sandboxes without a Guard, to prove that checks notice")
+	f.Func("mesh-log", "have proxies write a line for each request: text or json; none by default", func(format string) error {
+		if format != "text" && format != "json" {
+			return fmt.Errorf("%q: want text or json", format)
+		}
+		observe(&c).Log = format
+		return nil
+	})
+	f.Func("mesh-log-collector", "have proxies tell this collector of OTLP over HTTP of each request: host:port", func(address string) error {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return err
+		}
+		logCollector(&c).Address = address
+		return nil
+	})
+	f.Func("mesh-log-ca", "file of the authorities, in PEM, that have signed the certificate of --mesh-log-collector; without it that is spoken to in the clear", func(path string) error {
+		text, err := os.ReadFile(path)
+		logCollector(&c).Authorities = string(text)
+		return err
+	})
+	f.Func("mesh-traces", "have proxies carry traces on, and tell spans to this collector of OTLP over HTTP: host:port, or none to tell nobody", func(collector string) error {
+		if traces(&c); collector == "none" {
+			return nil
+		}
+		if _, _, err := net.SplitHostPort(collector); err != nil {
+			return err
+		}
+		traces(&c).Collector = collector
+		return nil
+	})
+	f.Func("mesh-sample", "how many of 1000 traces that begin at a proxy are sampled, with --mesh-traces; 0 by default", func(text string) error {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 0 || n > 1000 {
+			return fmt.Errorf("%q: want 0 to 1000", text)
+		}
+		traces(&c).PerMille = n
+		return nil
+	})
 	if err := f.Parse(args); err != nil {
 		return err
 	}
 	if f.NArg() > 0 {
 		return fmt.Errorf("read arguments: %q: none are taken; see hauberkd -h", f.Args())
+	}
+	if c.Observe != nil && c.Observe.LogCollector != nil && c.Observe.LogCollector.Address == "" {
+		return errors.New("read arguments: --mesh-log-ca goes with --mesh-log-collector")
 	}
 	c.Log = stderr
 	inTime := overdue.Tell(ctx, endTime, func(stacks []byte) {
@@ -53,6 +97,29 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	}
 	return d.Run(ctx)
+}
+
+func observe(c *control.Config) *plan.Observe {
+	if c.Observe == nil {
+		c.Observe = &plan.Observe{}
+	}
+	return c.Observe
+}
+
+func logCollector(c *control.Config) *plan.Collector {
+	o := observe(c)
+	if o.LogCollector == nil {
+		o.LogCollector = &plan.Collector{}
+	}
+	return o.LogCollector
+}
+
+func traces(c *control.Config) *plan.Traces {
+	o := observe(c)
+	if o.Traces == nil {
+		o.Traces = &plan.Traces{}
+	}
+	return o.Traces
 }
 
 // endTime is after how long a stop is late, and the log tells what it waits for.

@@ -2,6 +2,7 @@ package netns
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -14,6 +15,8 @@ const (
 	tableName   = "hauberk"
 	bypassSet   = "bypass"
 	bypassLimit = 256 // destinations counted apart; the rest share one counter
+	blockedSet  = "blocked"
+	blockLimit  = 4096 // connections dropped one by one, see Watch.Block
 	counterFake = "spoofed"
 	counterRest = "rest"
 )
@@ -40,19 +43,29 @@ type Drops struct {
 // fence installs the rules, in one transaction:
 //
 //	netdev ingress on the tap, policy drop: spoofed frames counted and dropped;
-//	ARP and TCP accepted; UDP 53 to the gateway accepted; the rest counted by
-//	destination and dropped.
+//	ARP accepted; TCP of connections that were blocked dropped, all other
+//	accepted; UDP 53 to the gateway accepted; the rest counted by destination
+//	and dropped.
 //	ip prerouting: TCP to the listener, except TCP 53 to the gateway, which has
-//	its own, and replies to sockets inside the namespace, which find them.
+//	its own, and replies to sockets inside the namespace, which find them. What
+//	finds neither is counted by destination and dropped.
+//	ip forward: all counted by destination and dropped. There is nowhere to go.
+//
+// Rules that are there already give way to these in the same step.
 func fence(device string, g Guest) error {
 	c, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
+	for _, family := range []nftables.TableFamily{nftables.TableFamilyNetdev, nftables.TableFamilyIPv4} {
+		c.DelTable(c.AddTable(&nftables.Table{Family: family, Name: tableName}))
+	}
 	if err := fenceIngress(c, device, g); err != nil {
 		return fmt.Errorf("add set of bypasses: %w", err)
 	}
-	fencePrerouting(c, device)
+	if err := fenceIP(c, device); err != nil {
+		return fmt.Errorf("add set of bypasses: %w", err)
+	}
 	if err := c.Flush(); err != nil {
 		return fmt.Errorf("install rules: %w", err)
 	}
@@ -61,9 +74,10 @@ func fence(device string, g Guest) error {
 
 func fenceIngress(c *nftables.Conn, device string, g Guest) error {
 	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyNetdev, Name: tableName})
-	set := &nftables.Set{Table: table, Name: bypassSet, Dynamic: true, Concatenation: true, Size: bypassLimit, Counter: true,
-		KeyType: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)}
-	if err := c.AddSet(set, nil); err != nil {
+	set := bypasses(table)
+	blocked := &nftables.Set{Table: table, Name: blockedSet, Concatenation: true, Size: blockLimit,
+		KeyType: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService, nftables.TypeInetService)}
+	if err := errors.Join(c.AddSet(set, nil), c.AddSet(blocked, nil)); err != nil {
 		return err
 	}
 	for _, name := range []string{counterFake, counterRest} {
@@ -87,6 +101,7 @@ func fenceIngress(c *nftables.Conn, device string, g Guest) error {
 	rule(etherType(unix.ETH_P_ARP), network(0, []byte{0, 1, 8, 0, 6, 4}), network(8, g.MAC), network(14, guest), verdict(expr.VerdictAccept))
 	rule(etherType(unix.ETH_P_ARP), spoofed)
 	rule(etherType(unix.ETH_P_IP), networkNot(12, guest), spoofed)
+	rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_TCP), among(blocked), verdict(expr.VerdictDrop))
 	rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_TCP), verdict(expr.VerdictAccept))
 	rule(etherType(unix.ETH_P_IP), protocol(unix.IPPROTO_UDP), network(16, Gateway.AsSlice()), transportPort(53), verdict(expr.VerdictAccept))
 	for _, port := range g.Answers {
@@ -98,8 +113,18 @@ func fenceIngress(c *nftables.Conn, device string, g Guest) error {
 	return nil
 }
 
-func fencePrerouting(c *nftables.Conn, device string) {
+// bypasses are counted by destination, protocol and port.
+func bypasses(table *nftables.Table) *nftables.Set {
+	return &nftables.Set{Table: table, Name: bypassSet, Dynamic: true, Concatenation: true, Size: bypassLimit, Counter: true,
+		KeyType: nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)}
+}
+
+func fenceIP(c *nftables.Conn, device string) error {
 	table := c.AddTable(&nftables.Table{Family: nftables.TableFamilyIPv4, Name: tableName})
+	set := bypasses(table)
+	if err := c.AddSet(set, nil); err != nil {
+		return err
+	}
 	chain := c.AddChain(&nftables.Chain{Name: "prerouting", Table: table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle})
 	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: join(
@@ -107,11 +132,11 @@ func fencePrerouting(c *nftables.Conn, device string) {
 	name := make([]byte, unix.IFNAMSIZ)
 	copy(name, device)
 	mark := binary.NativeEndian.AppendUint32(nil, interceptMark)
-	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: join(
-		[]expr.Any{
-			&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: name},
-		},
+	from := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: name},
+	}
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: join(from,
 		protocol(unix.IPPROTO_TCP),
 		[]expr.Any{
 			&expr.Immediate{Register: 1, Data: binary.BigEndian.AppendUint16(nil, InterceptPort)},
@@ -120,6 +145,15 @@ func fencePrerouting(c *nftables.Conn, device string) {
 			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
 		},
 		verdict(expr.VerdictAccept))})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: join(from, network(16, Gateway.AsSlice()), verdict(expr.VerdictAccept))})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: join(from, count(set, true), verdict(expr.VerdictDrop))})
+	c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: join(from, verdict(expr.VerdictDrop))})
+
+	drop := nftables.ChainPolicyDrop
+	forward := c.AddChain(&nftables.Chain{Name: "forward", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookForward, Priority: nftables.ChainPriorityFilter, Policy: &drop})
+	c.AddRule(&nftables.Rule{Table: table, Chain: forward, Exprs: join(count(set, true), verdict(expr.VerdictDrop))})
+	return nil
 }
 
 // Dropped reads what was dropped so far.
@@ -137,6 +171,11 @@ func (ns *Namespace) Dropped() (Drops, error) {
 	if err != nil {
 		return Drops{}, fmt.Errorf("read drops of %q: %w", ns.name, err)
 	}
+	within, err := c.GetSetElements(&nftables.Set{Table: &nftables.Table{Family: nftables.TableFamilyIPv4, Name: tableName}, Name: bypassSet})
+	if err != nil {
+		return Drops{}, fmt.Errorf("read drops of %q: %w", ns.name, err)
+	}
+	elements = append(elements, within...)
 	var d Drops
 	for _, e := range elements {
 		if len(e.Key) < 12 || e.Counter == nil {
@@ -215,6 +254,16 @@ func protocol(p byte) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{p}},
+	}
+}
+
+// among tells whether a packet of TCP is of one of the connections in a set.
+func among(set *nftables.Set) []expr.Any {
+	return []expr.Any{
+		&expr.Payload{DestRegister: unix.NFT_REG32_00, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
+		&expr.Payload{DestRegister: unix.NFT_REG32_00 + 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+		&expr.Payload{DestRegister: unix.NFT_REG32_00 + 2, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set.Name, SetID: set.ID},
 	}
 }
 

@@ -73,6 +73,7 @@ func (ns *Namespace) Tap(g Guest) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("make tap in %q: %w", ns.name, err)
 	}
+	ns.enclosed = true
 	return tap, nil
 }
 
@@ -99,6 +100,7 @@ func (ns *Namespace) veth(g Guest, peer *Namespace, name string) error {
 	if err != nil {
 		return err
 	}
+	ns.enclosed = true
 	return peer.Do(func() error { return playGuest(name, g) })
 }
 
@@ -144,14 +146,23 @@ func prepare() error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return fmt.Errorf("raise lo: %w", err)
 	}
+	return interceptRoute()
+}
+
+// interceptRoute has what TPROXY marked delivered here, wherever it is going.
+func interceptRoute() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
 	rule := netlink.NewRule()
 	rule.Family, rule.Mark, rule.Table, rule.Priority = unix.AF_INET, interceptMark, interceptTable, 10
-	if err := netlink.RuleAdd(rule); err != nil {
+	if err := netlink.RuleAdd(rule); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add rule for mark %d: %w", interceptMark, err)
 	}
 	err = netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: every(),
 		Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST, Table: interceptTable})
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add local route: %w", err)
 	}
 	return nil

@@ -100,5 +100,6 @@ func (ns *Namespace) Adopt(tap *os.File, g Guest) error {
 	if err != nil {
 		return fmt.Errorf("adopt tap in %q: %w", ns.name, err)
 	}
+	ns.enclosed = true
 	return nil
 }

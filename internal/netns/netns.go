@@ -32,6 +32,8 @@ type Namespace struct {
 	name string
 	path string
 	file *os.File
+	// enclosed says that this process has installed the rules.
+	enclosed bool
 }
 
 // Create makes a network namespace and binds it to dir/name, where Open finds
@@ -55,6 +57,9 @@ func create(dir, name string, prepare func() error) (*Namespace, error) {
 	f.Close()
 	ns := &Namespace{name: name, path: path}
 	err = onThread(func() error {
+		if err := ownTable(); err != nil {
+			return err
+		}
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("unshare: %w", err)
 		}
@@ -72,6 +77,26 @@ func create(dir, name string, prepare func() error) (*Namespace, error) {
 		return nil, errors.Join(fmt.Errorf("create namespace %q: %w", name, err), ns.Delete())
 	}
 	return ns, nil
+}
+
+// tableSize is how many connections a namespace's own table is made for; it takes
+// more, at the cost of searching.
+const tableSize = "4096"
+
+// ownTable has the next namespace get a table of TCP connections of its own. Who
+// lists them then reads that and not the table of the whole machine, and nobody
+// fills another's. A kernel says how large it is to be by the namespace that the
+// next one is made from, hence one that is left at once. An older kernel has one
+// table for all.
+func ownTable() error {
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("unshare: %w", err)
+	}
+	err := os.WriteFile("/proc/sys/net/ipv4/tcp_child_ehash_entries", []byte(tableSize), 0)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("size table of connections: %w", err)
+	}
+	return nil
 }
 
 // Open opens a namespace that Create made, also in an earlier process.

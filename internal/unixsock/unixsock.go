@@ -37,20 +37,36 @@ func Listen(path string) (*net.UnixListener, error) {
 // OnlyRoot fails if who has connected is not root: the mode of the socket says the
 // same, but a mode is changed more easily than this.
 func OnlyRoot(conn *net.UnixConn) error {
+	uid, err := user(conn)
+	if err == nil && uid != 0 {
+		err = fmt.Errorf("user %d asks, and only root may", uid)
+	}
+	return err
+}
+
+// SameUser fails if the other side is not of this process's own user. On the side
+// that has connected it judges who listens.
+func SameUser(conn *net.UnixConn) error {
+	uid, err := user(conn)
+	if own := os.Geteuid(); err == nil && int64(uid) != int64(own) {
+		err = fmt.Errorf("user %d is there, and only user %d may be", uid, own)
+	}
+	return err
+}
+
+// user is that of the process at the other end.
+func user(conn *net.UnixConn) (uint32, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var who *unix.Ucred
 	var asked error
 	if err := raw.Control(func(fd uintptr) { who, asked = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return err
+		return 0, err
 	}
 	if asked != nil {
-		return fmt.Errorf("ask who asks: %w", asked)
+		return 0, fmt.Errorf("ask who asks: %w", asked)
 	}
-	if who.Uid != 0 {
-		return fmt.Errorf("user %d asks, and only root may", who.Uid)
-	}
-	return nil
+	return who.Uid, nil
 }

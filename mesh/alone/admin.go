@@ -3,10 +3,15 @@ package alone
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/url"
 	"os"
+	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -16,11 +21,12 @@ import (
 const (
 	adminTimeout = 5 * time.Second
 	maxAdmins    = 16 // at once
+	maxFaults    = 64 // told of a configuration
 )
 
 // listenAdmin opens the socket for people and their tools. It is its owner's
 // alone. One that nobody listens on any more is replaced.
-func listenAdmin(path string) (net.Listener, error) {
+func listenAdmin(path string) (*net.UnixListener, error) {
 	if c, err := net.Dial("unix", path); err == nil {
 		c.Close()
 		return nil, fmt.Errorf("listen on %s: another program is there", path)
@@ -28,7 +34,7 @@ func listenAdmin(path string) (net.Listener, error) {
 		os.Remove(path)
 	}
 	old := syscall.Umask(0o177)
-	ln, err := net.Listen("unix", path)
+	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	syscall.Umask(old)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
@@ -36,7 +42,7 @@ func listenAdmin(path string) (net.Listener, error) {
 	return ln, nil
 }
 
-// serveAdmin answers GET /metrics and GET /status.
+// serveAdmin answers GET /metrics, GET /status, GET /readyz, PUT /config and DELETE /cache.
 func (p *Proxy) serveAdmin(ctx context.Context) {
 	room := make(chan struct{}, maxAdmins)
 	for {
@@ -73,12 +79,23 @@ func (p *Proxy) answerAdmin(c net.Conn) {
 		if err != nil {
 			return
 		}
-		kind, body, status := "text/plain; charset=utf-8", []byte("not found: use GET /metrics or GET /status\n"), "404 Not Found"
+		kind, body, status := "text/plain; charset=utf-8", []byte("not found: use GET /metrics, GET /status, GET /readyz, PUT /config or DELETE /cache\n"), "404 Not Found"
 		switch {
+		case h.Method == "PUT" && h.Target == "/config" && h.Framing == http1.Length:
+			kind = "application/json"
+			if body, status, err = p.putConfig(in, out, h); err != nil {
+				return
+			}
+			c.SetDeadline(time.Now().Add(adminTimeout))
+		case h.Method == "DELETE" && isCache(h.Target) && h.Framing == http1.NoBody:
+			kind, body, status = "application/json", fmt.Appendf(nil, `{"purged":%d}`+"\n", p.purge(prefixOf(h.Target))), "200 OK"
 		case h.Framing != http1.NoBody || h.Method != "GET":
-			body, status, h.Close = []byte("only GET without a body\n"), "405 Method Not Allowed", true
+			body, status, h.Close = []byte("only GET without a body, DELETE /cache, or PUT /config with its length\n"), "405 Method Not Allowed", true
 		case h.Target == "/metrics":
 			kind, body, status = "text/plain; version=0.0.4", p.metrics(), "200 OK"
+		case h.Target == "/readyz":
+			kind = "application/json"
+			body, status = p.ready(time.Now())
 		case h.Target == "/status":
 			kind, body, status = "application/json", p.describe(), "200 OK"
 		}
@@ -93,10 +110,72 @@ func (p *Proxy) answerAdmin(c net.Conn) {
 	}
 }
 
+// isCache says whether a target is what is stored, and prefixOf whose address begins
+// with what.
+func isCache(target string) bool {
+	path, _, _ := strings.Cut(target, "?")
+	return path == "/cache"
+}
+
+func prefixOf(target string) string {
+	_, query, _ := strings.Cut(target, "?")
+	v, err := url.ParseQuery(query)
+	if err != nil {
+		return "\x00" // of no address
+	}
+	return v.Get("prefix")
+}
+
+// refused is the answer to a configuration that is not taken: nothing of it is in
+// force.
+type refused struct {
+	refusal
+	Faults []Fault `json:"faults,omitempty"`
+}
+
+// putConfig puts a configuration in force that came over the socket, all of it or
+// nothing. Paths in it are relative to those of the file the proxy began with.
+func (p *Proxy) putConfig(in *http1.Reader, out *bufio.Writer, h *http1.Head) (body []byte, status string, err error) {
+	if h.Length > maxConfig {
+		h.Close = true
+		body, err = json.Marshal(refused{refusal: refusal{Error: "Content Too Large", Reason: fmt.Sprintf("over %d MiB", maxConfig>>20)}})
+		return body, "413 Content Too Large", err
+	}
+	if h.Expect {
+		out.WriteString("HTTP/1.1 100 Continue\r\n\r\n")
+		if err := out.Flush(); err != nil {
+			return nil, "", err
+		}
+	}
+	text := make([]byte, h.Length)
+	if _, err := io.ReadFull(in.R, text); err != nil {
+		return nil, "", err
+	}
+	c, err := Parse("config", p.world.Load().config.dir, text)
+	if err == nil {
+		c.told = text
+		err = p.Reload(c)
+	} else {
+		p.Refused()
+	}
+	if err == nil {
+		p.log.Info("configured over the admin socket", "digest", c.sum)
+		return p.describe(), "200 OK", nil
+	}
+	p.log.Error("configuration refused: the one before stays", "err", err)
+	answer := refused{refusal: refusal{Error: "Unprocessable Content", Reason: err.Error(), Hint: "nothing has changed; mend it and put it again"}}
+	var faults *Faults
+	if errors.As(err, &faults) {
+		answer.Faults = faults.All[:min(len(faults.All), maxFaults)]
+	}
+	body, err = json.Marshal(answer)
+	return append(body, '\n'), "422 Unprocessable Content", err
+}
+
 // describe says what is in force. It holds no key and no request.
 func (p *Proxy) describe() []byte {
 	w := p.enter()
 	defer w.leave()
-	return fmt.Appendf(nil, `{"generation":%d,"since":%q,"refused_reloads":%d,"connections":%d,"stopping":%t}`+"\n",
-		p.stats.generation.Load(), w.made.UTC().Format(time.RFC3339), p.stats.badReloads.Load(), p.open.Load(), p.stopping.Load())
+	return fmt.Appendf(nil, `{"generation":%d,"digest":%q,"since":%q,"refused_reloads":%d,"connections":%d,"goroutines":%d,"stopping":%t}`+"\n",
+		p.stats.generation.Load(), w.config.sum, w.made.UTC().Format(time.RFC3339), p.stats.badReloads.Load(), p.open.Load(), runtime.NumGoroutine(), p.stopping.Load())
 }

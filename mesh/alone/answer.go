@@ -12,9 +12,9 @@ import (
 
 // reasons are the phrases of the statuses the proxy itself answers with.
 var reasons = map[int]string{200: "OK", 206: "Partial Content", 301: "Moved Permanently", 302: "Found", 303: "See Other", 304: "Not Modified",
-	307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
-	408: "Request Timeout", 412: "Precondition Failed", 413: "Content Too Large", 416: "Range Not Satisfiable", 421: "Misdirected Request",
-	429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 502: "Bad Gateway",
+	307: "Temporary Redirect", 308: "Permanent Redirect", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed",
+	408: "Request Timeout", 409: "Conflict", 412: "Precondition Failed", 413: "Content Too Large", 415: "Unsupported Media Type", 416: "Range Not Satisfiable", 421: "Misdirected Request",
+	429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
 	503: "Service Unavailable", 504: "Gateway Timeout"}
 
 // answerTime is how long a client may take to read an answer of the proxy's own.
@@ -30,6 +30,10 @@ type refusal struct {
 // refuse answers a request that goes nowhere. It returns false.
 func (s *session) refuse(status int, why, hint string) bool {
 	s.why = why
+	if s.grpc {
+		s.refuseGRPC(status, why, hint)
+		return false
+	}
 	body, err := json.Marshal(refusal{reasons[status], why, hint})
 	if err != nil {
 		body = nil
@@ -40,6 +44,10 @@ func (s *session) refuse(status int, why, hint string) bool {
 
 func (s *session) tooMany(wait time.Duration) {
 	s.why = "rate limit"
+	if s.grpc {
+		s.refuseGRPC(429, "the route's rate is used up", "wait "+strconv.Itoa(int(wait/time.Second)+1)+"s")
+		return
+	}
 	body := []byte(`{"error":"Too Many Requests","reason":"the route's rate is used up","hint":"wait as Retry-After says"}` + "\n")
 	s.short(429, "application/json", body, "Retry-After", strconv.Itoa(int(wait/time.Second)+1))
 }
@@ -74,7 +82,10 @@ func (s *session) finish(b []byte, length int64) []byte {
 
 // connection ends a head.
 func (s *session) connection(b []byte) []byte {
-	if s.unread() || s.p.stopping.Load() {
+	if s.two != nil { // the connection says itself when it ends
+		return append(b, "\r\n"...)
+	}
+	if s.unread() || s.parts() {
 		s.final = true
 	}
 	if s.final {
@@ -194,7 +205,10 @@ func (s *session) sendFile(a *action, x *static.Answer, b []byte, z bool) {
 		length = -1
 	case z:
 		length = -1
-		b = append(b, "Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n"...)
+		b = append(b, "Content-Encoding: gzip\r\n"...)
+		if s.req.Minor == 1 {
+			b = append(b, "Transfer-Encoding: chunked\r\n"...)
+		}
 	}
 	b = s.finish(b, length)
 	if s.out.kept(b) != nil || string(s.req.Method) == "HEAD" || x.N == 0 && !z {
@@ -220,6 +234,13 @@ func (s *session) copyFile(a *action, x *static.Answer, z bool) error {
 			return err
 		}
 		return c.close()
+	}
+	if s.two != nil {
+		_, err := io.Copy(pourer{&s.out}, from)
+		if err == nil && from.N > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
 	}
 	if err := s.out.flush(); err != nil {
 		return err

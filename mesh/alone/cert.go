@@ -13,8 +13,10 @@ import (
 
 // certificates are those of a listener, read again when their files change.
 type certificates struct {
-	files []Certificate
-	now   atomic.Pointer[certSet]
+	files   []Certificate
+	sources []string // names of those that are handed over
+	from    *identities
+	now     atomic.Pointer[certSet]
 }
 
 type certSet struct {
@@ -25,8 +27,15 @@ type certSet struct {
 
 var errNoCertificate = errors.New("no certificate")
 
-func newCertificates(files []Certificate) (*certificates, error) {
-	c := &certificates{files: files}
+func newCertificates(all []Certificate, from *identities) (*certificates, error) {
+	c := &certificates{from: from}
+	for _, one := range all {
+		if one.Identity != "" {
+			c.sources = append(c.sources, one.Identity)
+		} else {
+			c.files = append(c.files, one)
+		}
+	}
 	set, err := c.read()
 	if err != nil {
 		return nil, err
@@ -78,7 +87,7 @@ func (c *certificates) stamps() (all []string) {
 
 // refresh reads the files again if they changed. What cannot be read leaves
 // those in force.
-func (c *certificates) refresh(log *slog.Logger, listener string) {
+func (c *certificates) refresh(log *slog.Logger, kind, name string) {
 	stamps := c.stamps()
 	have := c.now.Load()
 	if strings.Join(stamps, " ") == strings.Join(have.stamps, " ") {
@@ -86,14 +95,14 @@ func (c *certificates) refresh(log *slog.Logger, listener string) {
 	}
 	set, err := c.read()
 	if err != nil {
-		log.Error("read changed certificates: the old ones stay", "listener", listener, "err", err)
+		log.Error("read changed certificates: the old ones stay", kind, name, "err", err)
 		kept := *have
 		kept.stamps = stamps // complain once
 		c.now.Store(&kept)
 		return
 	}
 	c.now.Store(set)
-	log.Info("certificates changed", "listener", listener)
+	log.Info("certificates changed", kind, name)
 }
 
 // pick chooses by the name the client asks for, then what its algorithms allow.
@@ -114,8 +123,44 @@ func (c *certificates) pick(hello *tls.ClientHelloInfo) (*tls.Certificate, error
 			return cert, nil
 		}
 	}
-	if len(candidates) > 0 {
+	given, err := c.given(hello.SupportsCertificate)
+	switch {
+	case given != nil:
+		return given, nil
+	case len(candidates) > 0:
 		return candidates[0], nil
+	case err != nil:
+		return nil, err
 	}
 	return nil, errNoCertificate
+}
+
+// given is a certificate that is handed over, one that fits if any does.
+func (c *certificates) given(fits func(*tls.Certificate) error) (first *tls.Certificate, err error) {
+	now := time.Now()
+	for _, name := range c.sources {
+		cert, why := c.from.certificate(name, now)
+		if why != nil {
+			err = errors.Join(err, why)
+			continue
+		}
+		if fits(cert) == nil {
+			return cert, nil
+		}
+		if first == nil {
+			first = cert
+		}
+	}
+	if first == nil && err != nil {
+		c.from.refused.Add(1)
+	}
+	return first, err
+}
+
+// one is the certificate that is shown to servers.
+func (c *certificates) one(fits func(*tls.Certificate) error) (*tls.Certificate, error) {
+	if all := c.now.Load().all; len(all) > 0 {
+		return all[0], nil
+	}
+	return c.given(fits)
 }

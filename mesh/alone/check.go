@@ -3,7 +3,6 @@ package alone
 import (
 	"crypto/sha256"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -20,6 +19,9 @@ import (
 	"hauberk.dev/mesh/route"
 )
 
+// maxPriority of an endpoint.
+const maxPriority = 127
+
 // check notes everything that could not work, and compiles what Load returns.
 func (r *reading) check(c *Config) {
 	if c.Version != 1 {
@@ -30,7 +32,14 @@ func (r *reading) check(c *Config) {
 		r.fault("limits.head", "%d bytes is out of range; use 1KiB to 64KiB", c.Limits.Head)
 	}
 	r.positive("limits.connections", c.Limits.Connections)
+	if c.AccessLog.Collector != nil {
+		r.collector("access_log.collector", c.AccessLog.Collector)
+	}
+	if c.Traces != nil {
+		r.traces(c.Traces)
+	}
 	upstreams := r.upstreams(c)
+	r.rateService(c, upstreams)
 	r.listeners(c, upstreams)
 	r.hosts(c, upstreams)
 }
@@ -77,7 +86,7 @@ func (r *reading) upstreams(c *Config) map[string]bool {
 	for i, u := range c.Upstreams {
 		at := fmt.Sprintf("upstreams[%d]", i)
 		r.name(at+".name", u.Name, seen)
-		if len(u.Endpoints) == 0 {
+		if len(u.Endpoints) == 0 && c.Admin == "" { // with admin, they may come later
 			r.fault(at+".endpoints", "is empty; list at least one address")
 		}
 		for j, e := range u.Endpoints {
@@ -85,17 +94,28 @@ func (r *reading) upstreams(c *Config) map[string]bool {
 			if e.Weight < 1 || e.Weight > 1000 {
 				r.fault(fmt.Sprintf("%s.endpoints[%d].weight", at, j), "%d is out of range; use 1 to 1000", e.Weight)
 			}
+			if e.Priority < 0 || e.Priority > maxPriority {
+				r.fault(fmt.Sprintf("%s.endpoints[%d].priority", at, j), "%d is out of range; use 0 to %d", e.Priority, maxPriority)
+			}
 		}
 		r.oneOf(at+".balance", u.Balance, policies...)
 		r.balance(at, &c.Upstreams[i])
+		r.oneOf(at+".protocol", u.Protocol, "http", "http2", "grpc", "bolt", "dubbo")
 		r.oneOf(at+".proxy_protocol", u.ProxyProtocol, "", "v1", "v2")
+		if u.Protocol != "http" && u.ProxyProtocol != "" {
+			r.fault(at+".proxy_protocol", "goes with protocol http; connections of %s are shared by clients", u.Protocol)
+		}
 		if u.Connections < 0 || u.Idle < 0 || u.Requests < 0 {
 			r.fault(at, "a negative number of connections or requests")
 		}
 		if u.TLS != nil {
-			if _, _, err := u.TLS.config(u.Endpoints[:min(1, len(u.Endpoints))]); err != nil {
+			if _, _, err := u.TLS.config(u); err != nil {
 				r.fault(at+".tls.ca", "%v", err)
 			}
+			if x := u.TLS.Certificate; x != nil {
+				r.certificate(at+".tls.certificate", c, *x)
+			}
+			r.trust(at+".tls", c, u.TLS.CA, u.TLS.Authorities, u.TLS.Bundles, u.TLS.Names, false)
 		}
 	}
 	return seen
@@ -137,28 +157,33 @@ func (r *reading) balance(at string, u *Upstream) {
 
 // config is the TLS configuration towards an upstream, and what tells its rules
 // from others: the file of the authorities may change under its name.
-func (t *ClientTLS) config(es []Endpoint) (cfg *tls.Config, rules string, err error) {
+func (t *ClientTLS) config(u Upstream) (cfg *tls.Config, rules string, err error) {
 	cfg = &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.Name, NextProtos: []string{"http/1.1"}}
+	switch u.Protocol {
+	case "http2", "grpc":
+		cfg.NextProtos = []string{"h2"}
+	case "bolt", "dubbo":
+		cfg.NextProtos = nil
+	}
+	es := u.Endpoints
 	if cfg.ServerName == "" && len(es) > 0 {
 		cfg.ServerName, _, _ = net.SplitHostPort(es[0].Address)
 	}
 	var sum [sha256.Size]byte
 	if t.CA != "" {
-		b, err := os.ReadFile(t.CA)
-		if err != nil {
+		if cfg.RootCAs, sum, err = readPool(t.CA); err != nil {
 			return nil, "", err
 		}
-		sum = sha256.Sum256(b)
-		cfg.RootCAs = x509.NewCertPool()
-		if !cfg.RootCAs.AppendCertsFromPEM(b) {
-			return nil, "", fmt.Errorf("%s holds no certificate in PEM", t.CA)
-		}
 	}
-	return cfg, fmt.Sprintf("%q %q %x", cfg.ServerName, t.CA, sum), nil
+	if len(t.Names) > 0 {
+		cfg.InsecureSkipVerify = true // of the host name; the rest is done here
+		cfg.VerifyConnection = t.verify(cfg.RootCAs)
+	}
+	return cfg, fmt.Sprintf("%q %q %x %q %q %q %v", cfg.ServerName, t.CA, sum, t.Authorities, t.Bundles, t.Names, t.Certificate), nil
 }
 
 func (r *reading) listeners(c *Config, upstreams map[string]bool) {
-	if len(c.Listeners) == 0 {
+	if len(c.Listeners) == 0 && c.Admin == "" { // with admin, they may come later
 		r.fault("listeners", "is empty; list at least one address to serve")
 	}
 	names, addresses := map[string]bool{}, map[string]bool{}
@@ -167,11 +192,15 @@ func (r *reading) listeners(c *Config, upstreams map[string]bool) {
 		at := fmt.Sprintf("listeners[%d]", i)
 		r.name(at+".name", l.Name, names)
 		r.address(at+".address", l.Address, false)
-		if addresses[l.Address] {
+		if addresses[l.key()] {
 			r.fault(at+".address", "%q is served by another listener", l.Address)
 		}
-		addresses[l.Address] = true
-		r.oneOf(at+".protocol", l.Protocol, "http", "tcp", "sni")
+		addresses[l.key()] = true
+		r.oneOf(at+".protocol", l.Protocol, "http", "tcp", "udp", "sni", "bolt", "dubbo")
+		if r.datagrams(at, l, c, upstreams) {
+			continue
+		}
+		r.oneOf(at+".http2", l.HTTP2, "on", "off", "only")
 		r.positive(at+".connections", l.Connections)
 		for j, s := range l.ProxyProtocol {
 			p, err := netip.ParsePrefix(s)
@@ -180,12 +209,27 @@ func (r *reading) listeners(c *Config, upstreams map[string]bool) {
 			}
 			l.from = append(l.from, p)
 		}
-		r.serverTLS(at, l)
-		r.layer4(at, l, upstreams)
+		r.serverTLS(at, c, l)
+		r.layer4(at, l, c, upstreams)
+		r.calls(at, l, c, upstreams)
 	}
 }
 
-func (r *reading) serverTLS(at string, l *Listener) {
+func (r *reading) clients(at string, all *Config, c *Clients) {
+	r.trust(at, all, c.CA, c.Authorities, c.Bundles, c.Names, true)
+	if c.CA != "" {
+		if _, _, err := readPool(c.CA); err != nil {
+			r.fault(at+".ca", "%v", err)
+		}
+	}
+	for i, name := range c.Names {
+		if name == "" || strings.Contains(strings.TrimSuffix(name, "*"), "*") {
+			r.fault(fmt.Sprintf("%s.names[%d]", at, i), "%q is no name; write a SPIFFE id or a DNS name, whole or its beginning and a *", name)
+		}
+	}
+}
+
+func (r *reading) serverTLS(at string, all *Config, l *Listener) {
 	if l.TLS == nil {
 		return
 	}
@@ -196,18 +240,20 @@ func (r *reading) serverTLS(at string, l *Listener) {
 		r.fault(at+".tls.certificates", "is empty; list at least one chain and its key")
 	}
 	r.oneOf(at+".tls.min_version", l.TLS.MinVersion, "1.2", "1.3")
+	if c := l.TLS.Clients; c != nil {
+		r.clients(at+".tls.clients", all, c)
+	}
 	for j, cert := range l.TLS.Certificates {
-		if _, err := cert.load(); err != nil {
-			r.fault(fmt.Sprintf("%s.tls.certificates[%d]", at, j), "%v", err)
-		}
+		r.certificate(fmt.Sprintf("%s.tls.certificates[%d]", at, j), all, cert)
 	}
 }
 
-func (r *reading) layer4(at string, l *Listener, upstreams map[string]bool) {
+func (r *reading) layer4(at string, l *Listener, c *Config, upstreams map[string]bool) {
 	if l.Protocol == "tcp" {
 		r.known(at+".upstream", l.Upstream, upstreams)
+		r.speaks(at+".upstream", c, "http", l.Upstream)
 	} else if l.Upstream != "" {
-		r.fault(at+".upstream", "goes with protocol tcp; http is routed under hosts")
+		r.fault(at+".upstream", "goes with protocol tcp or udp; http is routed under hosts")
 	}
 	if l.Protocol != "sni" {
 		if len(l.Names) > 0 {
@@ -222,6 +268,7 @@ func (r *reading) layer4(at string, l *Listener, upstreams map[string]bool) {
 	for j, n := range l.Names {
 		field := fmt.Sprintf("%s.names[%d]", at, j)
 		r.known(field+".upstream", n.Upstream, upstreams)
+		r.speaks(field+".upstream", c, "http", n.Upstream)
 		for _, name := range n.Names {
 			if err := table.Add(name, &route.Host[string]{}); err != nil {
 				r.fault(field+".names", "%v", err)
@@ -230,11 +277,42 @@ func (r *reading) layer4(at string, l *Listener, upstreams map[string]bool) {
 	}
 }
 
+// goals are the upstreams that a route names.
+func (x *Route) goals() (names []string) {
+	names = append(names, x.Upstream)
+	for _, s := range x.Split {
+		names = append(names, s.Upstream)
+	}
+	if x.Mirror != nil {
+		names = append(names, x.Mirror.Upstream)
+	}
+	return names
+}
+
+// speaks notes an upstream whose protocol does not go with who leads there. http
+// stands for what passes bytes on as they are.
+func (r *reading) speaks(field string, c *Config, protocol, name string) {
+	for _, u := range c.Upstreams {
+		if u.Name == name && u.Protocol != protocol {
+			r.fault(field, "%q speaks %s; bytes go to upstreams without a protocol", name, u.Protocol)
+		}
+	}
+}
+
+// http notes upstreams that do not speak HTTP.
+func (r *reading) http(field string, c *Config, names ...string) {
+	for _, u := range c.Upstreams {
+		if slices.Contains(names, u.Name) && speaksRPC(u.Protocol) {
+			r.fault(field, "%q speaks %s, which goes with a listener of that protocol", u.Name, u.Protocol)
+		}
+	}
+}
+
 func (r *reading) hosts(c *Config, upstreams map[string]bool) {
-	tables := map[string]*route.Table[bool]{}
+	tables, cached := map[string]*route.Table[bool]{}, map[string]map[string]bool{}
 	for _, l := range c.Listeners {
 		if l.Protocol == "http" {
-			tables[l.Name] = &route.Table[bool]{}
+			tables[l.Name], cached[l.Name] = &route.Table[bool]{}, map[string]bool{}
 		}
 	}
 	if len(tables) > 0 && len(c.Hosts) == 0 {
@@ -264,15 +342,36 @@ func (r *reading) hosts(c *Config, upstreams map[string]bool) {
 					r.fault(fmt.Sprintf("%s.names[%d]", at, j), "%v on listener %s", err, name)
 				}
 			}
+			r.cached(at, h, name, cached[name])
 		}
 		for j := range h.Routes {
-			r.route(fmt.Sprintf("%s.routes[%d]", at, j), &h.Routes[j], upstreams)
+			x, field := &h.Routes[j], fmt.Sprintf("%s.routes[%d]", at, j)
+			groups := r.route(field, x, upstreams)
+			r.transcode(field, &h.Routes[j], c)
+			r.globalRate(field, x, groups, c.RateService != nil)
+			if x.Transcode == nil { // which says itself what it speaks
+				r.http(field, c, x.goals()...)
+			}
 		}
 	}
 }
 
-func (r *reading) route(at string, x *Route, upstreams map[string]bool) {
-	groups := r.match(at, x)
+// cached notes routes of a listener that would share what they store.
+func (r *reading) cached(at string, h *Host, listener string, seen map[string]bool) {
+	for j := range h.Routes {
+		if h.Routes[j].Cache == nil || len(h.Names) == 0 {
+			continue
+		}
+		name := h.label(j)
+		if seen[name] {
+			r.fault(fmt.Sprintf("%s.routes[%d].name", at, j), "%q is the name of another route with cache on listener %s; give it a name of its own", name, listener)
+		}
+		seen[name] = true
+	}
+}
+
+func (r *reading) route(at string, x *Route, upstreams map[string]bool) (groups int) {
+	groups = r.match(at, x)
 	r.action(at, x, groups, upstreams)
 	r.template(at+".rewrite", x.Rewrite, groups)
 	if x.Rewrite != "" && x.Rewrite[0] != '/' && x.Rewrite[0] != '$' {
@@ -286,20 +385,28 @@ func (r *reading) route(at string, x *Route, upstreams map[string]bool) {
 			r.fault(at+".mirror.percent", "%d is out of range; use 1 to 100", m.Percent)
 		}
 	}
+	if x.Deadline != "" {
+		r.fieldName(at+".deadline", x.Deadline)
+	}
+	if x.Cache != nil && x.Upstream == "" && len(x.Split) == 0 {
+		r.fault(at+".cache", "goes with upstream or split")
+	}
 	if x.Retries != nil && (x.Retries.Attempts < 1 || x.Retries.Attempts > 10) {
 		r.fault(at+".retries.attempts", "%d is out of range; use 1 to 10, the first included", x.Retries.Attempts)
+	}
+	if x.Hedge != nil {
+		r.hedge(at+".hedge", x)
 	}
 	if g := x.Gzip; g != nil && (g.Level < 1 || g.Level > 9) {
 		r.fault(at+".gzip.level", "%d is out of range; use 1 to 9", g.Level)
 	}
 	if l := x.Rate; l != nil {
-		r.positive(at+".rate.requests", l.Requests)
-		r.positive(at+".rate.burst", l.Burst)
-		r.oneOf(at+".rate.by", l.By, "client", "route")
+		r.rate(at, l)
 	}
 	if name, ok := strings.CutPrefix(x.Hash, "header:"); x.Hash != "" && x.Hash != "client" && (!ok || http1.CheckField(name, "") != nil) {
 		r.fault(at+".hash", "%q is not known; use client or header:NAME", x.Hash)
 	}
+	return groups
 }
 
 // match compiles what is demanded of a request, and counts the groups of its
@@ -366,18 +473,7 @@ func (r *reading) action(at string, x *Route, groups int, upstreams map[string]b
 	}
 	if len(x.Split) > 0 {
 		actions++
-		total := 0
-		for i, s := range x.Split {
-			field := fmt.Sprintf("%s.split[%d]", at, i)
-			r.known(field+".upstream", s.Upstream, upstreams)
-			if s.Weight < 0 || s.Weight > 1e6 {
-				r.fault(field+".weight", "%d is out of range; use 0 to 1000000", s.Weight)
-			}
-			total += s.Weight
-		}
-		if total <= 0 {
-			r.fault(at+".split", "no weight above zero")
-		}
+		r.split(at, x.Split, upstreams)
 	}
 	if d := x.Redirect; d != nil {
 		actions++

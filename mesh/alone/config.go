@@ -12,19 +12,33 @@ import (
 // Config is what proxy.yaml says. Load reads and checks it; it never changes
 // after.
 type Config struct {
-	Version   int        `yaml:"version"`
-	Admin     string     `yaml:"admin"` // Unix socket
-	AccessLog AccessLog  `yaml:"access_log"`
-	Limits    Limits     `yaml:"limits"`
-	Listeners []Listener `yaml:"listeners"`
-	Hosts     []Host     `yaml:"hosts"`
-	Upstreams []Upstream `yaml:"upstreams"`
+	Version int    `yaml:"version"`
+	Admin   string `yaml:"admin"` // Unix socket
+	// Identities is the Unix socket at which hauberk-xds hands over certificates
+	// and authorities that are in no file.
+	Identities string     `yaml:"identities"`
+	AccessLog  AccessLog  `yaml:"access_log"`
+	Limits     Limits     `yaml:"limits"`
+	Listeners  []Listener `yaml:"listeners"`
+	Hosts      []Host     `yaml:"hosts"`
+	Upstreams  []Upstream `yaml:"upstreams"`
+
+	Traces      *Traces      `yaml:"traces"`
+	RateService *RateService `yaml:"rate_service"`
+	Cache       CacheMemory  `yaml:"cache"`
+
+	dir string // that paths are relative to
+	sum string // SHA-256 of the text
+
+	told []byte // the text, if it came over the admin socket
 }
 
 // AccessLog is where requests are noted, and how.
 type AccessLog struct {
 	Path   string `yaml:"path"`   // "" none, "-" the standard output
 	Format string `yaml:"format"` // text, json
+
+	Collector *Collector `yaml:"collector"` // beside or in place of path
 }
 
 // Limits hold for everything the proxy serves.
@@ -36,18 +50,26 @@ type Limits struct {
 	IdleTimeout   Duration `yaml:"idle_timeout"`
 	StreamTimeout Duration `yaml:"stream_timeout"`
 	StopTimeout   Duration `yaml:"stop_timeout"`
+	DrainTimeout  Duration `yaml:"drain_timeout"` // when another process has taken over
 }
 
 // Listener is an address the proxy serves.
 type Listener struct {
 	Name          string      `yaml:"name"`
 	Address       string      `yaml:"address"`
-	Protocol      string      `yaml:"protocol"` // http, tcp, sni
+	Protocol      string      `yaml:"protocol"` // http, tcp, udp, sni, bolt, dubbo
+	HTTP2         string      `yaml:"http2"`    // on, off, only
 	TLS           *ServerTLS  `yaml:"tls"`
 	ProxyProtocol []string    `yaml:"proxy_protocol_from"` // networks
 	Connections   int         `yaml:"connections"`
-	Upstream      string      `yaml:"upstream"` // tcp
+	Upstream      string      `yaml:"upstream"` // tcp, udp
 	Names         []NameRoute `yaml:"names"`    // sni
+	Calls         []Call      `yaml:"calls"`    // bolt, dubbo
+
+	// Of UDP.
+	Idle      Duration `yaml:"idle"`      // without a datagram either way a session ends
+	Sessions  int      `yaml:"sessions"`  // at once
+	Responses int      `yaml:"responses"` // to each datagram, after which its session ends; 0 is any number
 
 	from []netip.Prefix
 }
@@ -56,13 +78,15 @@ type Listener struct {
 type ServerTLS struct {
 	Certificates []Certificate `yaml:"certificates"`
 	MinVersion   string        `yaml:"min_version"` // 1.2, 1.3
+	Clients      *Clients      `yaml:"clients"`     // must show a certificate
 }
 
 // Certificate is a chain and its key, in files that are read again when they
-// change.
+// change; or the name of one that is handed over.
 type Certificate struct {
-	Chain string `yaml:"chain"`
-	Key   string `yaml:"key"`
+	Chain    string `yaml:"chain"`
+	Key      string `yaml:"key"`
+	Identity string `yaml:"identity"` // a SPIFFE id, a hint, a secret's name, or default
 }
 
 // NameRoute says where a TLS connection that asks for one of these names goes.
@@ -96,17 +120,22 @@ type Route struct {
 	Respond  *Respond  `yaml:"respond"`
 	Static   *Static   `yaml:"static"`
 
-	Rewrite         string   `yaml:"rewrite"`
-	Host            string   `yaml:"host"` // sent to the upstream
-	RequestHeaders  Edit     `yaml:"request_headers"`
-	ResponseHeaders Edit     `yaml:"response_headers"`
-	Mirror          *Mirror  `yaml:"mirror"`
-	Timeout         Duration `yaml:"timeout"`
-	Retries         *Retries `yaml:"retries"`
-	Gzip            *Gzip    `yaml:"gzip"`
-	Rate            *Rate    `yaml:"rate"`
-	Body            Size     `yaml:"body"`
-	Hash            string   `yaml:"hash"`
+	Rewrite         string     `yaml:"rewrite"`
+	Host            string     `yaml:"host"` // sent to the upstream
+	RequestHeaders  Edit       `yaml:"request_headers"`
+	ResponseHeaders Edit       `yaml:"response_headers"`
+	Transcode       *Transcode `yaml:"transcode"`
+	Mirror          *Mirror    `yaml:"mirror"`
+	Timeout         Duration   `yaml:"timeout"`
+	Retries         *Retries   `yaml:"retries"`
+	Hedge           *Hedge     `yaml:"hedge"`
+	Gzip            *Gzip      `yaml:"gzip"`
+	Rate            *Rate      `yaml:"rate"`
+	GlobalRate      [][]Entry  `yaml:"global_rate"` // what the request counts to, in the words of rate_service
+	Body            Size       `yaml:"body"`
+	Hash            string     `yaml:"hash"`
+	Cache           *Caching   `yaml:"cache"`
+	Deadline        string     `yaml:"deadline"` // field that says for how many milliseconds the client waits
 
 	match route.Match
 }
@@ -116,6 +145,7 @@ type Value struct {
 	Name  string  `yaml:"name"`
 	Equal *string `yaml:"equal"`
 	Regex string  `yaml:"regex"`
+	Not   bool    `yaml:"not"` // must not hold; without equal and regex: must not be there
 }
 
 // Share is an upstream's part of a route.
@@ -161,6 +191,8 @@ type Mirror struct {
 type Retries struct {
 	Attempts int   `yaml:"attempts"` // in all
 	Statuses []int `yaml:"statuses"` // of answers to idempotent requests
+
+	PerTry Duration `yaml:"per_try"` // for one answer; what takes longer is tried again
 }
 
 // Gzip compresses answers.
@@ -182,6 +214,7 @@ type Rate struct {
 type Upstream struct {
 	Name           string     `yaml:"name"`
 	Endpoints      []Endpoint `yaml:"endpoints"`
+	Protocol       string     `yaml:"protocol"` // http, http2, grpc, bolt, dubbo
 	Balance        string     `yaml:"balance"`
 	ConnectTimeout Duration   `yaml:"connect_timeout"`
 	Idle           int        `yaml:"idle"` // connections kept per endpoint
@@ -200,6 +233,7 @@ type Upstream struct {
 type Check struct {
 	Path      string   `yaml:"path"`
 	Host      string   `yaml:"host"`
+	Service   string   `yaml:"service"` // of gRPC's health service, with protocol grpc
 	Interval  Duration `yaml:"interval"`
 	Timeout   Duration `yaml:"timeout"`
 	Unhealthy int      `yaml:"unhealthy"` // checks in a row
@@ -216,14 +250,19 @@ type Outlier struct {
 
 // Endpoint is one server.
 type Endpoint struct {
-	Address string `yaml:"address"`
-	Weight  int    `yaml:"weight"`
+	Address  string `yaml:"address"`
+	Weight   int    `yaml:"weight"`
+	Priority int    `yaml:"priority"` // 0 is asked first, 1 when those are not enough
 }
 
 // ClientTLS is how an upstream is spoken to.
 type ClientTLS struct {
-	Name string `yaml:"name"`
-	CA   string `yaml:"ca"`
+	Name        string       `yaml:"name"`
+	CA          string       `yaml:"ca"`
+	Authorities string       `yaml:"authorities"` // in place of ca: what is handed over under this name
+	Bundles     []string     `yaml:"bundles"`     // or trust domains: the server shows a SPIFFE id of one, and its bundle decides
+	Names       []string     `yaml:"names"`       // of the server, in place of a host name: SPIFFE ids or DNS names, one may end in *
+	Certificate *Certificate `yaml:"certificate"` // shown to the server
 }
 
 // Duration is written as in 30s or 5m.
@@ -241,6 +280,7 @@ const (
 	defaultIdleTimeout    = 75 * time.Second
 	defaultStreamTimeout  = time.Hour
 	defaultStopTimeout    = 30 * time.Second
+	defaultDrainTimeout   = time.Minute
 	defaultTimeout        = 60 * time.Second
 	defaultConnectTimeout = 2 * time.Second
 	defaultIdle           = 128
@@ -271,9 +311,23 @@ func (c *Config) defaults() {
 	def(&l.IdleTimeout, Duration(defaultIdleTimeout))
 	def(&l.StreamTimeout, Duration(defaultStreamTimeout))
 	def(&l.StopTimeout, Duration(defaultStopTimeout))
+	def(&l.DrainTimeout, Duration(defaultDrainTimeout))
+	def(&c.Cache.Memory, defaultCache)
+	if c.RateService != nil {
+		def(&c.RateService.Timeout, Duration(defaultRateTimeout))
+	}
 	for i := range c.Listeners {
 		def(&c.Listeners[i].Protocol, "http")
+		if c.Listeners[i].Protocol == "udp" {
+			def(&c.Listeners[i].Idle, Duration(defaultQuiet))
+			def(&c.Listeners[i].Sessions, defaultSessions)
+			continue
+		}
 		def(&c.Listeners[i].Connections, l.Connections)
+		def(&c.Listeners[i].HTTP2, "on")
+		for j := range c.Listeners[i].Calls {
+			c.Listeners[i].Calls[j].defaults()
+		}
 		if t := c.Listeners[i].TLS; t != nil {
 			def(&t.MinVersion, "1.2")
 		}
@@ -286,6 +340,7 @@ func (c *Config) defaults() {
 	}
 	for i := range c.Upstreams {
 		u := &c.Upstreams[i]
+		def(&u.Protocol, "http")
 		def(&u.Balance, string(balance.LeastRequest))
 		if u.Outlier == nil {
 			u.Outlier = &Outlier{}
@@ -324,16 +379,23 @@ func (r *Route) defaults(body Size) {
 		def(&g.Level, defaultGzipLevel)
 	}
 	if r.Rate != nil {
-		def(&r.Rate.Per, Duration(time.Second))
-		def(&r.Rate.Burst, r.Rate.Requests)
-		def(&r.Rate.By, "client")
+		r.Rate.defaults()
 	}
+	if r.Cache != nil {
+		def(&r.Cache.Largest, defaultLargest)
+	}
+}
+
+func (r *Rate) defaults() {
+	def(&r.Per, Duration(time.Second))
+	def(&r.Burst, r.Requests)
+	def(&r.By, "client")
 }
 
 // values compiles conditions; Check has seen that they compile.
 func values(vs []Value) (out []route.Value) {
 	for _, v := range vs {
-		c := route.Value{Name: v.Name, Equal: v.Equal}
+		c := route.Value{Name: v.Name, Equal: v.Equal, Not: v.Not}
 		if v.Regex != "" {
 			c.Pattern = regexp.MustCompile(v.Regex)
 		}

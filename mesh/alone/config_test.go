@@ -2,10 +2,16 @@ package alone
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"regexp"
 	"strings"
 	"testing"
+
+	health "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/types/descriptorpb"
 )
 
 // Every fault of a file is told at once, with its line, its field and what to
@@ -19,7 +25,7 @@ listeners:
   connections: many
 - name: web
   address: :80
-  protocol: udp
+  protocol: quic
 limits: {head: 1MB, idle_timeout: 5}
 hosts:
 - names: []
@@ -57,7 +63,7 @@ upstreams:
 		`proxy.yaml:1: version: 2 is not known; write version: 1`,
 		`proxy.yaml:4: listeners[0].address: "nowhere" is no address; write for example`,
 		`proxy.yaml:5: listeners[1].name: "web" is taken`,
-		`proxy.yaml:7: listeners[1].protocol: "udp" is not known; use http, tcp, sni`,
+		`proxy.yaml:7: listeners[1].protocol: "quic" is not known; use http, tcp, udp, sni`,
 		`proxy.yaml:9: hosts[0].names: is empty`,
 		`proxy.yaml:11: hosts[0].routes[0]: more than one of path, prefix and regex; use one`,
 		`proxy.yaml:11: hosts[0].routes[0]: 2 actions; use exactly one of`,
@@ -82,6 +88,18 @@ upstreams:
 	if got := faults(twice); !strings.Contains(got, `"127.0.0.1:0" is served by another listener`) {
 		t.Errorf("%s", got)
 	}
+	with := "traces: {collector: {address: x, tls: {ca: /none}}, sample: 1001}\n" + one("  - {upstream: up, hedge: {tries: 9, percentile: x}}\n  - {respond: {status: 200}, hedge: {after: 1s}}", upstreamOf("127.0.0.1:1"))
+	for what, text := range map[string]string{`"x" is no number`: with, "9 tries at once": strings.Replace(with, "percentile: x", "percentile: 99", 1)} {
+		if got := faults(text); !strings.Contains(got, what) {
+			t.Errorf("no %q in\n%s", what, got)
+		}
+	}
+	got = faults(strings.Replace(with, "tries: 9, percentile: x", "tries: 9, after: 1s", 1))
+	for _, want := range []string{`traces.sample: 1001 is out of range`, `traces.collector.address: "x" is no address`, `traces.collector.tls.ca: open /none`, `routes[0].hedge: hedge: 9 tries`, `routes[1].hedge: goes with upstream or split`} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
 	for _, text := range []string{"", "a: b: c", "version: 1\n---\nversion: 1\n", "version: &a 1\nadmin: *a\n", "- 1", "version: 1\nversion: 1\n"} {
 		faults(text)
 	}
@@ -101,7 +119,18 @@ func TestExample(t *testing.T) {
 	dir := t.TempDir()
 	certify(t, dir, "shop", "shop.example.com")
 	certify(t, dir, "internal-ca", "ca")
+	certify(t, dir, "clients", "ca")
+	certify(t, dir, "collector-ca", "ca")
+	certify(t, dir, "proxy", "proxy.example")
 	if err := os.Mkdir(dir+"/site", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	set, err := proto.Marshal(&descriptorpb.FileDescriptorSet{File: []*descriptorpb.FileDescriptorProto{
+		protodesc.ToFileDescriptorProto(health.File_grpc_health_v1_health_proto)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/shop.pb", set, 0o644); err != nil {
 		t.Fatal(err)
 	}
 	c, err := Parse("proxy.yaml", dir, []byte(text))
@@ -111,7 +140,7 @@ func TestExample(t *testing.T) {
 	if c.Listeners[1].TLS.Certificates[0].Chain != dir+"/shop.pem" {
 		t.Errorf("%+v", c.Listeners[1].TLS)
 	}
-	w, err := newWorld(c, nil, newStats())
+	w, err := newWorld(c, nil, newStats(), newIdentities(c.Identities, slog.New(slog.DiscardHandler)))
 	if err != nil {
 		t.Fatal(err)
 	}

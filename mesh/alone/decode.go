@@ -2,6 +2,7 @@ package alone
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -18,9 +19,9 @@ import (
 
 // Fault is one thing that is wrong with a configuration.
 type Fault struct {
-	Line  int // 0: not known
-	Field string
-	Why   string // and what to write instead
+	Line  int    `json:"line,omitempty"` // 0: not known
+	Field string `json:"field"`
+	Why   string `json:"why"` // and what to write instead
 }
 
 // Faults is everything that is wrong with a configuration.
@@ -66,7 +67,7 @@ func Load(path string) (*Config, error) {
 // Parse reads and checks what a file of that name in dir says.
 func Parse(name, dir string, b []byte) (*Config, error) {
 	r := &reading{lines: map[string]int{}}
-	c := &Config{}
+	c := &Config{dir: dir, sum: fmt.Sprintf("%x", sha256.Sum256(b))}
 	r.document(c, b)
 	c.defaults()
 	if len(r.faults) == 0 {
@@ -87,12 +88,22 @@ func (c *Config) absolute(dir string) {
 		}
 	}
 	fix(&c.Admin)
+	fix(&c.Identities)
 	fix(&c.AccessLog.Path)
+	if l := c.AccessLog.Collector; l != nil && l.TLS != nil {
+		fix(&l.TLS.CA)
+	}
+	if t := c.Traces; t != nil && t.Collector != nil && t.Collector.TLS != nil {
+		fix(&t.Collector.TLS.CA)
+	}
 	for _, l := range c.Listeners {
 		if l.TLS != nil {
 			for i := range l.TLS.Certificates {
 				fix(&l.TLS.Certificates[i].Chain)
 				fix(&l.TLS.Certificates[i].Key)
+			}
+			if l.TLS.Clients != nil {
+				fix(&l.TLS.Clients.CA)
 			}
 		}
 	}
@@ -101,11 +112,18 @@ func (c *Config) absolute(dir string) {
 			if r.Static != nil {
 				fix(&r.Static.Root)
 			}
+			if r.Transcode != nil {
+				fix(&r.Transcode.Descriptors)
+			}
 		}
 	}
 	for _, u := range c.Upstreams {
 		if u.TLS != nil {
 			fix(&u.TLS.CA)
+			if u.TLS.Certificate != nil {
+				fix(&u.TLS.Certificate.Chain)
+				fix(&u.TLS.Certificate.Key)
+			}
 		}
 	}
 }
@@ -179,6 +197,19 @@ func (r *reading) node(n *yaml.Node, v reflect.Value, at string) {
 			return
 		}
 		v.SetInt(int64(i))
+	case reflect.Float64:
+		f, err := strconv.ParseFloat(n.Value, 64)
+		if n.Kind != yaml.ScalarNode || err != nil || math.IsNaN(f) || math.IsInf(f, 0) {
+			r.fault(at, "%s is no number", shown(n))
+			return
+		}
+		v.SetFloat(f)
+	case reflect.Bool:
+		if n.Kind != yaml.ScalarNode || n.Value != "true" && n.Value != "false" {
+			r.fault(at, "%s is neither true nor false", shown(n))
+			return
+		}
+		v.SetBool(n.Value == "true")
 	case reflect.String:
 		if n.Kind != yaml.ScalarNode || n.ShortTag() == "!!null" {
 			r.fault(at, "%s is no text", shown(n))

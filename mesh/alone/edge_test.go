@@ -108,7 +108,7 @@ hosts: [{names: ['*'], routes: [{upstream: up}]}]
 	// Changed files are read again; files that are wrong change nothing.
 	site := p.world.Load().sites["web"]
 	next := certify(t, dir, "a", "a.example")
-	site.certs.refresh(slog.New(slog.DiscardHandler), "web")
+	site.tls.refresh(slog.New(slog.DiscardHandler), "web")
 	if c, got := shake(t, address, "a.example"); !got.Equal(next) {
 		t.Error("the old certificate after a change")
 	} else {
@@ -117,7 +117,7 @@ hosts: [{names: ['*'], routes: [{upstream: up}]}]
 	if err := os.WriteFile(filepath.Join(dir, "a.pem"), []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	site.certs.refresh(slog.New(slog.DiscardHandler), "web")
+	site.tls.refresh(slog.New(slog.DiscardHandler), "web")
 	if c, got := shake(t, address, "a.example"); !got.Equal(next) {
 		t.Error("another certificate after a file that is wrong")
 	} else {

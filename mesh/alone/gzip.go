@@ -14,6 +14,7 @@ var squeezers [gzip.BestCompression + 1]sync.Pool
 // compressor writes a body compressed and chunked.
 type compressor struct {
 	out   *outflow
+	plain bool // HTTP/2 frames it
 	z     *gzip.Writer
 	level int
 }
@@ -40,14 +41,17 @@ func (g *Gzip) takes(kind string) bool {
 
 func (s *session) compressor(a *action) *compressor {
 	level := a.route.Gzip.Level
-	to := chunker{&s.out}
+	var to io.Writer = chunker{&s.out}
+	if s.two != nil {
+		to = pourer{&s.out}
+	}
 	z, ok := squeezers[level].Get().(*gzip.Writer)
 	if ok {
 		z.Reset(to)
 	} else {
 		z, _ = gzip.NewWriterLevel(to, level) // the level was checked
 	}
-	return &compressor{&s.out, z, level}
+	return &compressor{&s.out, s.two != nil, z, level}
 }
 
 func (c *compressor) Write(p []byte) (int, error) { return c.z.Write(p) }
@@ -62,6 +66,9 @@ func (c *compressor) close() error {
 	c.z.Reset(io.Discard)
 	squeezers[c.level].Put(c.z)
 	c.z = nil
+	if c.plain {
+		return nil
+	}
 	return c.out.write(last)
 }
 
@@ -76,6 +83,16 @@ func (c chunker) Write(p []byte) (int, error) {
 		return 0, nil
 	}
 	if err := writeChunk(c.out, p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// pourer writes what it gets as it is.
+type pourer struct{ out *outflow }
+
+func (c pourer) Write(p []byte) (int, error) {
+	if err := c.out.write(p); err != nil {
 		return 0, err
 	}
 	return len(p), nil

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"sync/atomic"
 	"time"
 
@@ -19,10 +20,12 @@ const acceptPause = 20 * time.Millisecond
 
 // listener is an open socket. It outlives reloads that still name its address.
 type listener struct {
-	address string
+	address string // Listener.key
 	ln      *net.TCPListener
+	udp     *datagrams // in place of ln
 	site    atomic.Pointer[site]
 
+	gone     atomic.Bool // no configuration names it any more
 	open     atomic.Int64
 	accepted atomic.Uint64
 	refused  atomic.Uint64
@@ -39,31 +42,93 @@ func (l *listener) patience() time.Duration {
 	return time.Duration(l.site.Load().world.config.Limits.IdleTimeout)
 }
 
-// listen opens the listeners a world has and the proxy has not: all, or none.
-func (p *Proxy) listen(w *world) (added []*listener, err error) {
+// key tells listeners apart: one of UDP may have the address of another.
+func (l *Listener) key() string {
+	if l.Protocol == "udp" {
+		return "udp " + l.Address
+	}
+	return l.Address
+}
+
+// openListener opens the socket of a listener, or takes that of another process.
+func (p *Proxy) openListener(c *Listener, s *site, from *os.File) (l *listener, err error) {
+	l = &listener{address: c.key()}
+	l.use(s)
+	if c.Protocol == "udp" {
+		l.udp, err = listenDatagrams(l, c.Address, from, p.log)
+		return l, err
+	}
+	var ln net.Listener
+	if from != nil {
+		ln, err = net.FileListener(from)
+	} else {
+		ln, err = net.Listen("tcp", c.Address)
+	}
+	if err != nil {
+		return nil, err
+	}
+	var ok bool
+	if l.ln, ok = ln.(*net.TCPListener); !ok {
+		ln.Close()
+		return nil, errors.New("no socket of TCP")
+	}
+	return l, nil
+}
+
+// socket is what can be shared with another process.
+func (l *listener) socket() interface{ File() (*os.File, error) } {
+	if l.udp != nil {
+		return l.udp.conn
+	}
+	return l.ln
+}
+
+func (l *listener) close() {
+	if l.udp != nil {
+		l.udp.conn.Close()
+		return
+	}
+	l.ln.Close()
+}
+
+func (l *listener) addr() net.Addr {
+	if l.udp != nil {
+		return l.udp.conn.LocalAddr()
+	}
+	return l.ln.Addr()
+}
+
+// listen opens the listeners a world has and the proxy has not: all, or none. Some
+// may be open already, by key.
+func (p *Proxy) listen(w *world, open map[string]*os.File) (added []*listener, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for i := range w.config.Listeners {
 		c := &w.config.Listeners[i]
-		if p.listeners[c.Address] != nil {
+		if p.listeners[c.key()] != nil {
 			continue
 		}
-		ln, err := net.Listen("tcp", c.Address)
+		l, err := p.openListener(c, w.sites[c.Name], open[c.key()])
 		if err != nil {
 			for _, l := range added {
-				l.ln.Close()
+				l.close()
 			}
 			return nil, fmt.Errorf("listen on %s: %w", c.Address, err)
 		}
-		l := &listener{address: c.Address, ln: ln.(*net.TCPListener)}
-		l.use(w.sites[c.Name])
 		added = append(added, l)
 	}
 	return added, nil
 }
 
 func (p *Proxy) serveLocked(l *listener) {
+	if l.udp != nil {
+		l.udp.receiving.Add(1)
+		p.running.Go(func() { l.udp.serve(p.running.Go) })
+		return
+	}
+	p.accepting.Add(1)
 	p.running.Go(func() {
+		defer p.accepting.Done()
 		for {
 			conn, err := l.ln.AcceptTCP()
 			if errors.Is(err, net.ErrClosed) {
@@ -73,6 +138,9 @@ func (p *Proxy) serveLocked(l *listener) {
 				p.log.Warn("accept", "listener", l.name(), "err", err)
 				time.Sleep(acceptPause)
 				continue
+			}
+			if p.met != nil {
+				p.met()
 			}
 			p.accept(l, conn)
 		}
@@ -92,17 +160,24 @@ func (p *Proxy) accept(l *listener, conn *net.TCPConn) {
 		conn.Close()
 		return
 	}
-	c := &client{conn: conn}
-	p.mu.Lock()
-	p.conns[c] = struct{}{}
-	p.mu.Unlock()
-	p.serving.Go(func() {
+	c := &client{l: l, conn: conn}
+	p.carry(c, func() {
 		defer leave()
 		if err := p.serve(l, c, conn); err != nil {
 			l.failed.Add(1)
 			p.log.Debug("connection failed", "listener", l.name(), "client", conn.RemoteAddr(), "err", err)
 		}
-		conn.Close()
+	})
+}
+
+// carry runs what serves a client's connection, to its end.
+func (p *Proxy) carry(c *client, serve func()) {
+	p.mu.Lock()
+	p.conns[c] = struct{}{}
+	p.mu.Unlock()
+	p.serving.Go(func() {
+		serve()
+		c.conn.Close()
 		p.mu.Lock()
 		delete(p.conns, c)
 		p.mu.Unlock()
@@ -138,7 +213,7 @@ func (p *Proxy) serve(l *listener, c *client, tcp *net.TCPConn) error {
 	}
 	header := proxyproto.Header{Source: remote, Destination: local}
 	if site.tls != nil {
-		t := tls.Server(&preread{tcp, early}, site.tls)
+		t := tls.Server(&preread{tcp, early}, site.tls.config())
 		ctx, cancel := context.WithTimeout(p.context(), patience)
 		err := t.HandshakeContext(ctx)
 		cancel()
@@ -151,9 +226,12 @@ func (p *Proxy) serve(l *listener, c *client, tcp *net.TCPConn) error {
 	idle := time.Duration(site.world.config.Limits.StreamTimeout)
 	switch site.l.Protocol {
 	case "tcp":
-		return p.pass(p.context(), conn, site.tcp, header, early, idle)
+		return p.pass(p.context(), c, conn, site.tcp, header, early, idle)
 	case "sni":
-		return p.byName(p.context(), site.world, site, conn, header, early)
+		return p.byName(p.context(), c, site.world, site, conn, header, early)
+	case "bolt", "dubbo":
+		leave() // each call takes the world of its own time
+		return p.serveRPC(l, c, conn, site.l.Protocol, remote, early)
 	}
 	s, err := newSession(p, l, conn, tcp, remote, local)
 	if err != nil {
@@ -164,12 +242,28 @@ func (p *Proxy) serve(l *listener, c *client, tcp *net.TCPConn) error {
 		s.in.end = copy(s.in.b[:], early)
 	}
 	leave() // each request takes the world of its own time
-	c.session.Store(s)
-	if p.stopping.Load() {
+	if t, ok := conn.(*tls.Conn); site.l.HTTP2 == "only" || ok && t.ConnectionState().NegotiatedProtocol == "h2" {
+		if !ok {
+			conn = &preread{conn, early}
+		}
+		p.serveTwo(l, c, conn, tcp, s)
 		return nil
 	}
-	s.serve()
+	p.serveOne(c, s)
 	return nil
+}
+
+// serveOne serves HTTP/1, and what it may turn out to be.
+func (p *Proxy) serveOne(c *client, s *session) {
+	s.c = c
+	c.session.Store(s)
+	if p.stopping.Load() || c.l.gone.Load() {
+		return
+	}
+	if two := s.serve(); two != nil {
+		c.session.Store(nil)
+		p.serveTwo(c.l, c, two, s.tcp, s)
+	}
 }
 
 func trusted(from []netip.Prefix, a netip.Addr) bool {
@@ -213,6 +307,14 @@ func (p *preread) Read(b []byte) (int, error) {
 		return n, nil
 	}
 	return p.Conn.Read(b)
+}
+
+// CloseWrite ends this half.
+func (p *preread) CloseWrite() error {
+	if c, ok := p.Conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return nil
 }
 
 // NetConn is the connection itself.

@@ -41,7 +41,7 @@ func (s *session) reflect(a *action) {
 	header := s.header()
 	p.serving.Go(func() {
 		defer p.mirrors.Add(-1)
-		if copyTo(p.context(), a.mirror, header, method, b) == nil {
+		if copyTo(p.context(), a.mirror, header, method, b, nil) == nil {
 			p.stats.mirrored.Add(1)
 		} else {
 			p.stats.unmirrored.Add(1)
@@ -49,8 +49,10 @@ func (s *session) reflect(a *action) {
 	})
 }
 
-// copyTo sends a request and reads its answer to the end.
-func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method string, request []byte) error {
+// copyTo sends a request and reads its answer to the end. take, if there is one, gets
+// the parts of its body, and last its head; but not of an answer that ends with
+// trailers.
+func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method string, request []byte, take func(data []byte, head *http1.Message)) error {
 	at, err := up.pick(0, nil)
 	if err != nil {
 		return err
@@ -86,6 +88,9 @@ func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method strin
 	for body.Start(m.Framing, m.Length); !body.Ended(); {
 		data, n, err := body.Next(srv.in.waiting())
 		srv.in.at += n
+		if len(data) > 0 && take != nil {
+			take(data, nil)
+		}
 		if err == nil && len(data) == 0 && !body.Ended() {
 			if err = srv.in.fill(); err == io.EOF {
 				err = body.End()
@@ -97,10 +102,27 @@ func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method strin
 		}
 	}
 	outcome = balance.Success
+	if take != nil && srv.untrailed() {
+		take(nil, &m)
+	}
 	if m.Close {
 		srv.close()
 	} else {
 		srv.keep(time.Now())
 	}
 	return nil
+}
+
+// untrailed waits for the end of an answer whose body has come, and says whether no
+// trailers were between.
+func (srv *server) untrailed() bool {
+	if srv.two == nil {
+		return true
+	}
+	if srv.in.fill() != io.EOF { // also of one that has told its length
+		return false
+	}
+	srv.two.mu.Lock()
+	defer srv.two.mu.Unlock()
+	return len(srv.two.trailers) == 0
 }

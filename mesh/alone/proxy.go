@@ -1,11 +1,12 @@
-// Package alone is the proxy without a mesh: an HTTP and TCP load balancer told
+// Package alone is the proxy without a mesh: an HTTP, TCP and UDP load balancer told
 // by one file, with sockets of its own.
 //
-// It routes requests by virtual host, path, method, header and query, ends TLS or
-// passes it on by the name asked for, serves files, edits, compresses, limits and
-// logs. It speaks HTTP/1; requests are read as strictly as those of the mesh
-// (mesh/http1), so that the server behind sees the requests that were judged. It
-// knows no identities and no plan, and starts no process.
+// It routes requests by virtual host, path, method, header and query, and calls of
+// SOFABolt and Dubbo by service and method; it ends TLS or passes it on by the name
+// asked for, serves files, stores answers, edits, compresses, limits and logs. A
+// request of HTTP/2 is served by a session of its own in the words of HTTP/1; those
+// are read as strictly as in the mesh (mesh/http1), so that the server behind sees
+// the requests that were judged. It knows no plan, and starts no process.
 package alone
 
 import (
@@ -14,11 +15,13 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"hauberk.dev/mesh/balance"
+	"hauberk.dev/mesh/cache"
 )
 
 const (
@@ -31,9 +34,21 @@ type Proxy struct {
 	log      *slog.Logger
 	world    atomic.Pointer[world]
 	stats    *stats
-	open     atomic.Int64 // connections of clients
+	cache    *cache.Store
+	collapse time.Duration // to wait for the answer to another's request
+	open     atomic.Int64  // connections of clients
 	mirrors  atomic.Int64
-	stopping atomic.Bool
+	held     holding // calls of bolt and Dubbo
+	answers  holding // to them: clients cannot use up the one by the other
+	hands    hands
+
+	identities *identities // nil if none are handed over
+	stopping   atomic.Bool
+	leaving    atomic.Bool   // another process has taken this one's place
+	handed     chan struct{} // closed then
+
+	callPatience time.Duration // for the end of a call that may be tried twice
+	met          func()        // a test's, with a connection that is not served yet
 
 	reloading sync.Mutex
 	mu        sync.Mutex
@@ -41,29 +56,34 @@ type Proxy struct {
 	conns     map[*client]struct{}
 	ctx       context.Context // of Run
 	checks    map[*balance.Set]func()
-	admin     net.Listener
-	running   sync.WaitGroup // accept loops and the like
-	serving   sync.WaitGroup // connections
+	admin     *net.UnixListener
+	door      *net.UnixListener // of GiveOver
+	line      *line             // to the process that takes over, once one does
+	told      tallies           // on it
+	before    *line             // to the one whose place this one has taken
+	accepting sync.WaitGroup    // accept loops: after them nothing is added to serving
+	running   sync.WaitGroup    // these and the like
+	serving   sync.WaitGroup    // connections
 }
 
 // client is a connection that can be ended from outside.
 type client struct {
+	l       *listener
 	conn    net.Conn
-	session atomic.Pointer[session] // once it speaks HTTP
+	session atomic.Pointer[session] // once it speaks HTTP/1
+	two     atomic.Pointer[multiplex]
+	rpc     atomic.Pointer[rpcClient]
+	stream  atomic.Pointer[passage] // of bytes that can go on elsewhere
 }
 
 // Open opens every socket the configuration names. Nothing is served before Run.
 func Open(c *Config, log *slog.Logger) (*Proxy, error) {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
-	p := &Proxy{log: log, stats: newStats(), listeners: map[string]*listener{}, conns: map[*client]struct{}{},
-		checks: map[*balance.Set]func(){}}
-	w, err := newWorld(c, nil, p.stats)
+	p, err := prepare(c, log)
 	if err != nil {
 		return nil, err
 	}
-	added, err := p.listen(w)
+	w := p.world.Load()
+	added, err := p.listen(w, nil)
 	if err != nil {
 		w.close(nil)
 		return nil, err
@@ -83,8 +103,26 @@ func Open(c *Config, log *slog.Logger) (*Proxy, error) {
 		w.close(nil)
 		return nil, err
 	}
-	p.world.Store(w)
 	p.stats.generation.Store(1)
+	return p, nil
+}
+
+// prepare makes a proxy that has no socket yet.
+func prepare(c *Config, log *slog.Logger) (*Proxy, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	p := &Proxy{log: log, stats: newStats(), cache: cache.New(int64(c.Cache.Memory)), collapse: maxCollapse, listeners: map[string]*listener{}, conns: map[*client]struct{}{},
+		checks: map[*balance.Set]func(){}, handed: make(chan struct{})}
+	p.held.most, p.answers.most, p.callPatience = maxRPCHeld, maxRPCHeld, callPatience
+	if c.Identities != "" {
+		p.identities = newIdentities(c.Identities, log)
+	}
+	w, err := newWorld(c, nil, p.stats, p.identities)
+	if err != nil {
+		return nil, err
+	}
+	p.world.Store(w)
 	return p, nil
 }
 
@@ -93,7 +131,7 @@ func (p *Proxy) Close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, l := range p.listeners {
-		l.ln.Close()
+		l.close()
 	}
 	if p.admin != nil {
 		p.admin.Close()
@@ -107,7 +145,7 @@ func (p *Proxy) Address(name string) net.Addr {
 	defer p.mu.Unlock()
 	for _, l := range p.listeners {
 		if l.name() == name {
-			return l.ln.Addr()
+			return l.addr()
 		}
 	}
 	return nil
@@ -126,27 +164,44 @@ func (p *Proxy) Run(ctx context.Context) error {
 	}
 	p.mu.Unlock()
 	p.running.Go(func() { p.sweep(inner) })
+	if p.identities != nil {
+		p.running.Go(func() { p.identities.run(inner) })
+	}
 	if p.admin != nil {
 		p.running.Go(func() { p.serveAdmin(inner) })
 	}
-	<-ctx.Done()
-	p.stop(cancel)
+	if p.before != nil {
+		p.serving.Go(func() { p.listenTo(inner, p.before) })
+	}
+	patience := p.Patience
+	select {
+	case <-ctx.Done():
+	case <-p.handed:
+		if !p.drain(ctx) && ctx.Err() == nil {
+			patience = func() time.Duration { return 0 } // they have had their time
+		}
+	}
+	p.stop(cancel, patience())
+	if p.leaving.Load() {
+		p.report()
+		p.line.conn.Close()
+	}
 	return nil
 }
 
 // stop ends everything: first what nobody waits for, last what takes too long.
-func (p *Proxy) stop(cancel func()) {
+func (p *Proxy) stop(cancel func(), patience time.Duration) {
 	p.reloading.Lock() // a reload beside it would open listeners that nobody closes
 	p.stopping.Store(true)
 	p.reloading.Unlock()
 	p.Close()
+	p.accepting.Wait() // for connections that they had and eachClient has not
+	if p.before != nil {
+		p.before.conn.Close() // what it has left ends there
+	}
+	p.eachDatagrams((*datagrams).endAll)
 	w := p.world.Load()
-	patience := time.Duration(w.config.Limits.StopTimeout)
-	p.eachClient(func(c *client) {
-		if s := c.session.Load(); s != nil && s.state.CompareAndSwap(idle, stopped) {
-			c.conn.Close()
-		}
-	})
+	p.eachClient(func(c *client) { c.dismiss() })
 	done := make(chan struct{})
 	go func() { p.serving.Wait(); close(done) }()
 	late := time.NewTimer(patience)
@@ -154,13 +209,28 @@ func (p *Proxy) stop(cancel func()) {
 	select {
 	case <-done:
 	case <-late.C:
-		p.log.Warn("connections did not end in time: cut", "open", p.open.Load(), "stop_timeout", patience)
+		p.log.Warn("connections did not end in time: cut", "open", p.open.Load())
 	}
 	cancel()
 	p.eachClient(func(c *client) { c.conn.Close() })
 	<-done
 	p.running.Wait()
+	p.hands.close()
 	w.retire(&world{})
+	p.stats.telling.Wait() // for a short while at most
+}
+
+// dismiss has a client's connection end when its requests have.
+func (c *client) dismiss() {
+	if s := c.session.Load(); s != nil && s.state.CompareAndSwap(idle, stopped) {
+		c.conn.Close()
+	}
+	if x := c.two.Load(); x != nil {
+		x.conn.Drain()
+	}
+	if x := c.rpc.Load(); x != nil {
+		x.leave()
+	}
 }
 
 func (p *Proxy) eachClient(f func(*client)) {
@@ -168,6 +238,16 @@ func (p *Proxy) eachClient(f func(*client)) {
 	defer p.mu.Unlock()
 	for c := range p.conns {
 		f(c)
+	}
+}
+
+func (p *Proxy) eachDatagrams(f func(*datagrams)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.listeners {
+		if l.udp != nil {
+			f(l.udp)
+		}
 	}
 }
 
@@ -184,15 +264,21 @@ func (p *Proxy) Reload(c *Config) (err error) {
 	if p.stopping.Load() {
 		return errors.New("reload: the proxy is stopping")
 	}
+	if p.leaving.Load() {
+		return errors.New("reload: another process has taken this one's place")
+	}
 	before := p.world.Load()
 	if c.Admin != before.config.Admin {
 		return fmt.Errorf("reload: admin cannot change from %q to %q while running; restart for that", before.config.Admin, c.Admin)
 	}
-	w, err := newWorld(c, before, p.stats)
+	if c.Identities != before.config.Identities {
+		return fmt.Errorf("reload: identities cannot change from %q to %q while running; restart for that", before.config.Identities, c.Identities)
+	}
+	w, err := newWorld(c, before, p.stats, p.identities)
 	if err != nil {
 		return fmt.Errorf("reload: %w", err)
 	}
-	added, err := p.listen(w)
+	added, err := p.listen(w, nil)
 	if err != nil {
 		w.close(before)
 		return fmt.Errorf("reload: %w", err)
@@ -201,18 +287,26 @@ func (p *Proxy) Reload(c *Config) (err error) {
 		p.log.Error("put endpoints in force", "err", err)
 	}
 	p.world.Store(w)
+	p.cache.Resize(int64(c.Cache.Memory))
 	p.mu.Lock()
 	p.checkLocked(w)
 	keep := map[string]bool{}
+	var gone []*listener
 	for i := range c.Listeners {
-		keep[c.Listeners[i].Address] = true
-		if l := p.listeners[c.Listeners[i].Address]; l != nil {
+		key := c.Listeners[i].key()
+		keep[key] = true
+		if l := p.listeners[key]; l != nil {
 			l.use(w.sites[c.Listeners[i].Name])
+			if l.udp != nil {
+				l.udp.settle()
+			}
 		}
 	}
 	for address, l := range p.listeners {
 		if !keep[address] {
-			l.ln.Close()
+			l.close()
+			l.gone.Store(true)
+			gone = append(gone, l)
 			delete(p.listeners, address)
 		}
 	}
@@ -223,6 +317,12 @@ func (p *Proxy) Reload(c *Config) (err error) {
 		}
 	}
 	p.mu.Unlock()
+	// Nobody is served by what is not configured any more.
+	p.eachClient(func(c *client) {
+		if slices.Contains(gone, c.l) {
+			c.dismiss()
+		}
+	})
 	before.retire(w)
 	p.stats.generation.Add(1)
 	return nil
@@ -269,12 +369,36 @@ func (p *Proxy) sweep(ctx context.Context) {
 			for _, e := range w.endpoints {
 				e.sweep(now.Add(-upstreamIdle))
 			}
-			for name, s := range w.sites {
-				if s.certs != nil {
-					s.certs.refresh(p.log, name)
+			p.hands.sweep()
+			p.eachDatagrams((*datagrams).sweep)
+			p.eachClient(func(c *client) {
+				if x := c.two.Load(); x != nil && x.idle(now.Add(-c.l.patience())) {
+					x.conn.Drain()
 				}
-			}
+			})
+			p.refresh(w)
+			w.leave()
+		case <-p.identities.news():
+			w := p.enter()
+			p.refresh(w)
 			w.leave()
 		}
+	}
+}
+
+// refresh puts certificates and authorities in force that are others now.
+func (p *Proxy) refresh(w *world) {
+	for _, u := range w.upstreams {
+		if u.tls != nil && u.tls.refresh(p.log) {
+			u.renew()
+		}
+	}
+	for name, s := range w.sites {
+		if s.tls != nil {
+			s.tls.refresh(p.log, name)
+		}
+	}
+	if w.identities != nil {
+		w.identities.watch(w, time.Now())
 	}
 }

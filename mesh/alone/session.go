@@ -4,15 +4,18 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
 	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/http1"
+	"hauberk.dev/mesh/http2"
 	"hauberk.dev/mesh/route"
 )
 
@@ -43,12 +46,27 @@ type session struct {
 	client, local netip.AddrPort
 	clientText    []byte // of its address
 
-	state atomic.Int32
-	in    inflow
-	out   outflow
-	one   [1]byte
-	try   func(uintptr) bool
-	tried error
+	two    *asking    // of HTTP/2: the stream that is served
+	of     *multiplex // and its connection
+	long   bool       // its head is over every limit
+	grpc   bool
+	code   int       // status of a call of gRPC
+	until  time.Time // the client waits no longer; zero: it does not say
+	cache  caching
+	extra  []byte        // fields of the proxy's own
+	peer   *peer         // nil if the client has shown no certificate
+	after  []http2.Field // trailers of the answer
+	state  atomic.Int32
+	used   bool       // it has had a request
+	stays  bool       // it could not be handed on
+	moving sync.Mutex // for stays, and what part does for want of it
+	parted bool       // its bytes go through another process now
+	c      *client    // nil of HTTP/2
+	in     inflow
+	out    outflow
+	one    [1]byte
+	try    func(uintptr) bool
+	tried  error
 
 	// Of the request at hand.
 	world   *world
@@ -69,22 +87,76 @@ type session struct {
 	aborted bool // what the client got is not whole
 	line    []byte
 	why     string
-	up      outflow    // to the server
-	upload  chan error // of a body that is passed on while the answer is read
+	up      outflow      // to the server
+	upload  chan error   // of a body that is passed on while the answer is read
+	stopped atomic.Bool  // nobody waits for the upload
+	passed  atomic.Bool  // the upload has ended well
+	moved   atomic.Int64 // when something of the answer came, in Unix nanoseconds
 	asked   []*balance.Host
 	outcome balance.Outcome // of the endpoint that was asked last
+	at      chosen          // that endpoint
+	racing  *race           // a hedged request whose answer is passed on
+	hop     hop             // if requests are followed
 }
 
-func (s *session) serve() {
-	defer s.end()
+// serve serves requests to the end of the connection. If it turns out to speak
+// HTTP/2, serve gives it back as it was before a byte was read.
+func (s *session) serve() (two net.Conn) {
 	s.try = s.firstBytes
+	for {
+		if two := s.requests(); two != nil {
+			return two
+		}
+		if s.parted {
+			s.conn.Close() // without a word: the other process has it too
+			s.in.drop()
+			s.out.drop()
+			return nil
+		}
+		if s.final || s.aborted || !s.movable() {
+			break
+		}
+		if s.moveOn() {
+			return nil
+		}
+		s.stay()
+	}
+	s.end()
+	return nil
+}
+
+// requests serves requests until the connection ends or goes on elsewhere.
+func (s *session) requests() (two net.Conn) {
 	for s.await() {
 		if !s.state.CompareAndSwap(idle, busy) {
-			return
+			break
 		}
+		if !s.used && s.l.site.Load().l.HTTP2 == "on" && s.opening() {
+			early := append([]byte(nil), s.in.waiting()...)
+			s.in.drop()
+			s.conn.SetDeadline(time.Time{})
+			return &preread{s.conn, early}
+		}
+		s.used = true
 		s.exchange()
-		if s.final || !s.state.CompareAndSwap(busy, idle) || s.p.stopping.Load() {
-			return
+		if s.final || !s.state.CompareAndSwap(busy, idle) || s.p.stopping.Load() || s.l.gone.Load() {
+			break
+		}
+	}
+	return nil
+}
+
+// opening says whether the client speaks HTTP/2 without having been asked: for any
+// other that is known at its first or second byte.
+func (s *session) opening() bool {
+	s.conn.SetReadDeadline(time.Now().Add(time.Duration(s.l.site.Load().world.config.Limits.HeadTimeout)))
+	for {
+		yes, unsure := speaksTwo(s.in.waiting())
+		if !unsure {
+			return yes
+		}
+		if s.in.fill() != nil {
+			return false // whoever reads the head finds the same
 		}
 	}
 }
@@ -110,12 +182,18 @@ func (s *session) end() {
 func (s *session) await() bool {
 	s.in.hold = 0
 	s.in.release()
+	if s.movable() {
+		return false
+	}
 	if len(s.in.waiting()) > 0 {
 		return true
 	}
 	s.in.drop()
 	s.out.drop()
 	s.conn.SetReadDeadline(time.Now().Add(s.l.patience()))
+	if s.state.Load() == stopped || s.movable() { // it was told so before the deadline was set
+		return false
+	}
 	if s.raw == nil { // TLS
 		if n, err := s.conn.Read(s.one[:]); n == 0 || err != nil {
 			return false
@@ -155,19 +233,27 @@ func (s *session) exchange() {
 	w := s.p.enter()
 	defer w.leave()
 	site := w.at[s.l.address]
-	if site == nil { // the listener is gone; what it served last goes on
-		site = s.l.site.Load()
+	if site == nil { // nobody is served by what is not configured any more
+		s.final, s.aborted = true, true
+		if s.two != nil {
+			s.two.quit(http2.CodeRefused)
+		}
+		return
 	}
 	s.req = http1.Message{Fields: s.req.Fields[:0]} // the one before is a view of bytes that may be gone
 	s.world, s.began = site.world, time.Now()
 	s.status, s.got, s.sent, s.server, s.action, s.why = 0, 0, 0, nil, nil, ""
+	s.grpc, s.code, s.after, s.extra = false, 0, nil, s.extra[:0]
+	s.until = time.Time{}
+	s.cache = caching{key: s.cache.key[:0]}
+	s.hop.on = false
 	s.out.sent = 0
 	s.route.Path, s.route.Query = nil, nil
 	if s.head(w) {
 		s.dispatch(site)
 	}
 	if !s.aborted {
-		if err := s.out.flush(); err != nil {
+		if err := s.flush(); err != nil {
 			s.final, s.aborted = true, true
 		}
 	}
@@ -177,6 +263,9 @@ func (s *session) exchange() {
 
 // head reads and checks the head of a request. It answers what it refuses.
 func (s *session) head(w *world) bool {
+	if s.two != nil {
+		return s.streamHead(w)
+	}
 	limit := int(w.config.Limits.Head)
 	if n, _, _ := http1.HeadLength(s.in.waiting(), 0); n == 0 { // not all there yet: do not wait for ever
 		s.conn.SetReadDeadline(s.began.Add(time.Duration(w.config.Limits.HeadTimeout)))
@@ -247,6 +336,9 @@ func (s *session) dispatch(site *site) {
 	}
 	a := *found
 	s.action = a
+	if t := s.world.traces; t != nil {
+		s.follow(t)
+	}
 	if a.limit != nil {
 		if ok, wait := a.limit.allow(s.client.Addr(), s.began); !ok {
 			a.stats.limited.Add(1)
@@ -254,7 +346,10 @@ func (s *session) dispatch(site *site) {
 			return
 		}
 	}
-	if s.req.Framing == http1.Length && s.req.Length > int64(a.route.Body) {
+	if len(a.global) > 0 && !s.withinGlobal(a) {
+		return
+	}
+	if s.req.Framing == http1.Length && s.req.Length > s.longest(a) {
 		s.refuse(413, "request body over the limit", "raise body of the route")
 		return
 	}
@@ -265,9 +360,24 @@ func (s *session) dispatch(site *site) {
 		s.file(a)
 	case a.route.Respond != nil:
 		s.respond(a)
+	case a.schema != nil && !s.grpc:
+		s.transcode(a)
+	case a.bolt != nil:
+		s.callBolt(a)
+	case a.route.Cache != nil:
+		s.forwardCached(a)
 	default:
 		s.forward(a)
 	}
+}
+
+// longest is how long the body of a request may be. A call of gRPC may go on for
+// ever: its messages are bounded by their windows.
+func (s *session) longest(a *action) int64 {
+	if s.grpc {
+		return math.MaxInt64
+	}
+	return int64(a.route.Body)
 }
 
 // note counts and logs the request.
@@ -281,9 +391,15 @@ func (s *session) note(w *world) {
 		return // it asked nothing
 	}
 	st.note(s.status, s.got, s.sent, took)
+	if s.hop.sampled(w.traces) {
+		s.tell(w.traces, took)
+	}
 	if w.log != nil {
 		s.line = s.appendLine(s.line[:0], w.log.json, took)
 		w.log.add(s.line)
+	}
+	if w.records != nil {
+		s.record(w.records, took)
 	}
 }
 
@@ -291,7 +407,10 @@ func newSession(p *Proxy, l *listener, conn net.Conn, tcp *net.TCPConn, client, 
 	s := &session{p: p, l: l, conn: conn, tcp: tcp, client: client, local: local}
 	s.clientText = client.Addr().AppendTo(nil)
 	s.in.r, s.out.w = conn, conn
-	if _, s.tls = conn.(*tls.Conn); !s.tls {
+	var t *tls.Conn
+	if t, s.tls = conn.(*tls.Conn); s.tls {
+		s.peer = peerOf(t)
+	} else {
 		raw, err := tcp.SyscallConn()
 		if err != nil {
 			return nil, err

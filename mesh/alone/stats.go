@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // maxRouteStats bounds the routes whose counts are kept over reloads.
@@ -17,7 +18,12 @@ type stats struct {
 	badReloads atomic.Uint64
 	mirrored   atomic.Uint64
 	unmirrored atomic.Uint64
-	other      *routeStats // requests no route was found for
+	unjudged   atomic.Uint64  // requests the rate service gave no answer to
+	untraced   atomic.Uint64  // calls whose trace could not be carried on
+	recorded   atomic.Uint64  // requests that a collector was told of
+	unrecorded atomic.Uint64  // and that it was not, for want of room or of a collector
+	telling    sync.WaitGroup // to collectors, of this world and of those before
+	other      *routeStats    // requests no route was found for
 
 	mu     sync.Mutex
 	routes map[string]*routeStats
@@ -53,11 +59,22 @@ func (p *Proxy) metrics() []byte {
 	head("hauberk_proxy_mirrored_total", "counter", "Requests copied, and those that were not for want of room.")
 	fmt.Fprintf(&b, "hauberk_proxy_mirrored_total{outcome=\"sent\"} %d\nhauberk_proxy_mirrored_total{outcome=\"dropped\"} %d\n",
 		p.stats.mirrored.Load(), p.stats.unmirrored.Load())
+	head("hauberk_proxy_rate_unanswered_total", "counter", "Requests that the rate service gave no answer to.")
+	fmt.Fprintf(&b, "hauberk_proxy_rate_unanswered_total %d\n", p.stats.unjudged.Load())
+	p.cacheMetrics(&b, head)
+	p.identities.metrics(&b, head, time.Now())
 	w := p.enter()
 	defer w.leave()
 	if w.log != nil {
 		head("hauberk_proxy_log_dropped_total", "counter", "Lines of the access log that were dropped.")
 		fmt.Fprintf(&b, "hauberk_proxy_log_dropped_total %d\n", w.log.dropped.Load())
+	}
+	if w.records != nil {
+		head("hauberk_proxy_log_records_total", "counter", "Records of the access log told to the collector, and dropped ones.")
+		fmt.Fprintf(&b, "hauberk_proxy_log_records_total{outcome=\"sent\"} %d\nhauberk_proxy_log_records_total{outcome=\"dropped\"} %d\n", p.stats.recorded.Load(), p.stats.unrecorded.Load())
+	}
+	if w.traces != nil {
+		p.traceMetrics(&b, head, w.traces)
 	}
 	p.listenerMetrics(&b, head)
 	p.routeMetrics(&b, head)
@@ -65,14 +82,32 @@ func (p *Proxy) metrics() []byte {
 	return []byte(b.String())
 }
 
+func (p *Proxy) traceMetrics(b *strings.Builder, head func(name, kind, help string), t *tracing) {
+	head("hauberk_proxy_untraced_calls_total", "counter", "Calls whose trace could not be read or written.")
+	fmt.Fprintf(b, "hauberk_proxy_untraced_calls_total %d\n", p.stats.untraced.Load())
+	if t.exporter == nil {
+		return
+	}
+	sent, dropped := t.exporter.Counts()
+	head("hauberk_proxy_spans_total", "counter", "Spans told to the collector, and dropped ones.")
+	fmt.Fprintf(b, "hauberk_proxy_spans_total{outcome=\"sent\"} %d\nhauberk_proxy_spans_total{outcome=\"dropped\"} %d\n", sent, dropped)
+}
+
 func (p *Proxy) listenerMetrics(b *strings.Builder, head func(name, kind, help string)) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	names := make([]string, 0, len(p.listeners))
-	for address := range p.listeners {
+	var udp []*listener
+	for address, l := range p.listeners {
+		if l.udp != nil {
+			udp = append(udp, l)
+			continue
+		}
 		names = append(names, address)
 	}
 	slices.Sort(names)
+	slices.SortFunc(udp, func(a, b *listener) int { return strings.Compare(a.address, b.address) })
+	datagramMetrics(b, head, udp)
 	for _, m := range []struct {
 		name, kind, help string
 		read             func(*listener) int64
@@ -87,6 +122,41 @@ func (p *Proxy) listenerMetrics(b *strings.Builder, head func(name, kind, help s
 			l := p.listeners[address]
 			fmt.Fprintf(b, "%s{listener=%q} %d\n", m.name, l.name(), m.read(l))
 		}
+	}
+}
+
+func datagramMetrics(b *strings.Builder, head func(name, kind, help string), all []*listener) {
+	for _, m := range []struct {
+		name, kind, help string
+		read             func(*datagrams) int64
+	}{
+		{"hauberk_proxy_udp_sessions", "gauge", "Sessions of UDP.", func(d *datagrams) int64 { return d.open.Load() }},
+		{"hauberk_proxy_udp_sessions_total", "counter", "Sessions of UDP begun.", func(d *datagrams) int64 { return int64(d.begun.Load()) }},
+		{"hauberk_proxy_udp_sessions_displaced_total", "counter", "Sessions that ended to make room for others.", func(d *datagrams) int64 { return int64(d.displaced.Load()) }},
+		{"hauberk_proxy_udp_sessions_moved_total", "counter", "Sessions that left an endpoint which was not well.", func(d *datagrams) int64 { return int64(d.moved.Load()) }},
+		{"hauberk_proxy_udp_received_total", "counter", "Datagrams of clients.", func(d *datagrams) int64 { return int64(d.received.Load()) }},
+		{"hauberk_proxy_udp_sent_total", "counter", "Datagrams sent to clients.", func(d *datagrams) int64 { return int64(d.sent.Load()) }},
+		{"hauberk_proxy_udp_dropped_total", "counter", "Datagrams that could not be passed on, either way.", func(d *datagrams) int64 { return int64(d.dropped.Load()) }},
+	} {
+		head(m.name, m.kind, m.help)
+		for _, l := range all {
+			fmt.Fprintf(b, "%s{listener=%q} %d\n", m.name, l.name(), m.read(l.udp))
+		}
+	}
+}
+
+func (p *Proxy) cacheMetrics(b *strings.Builder, head func(name, kind, help string)) {
+	c := p.cache.Counts()
+	head("hauberk_proxy_cache_bytes", "gauge", "Bytes of stored answers.")
+	fmt.Fprintf(b, "hauberk_proxy_cache_bytes %d\n", c.Bytes)
+	head("hauberk_proxy_cache_entries", "gauge", "Stored answers.")
+	fmt.Fprintf(b, "hauberk_proxy_cache_entries %d\n", c.Entries)
+	head("hauberk_proxy_cache_total", "counter", "What became of looks at stored answers, and of these.")
+	for _, r := range []struct {
+		name string
+		n    uint64
+	}{{"hit", c.Hits}, {"stale", c.Stale}, {"miss", c.Misses}, {"revalidated", c.Revalidated}, {"stored", c.Stored}, {"evicted", c.Evicted}, {"collapsed", c.Collapsed}} {
+		fmt.Fprintf(b, "hauberk_proxy_cache_total{event=%q} %d\n", r.name, r.n)
 	}
 }
 
@@ -113,6 +183,9 @@ func (p *Proxy) routeMetrics(b *strings.Builder, head func(name, kind, help stri
 		{"hauberk_proxy_received_bytes_total", "Bytes of request bodies.", func(r *routeStats) uint64 { return r.received.Load() }},
 		{"hauberk_proxy_sent_bytes_total", "Bytes of answers.", func(r *routeStats) uint64 { return r.sent.Load() }},
 		{"hauberk_proxy_retries_total", "Requests sent again.", func(r *routeStats) uint64 { return r.retries.Load() }},
+		{"hauberk_proxy_hedged_total", "Requests asked of another endpoint while the first was slow.", func(r *routeStats) uint64 { return r.hedged.Load() }},
+		{"hauberk_proxy_hedges_won_total", "Answers of such second tries that were passed on.", func(r *routeStats) uint64 { return r.hedgesWon.Load() }},
+		{"hauberk_proxy_hedges_cancelled_total", "Tries that were cancelled as another had been answered.", func(r *routeStats) uint64 { return r.hedgesCancelled.Load() }},
 		{"hauberk_proxy_limited_total", "Requests over the rate.", func(r *routeStats) uint64 { return r.limited.Load() }},
 	} {
 		head(m.name, "counter", m.help)

@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/proxyproto"
 	"hauberk.dev/mesh/sni"
 )
@@ -42,18 +41,27 @@ func (s *session) tunnel(a *action, srv *server) {
 	}
 	early := append([]byte(nil), s.in.waiting()...)
 	s.in.at = s.in.end // the block stays: the log reads the request in it
-	got, sent := newFlow(s.streamTime()).splice(s.conn, srv.conn, early, append([]byte(nil), srv.in.waiting()...))
-	s.got, s.out.sent = got, s.out.sent+sent
+	t := &passage{client: s.c, conn: s.conn, server: srv, source: s.client, flow: newFlow(s.streamTime())}
+	got, sent, moved := s.p.exchangeBytes(t, early, append([]byte(nil), srv.in.waiting()...))
+	s.got, s.out.sent, s.parted = got, s.out.sent+sent, moved
 	srv.in.at = srv.in.end
 	srv.close()
 }
 
 // flow is what the two directions of a tunnel know of each other.
 type flow struct {
-	idle  time.Duration
-	began time.Time
-	moved atomic.Int64 // when bytes last came from either side, since began
-	over  atomic.Bool
+	idle   time.Duration
+	began  time.Time
+	moved  atomic.Int64 // when bytes last came from either side, since began
+	over   atomic.Bool
+	halted atomic.Bool // between two bytes, to go on elsewhere
+
+	fromClient, fromServer bool // have ended, in order
+
+	mu      sync.Mutex
+	live    int // directions
+	resting int
+	both    chan struct{} // closed when all rest
 }
 
 func newFlow(idle time.Duration) *flow { return &flow{idle: idle, began: time.Now()} }
@@ -67,22 +75,46 @@ func (f *flow) end(a, b net.Conn) {
 	b.SetDeadline(past)
 }
 
+// halt stops both directions with nothing on its way between them: who writes ends
+// that first, and meanwhile the other goes on.
+func (f *flow) halt(a, b net.Conn) {
+	f.halted.Store(true)
+	past := time.Unix(1, 0)
+	a.SetReadDeadline(past)
+	b.SetReadDeadline(past)
+}
+
 // patience is until when it may stay quiet.
 func (f *flow) patience() time.Time { return f.began.Add(time.Duration(f.moved.Load()) + f.idle) }
 
 // splice moves bytes both ways until both have ended, or nothing has moved for
 // idle. up and down are bytes that have been read before.
 func (f *flow) splice(client, server net.Conn, up, down []byte) (got, sent int64) {
+	f.live, f.resting, f.both = 2, 0, make(chan struct{})
+	for _, ended := range []bool{f.fromClient, f.fromServer} {
+		if ended {
+			f.live--
+		}
+	}
 	var wg sync.WaitGroup
-	wg.Go(func() { got = f.pump(server, client, up) })
-	sent = f.pump(client, server, down)
+	if !f.fromClient {
+		wg.Go(func() { got = f.pump(server, client, up, &f.fromClient) })
+	}
+	if !f.fromServer {
+		sent = f.pump(client, server, down, &f.fromServer)
+	}
 	wg.Wait()
 	return got, sent
 }
 
+// rests says whether splice has returned because of halt, with something left to do.
+func (f *flow) rests() bool {
+	return f.halted.Load() && !f.over.Load() && !(f.fromClient && f.fromServer)
+}
+
 // pump moves one way. An orderly end ends this half; anything else both, so that
 // neither side takes the rest for complete.
-func (f *flow) pump(to, from net.Conn, early []byte) (n int64) {
+func (f *flow) pump(to, from net.Conn, early []byte, ended *bool) (n int64) {
 	b := blocks.Get().(*block)
 	defer blocks.Put(b)
 	at := copy(b[:], early)
@@ -108,8 +140,13 @@ func (f *flow) pump(to, from net.Conn, early []byte) (n int64) {
 		}
 		if c, ok := to.(interface{ CloseWrite() error }); ok && err == io.EOF {
 			if c.CloseWrite() == nil {
+				*ended = true
+				f.ends()
 				return n
 			}
+		}
+		if err == errHalted {
+			return n
 		}
 		break
 	}
@@ -127,9 +164,58 @@ func (f *flow) read(from net.Conn, b []byte) (n int, err error) {
 		if f.over.Load() {
 			return 0, os.ErrDeadlineExceeded
 		}
-		if n, err = from.Read(b); n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || !f.patience().After(until) {
+		if f.halted.Load() {
+			if f.rest() {
+				return 0, errHalted
+			}
+			until = time.Now().Add(restless)
+			from.SetReadDeadline(until)
+		}
+		if n, err = from.Read(b); n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) || !f.halted.Load() && !f.patience().After(until) {
 			return n, err
 		}
+	}
+}
+
+var errHalted = errors.New("halted")
+
+// While it is halted, a direction waits for the other for restful, and if that does
+// not come goes on for restless.
+const (
+	restful  = 50 * time.Millisecond
+	restless = 10 * time.Millisecond
+)
+
+// rest waits for the other direction to rest too.
+func (f *flow) rest() bool {
+	f.mu.Lock()
+	f.resting++
+	if f.resting == f.live {
+		close(f.both)
+	}
+	f.mu.Unlock()
+	late := time.NewTimer(restful)
+	defer late.Stop()
+	select {
+	case <-f.both:
+		return true
+	case <-late.C:
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.resting == f.live {
+		return true
+	}
+	f.resting--
+	return false
+}
+
+// ends says that a direction has nothing left to do.
+func (f *flow) ends() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.live--; f.live > 0 && f.resting == f.live {
+		close(f.both)
 	}
 }
 
@@ -144,28 +230,21 @@ func reset(c net.Conn) {
 }
 
 // pass serves a connection whose bytes are nobody's business here.
-func (p *Proxy) pass(ctx context.Context, conn net.Conn, up *upstream, h proxyproto.Header, early []byte, idle time.Duration) error {
+func (p *Proxy) pass(ctx context.Context, c *client, conn net.Conn, up *upstream, h proxyproto.Header, early []byte, idle time.Duration) error {
 	at, srv, err := up.reach(ctx, h)
 	if err != nil {
 		reset(conn)
 		return err
 	}
 	srv.e.requests.Add(1)
-	srv.e.active.Add(1)
-	f := newFlow(idle)
-	stop := context.AfterFunc(ctx, func() { f.end(conn, srv.conn) })
-	f.splice(conn, srv.conn, early, nil)
-	stop()
-	srv.e.active.Add(-1)
-	at.Done(up.clock.Now(), balance.Success)
-	srv.close()
+	p.between(ctx, &passage{client: c, conn: conn, at: at, server: srv, source: h.Source, flow: newFlow(idle)}, early)
 	return nil
 }
 
 var errNoName = errors.New("no upstream for that name")
 
 // byName serves a TLS connection that is passed on by the name it asks for.
-func (p *Proxy) byName(ctx context.Context, w *world, site *site, conn net.Conn, h proxyproto.Header, early []byte) error {
+func (p *Proxy) byName(ctx context.Context, c *client, w *world, site *site, conn net.Conn, h proxyproto.Header, early []byte) error {
 	in := inflow{r: conn}
 	in.take()
 	defer in.drop()
@@ -183,7 +262,7 @@ func (p *Proxy) byName(ctx context.Context, w *world, site *site, conn net.Conn,
 				reset(conn)
 				return errors.Join(errNoName, errors.New(strconv.Quote(string(name))))
 			}
-			return p.pass(ctx, conn, host.Rules[0].Then, h, in.waiting(), time.Duration(w.config.Limits.StreamTimeout))
+			return p.pass(ctx, c, conn, host.Rules[0].Then, h, in.waiting(), time.Duration(w.config.Limits.StreamTimeout))
 		}
 		if err := in.fill(); err != nil {
 			return err

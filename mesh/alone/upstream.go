@@ -21,7 +21,7 @@ import (
 type upstream struct {
 	name      string
 	config    Upstream
-	tls       *tls.Config
+	tls       *upstreamTLS
 	speaks    string // the rules of tls; connections made by others are not shared
 	clock     balance.Clock
 	set       *balance.Set // shared with the world before, if that has one of the name
@@ -41,6 +41,9 @@ type endpoint struct {
 	failures atomic.Uint64
 	connects atomic.Uint64
 
+	muxes  shared[*muxed]   // of HTTP/2
+	links  shared[*rpcLink] // of bolt and Dubbo
+	epoch  atomic.Uint64    // what was made in an earlier one is not used again
 	mu     sync.Mutex
 	idle   []*server // the one used last is at the end
 	closed bool
@@ -48,6 +51,7 @@ type endpoint struct {
 
 // server is a connection to an endpoint.
 type server struct {
+	two    *call // of HTTP/2: one request of a connection that others share
 	up     *upstream
 	e      *endpoint
 	conn   net.Conn
@@ -55,8 +59,10 @@ type server struct {
 	raw    syscall.RawConn
 	look   func(uintptr) // for alive
 	ended  bool
+	closed bool
 	reused bool
 	since  time.Time
+	epoch  uint64
 	in     inflow
 }
 
@@ -93,7 +99,8 @@ func (u *upstream) commit() error {
 	}
 	all := make([]balance.Endpoint, len(u.endpoints))
 	for i, e := range u.endpoints {
-		all[i] = balance.Endpoint{Name: e.address, Weight: uint32(u.config.Endpoints[i].Weight), Value: e}
+		all[i] = balance.Endpoint{Name: e.address, Weight: uint32(u.config.Endpoints[i].Weight), Priority: uint8(u.config.Endpoints[i].Priority),
+			Value: e}
 	}
 	return u.set.Replace(now, all)
 }
@@ -134,6 +141,16 @@ func (u *upstream) probes() {
 			return s.conn, nil
 		}
 		probe := func(ctx context.Context) error {
+			switch {
+			case u.config.Protocol == "grpc" && c.Path == "":
+				return balance.ProbeGRPC(ctx, dial, e.address, e.address, c.Service)
+			case u.config.Protocol == "bolt":
+				return balance.ProbeBolt(ctx, dial, e.address)
+			case u.config.Protocol == "dubbo":
+				return balance.ProbeDubbo(ctx, dial, e.address)
+			case u.two() && c.Path != "":
+				return u.probeTwo(ctx, e, c)
+			}
 			if c.Path == "" {
 				return balance.ProbeTCP(ctx, dial, e.address)
 			}
@@ -150,6 +167,9 @@ func (u *upstream) probes() {
 // connect takes an idle connection to e or makes a new one. fresh asks for a new
 // one; sure for one that is known not to have ended.
 func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header, fresh, sure bool) (*server, error) {
+	if u.two() {
+		return u.stream(ctx, e, h, fresh)
+	}
 	// A request of the world before may have picked an endpoint of this one.
 	for !fresh && u.config.ProxyProtocol == "" && u.speaks == e.speaks {
 		s := e.pop()
@@ -178,11 +198,12 @@ func (u *upstream) dial(ctx context.Context, e *endpoint, h proxyproto.Header) (
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(u.config.ConnectTimeout))
 	defer cancel()
 	e.connects.Add(1)
+	epoch := e.epoch.Load() // before the authorities are looked at
 	conn, err := e.dialer.DialContext(ctx, "tcp", e.address)
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w", e.address, err)
 	}
-	s := &server{up: u, e: e, conn: conn, tcp: conn.(*net.TCPConn)}
+	s := &server{up: u, e: e, conn: conn, tcp: conn.(*net.TCPConn), epoch: epoch}
 	if s.raw, err = s.tcp.SyscallConn(); err != nil {
 		conn.Close()
 		return nil, err
@@ -215,7 +236,7 @@ func (s *server) greet(ctx context.Context, h proxyproto.Header) error {
 	if s.up.tls == nil {
 		return nil
 	}
-	c := tls.Client(s.conn, s.up.tls)
+	c := tls.Client(s.conn, s.up.tls.now.Load())
 	if err := c.HandshakeContext(ctx); err != nil {
 		return err
 	}
@@ -238,7 +259,7 @@ func (e *endpoint) pop() *server {
 
 // keep makes a connection available to the next request, or closes it.
 func (s *server) keep(now time.Time) {
-	if len(s.in.waiting()) > 0 || s.up.config.ProxyProtocol != "" || s.up.speaks != s.e.speaks {
+	if s.two != nil || len(s.in.waiting()) > 0 || s.up.config.ProxyProtocol != "" || s.up.speaks != s.e.speaks {
 		s.close() // it said more than it was asked, speaks for one client, or was made under other rules
 		return
 	}
@@ -246,7 +267,7 @@ func (s *server) keep(now time.Time) {
 	s.since = now
 	e := s.e
 	e.mu.Lock()
-	if e.closed || len(e.idle) >= s.up.config.Idle {
+	if e.closed || s.epoch != e.epoch.Load() || len(e.idle) >= s.up.config.Idle {
 		e.mu.Unlock()
 		s.close()
 		return
@@ -256,8 +277,15 @@ func (s *server) keep(now time.Time) {
 }
 
 func (s *server) close() {
+	if s.closed {
+		return
+	}
+	s.closed = true
 	s.conn.Close()
 	s.in.drop()
+	if s.two != nil {
+		return // the connection stays
+	}
 	s.up.open.Add(-1)
 }
 
@@ -277,6 +305,7 @@ func (s *server) peek(fd uintptr) {
 
 // sweep closes connections that have been idle for long.
 func (e *endpoint) sweep(before time.Time) {
+	e.muxes.sweep(before)
 	e.mu.Lock()
 	n := 0
 	for n < len(e.idle) && e.idle[n].since.Before(before) {
@@ -290,9 +319,21 @@ func (e *endpoint) sweep(before time.Time) {
 	}
 }
 
+// renew lets go of the connections there are, so that the next are made anew.
+func (u *upstream) renew() {
+	for _, e := range u.endpoints {
+		e.epoch.Add(1) // first: those in use come back after the sweep
+		e.sweep(time.Now())
+		e.muxes.renew()
+		e.links.renew()
+	}
+}
+
 // shut closes an endpoint nobody names any more. Connections in use end with
 // their request.
 func (e *endpoint) shut() {
+	e.muxes.shut()
+	e.links.shut()
 	e.mu.Lock()
 	e.closed = true
 	all := e.idle

@@ -1,7 +1,6 @@
 package alone
 
 import (
-	"crypto/tls"
 	"fmt"
 	"math/rand/v2"
 	"sync/atomic"
@@ -10,20 +9,24 @@ import (
 	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/route"
 	"hauberk.dev/mesh/static"
+	"hauberk.dev/mesh/transcode"
 )
 
 // world is a configuration made ready to serve. It never changes; a reload puts
 // another in its place.
 type world struct {
-	config    *Config
-	made      time.Time
-	sites     map[string]*site // by listener
-	at        map[string]*site // by address: a listener's name may move
-	upstreams map[string]*upstream
-	endpoints map[string]*endpoint // by upstream, address and what is spoken
-	actions   []*action
-	dirs      []*static.Dir
-	log       *accessLog
+	config     *Config
+	identities *identities // nil if none are handed over
+	made       time.Time
+	sites      map[string]*site // by listener
+	at         map[string]*site // by Listener.key: a listener's name may move
+	upstreams  map[string]*upstream
+	endpoints  map[string]*endpoint // by upstream, address and what is spoken
+	actions    []*action
+	dirs       []*static.Dir
+	log        *accessLog
+	records    *records // nil: no collector is told of requests
+	traces     *tracing // nil: requests are not followed
 
 	users   atomic.Int64 // requests and connections it serves
 	retired atomic.Pointer[world]
@@ -69,8 +72,8 @@ type site struct {
 	hosts route.Table[*action]
 	names route.Table[*upstream]
 	tcp   *upstream
-	tls   *tls.Config
-	certs *certificates
+	calls []*callRoute
+	tls   *serverTLS
 }
 
 // action is what a route does, compiled.
@@ -87,7 +90,11 @@ type action struct {
 	static   *static.Dir
 	mirror   *upstream
 	limit    *limiter
+	global   [][]counted
+	schema   *transcode.Schema
+	bolt     *transcode.Service
 	stats    *routeStats
+	hedge    *balance.Hedger // nil: nothing is asked twice
 
 	attempts int
 	statuses []int
@@ -109,9 +116,11 @@ type edit struct {
 	value *route.Template
 }
 
+// drops says whether a field is not passed on. Servers that make variables of names
+// take an underscore for a hyphen.
 func (e *edits) drops(name []byte) bool {
 	for _, d := range e.drop {
-		if equalFold(name, d) {
+		if len(name) == len(d) && hyphenated(name, d) {
 			return true
 		}
 	}
@@ -120,8 +129,8 @@ func (e *edits) drops(name []byte) bool {
 
 // newWorld makes a configuration ready. What the one before knows of endpoints
 // and routes that stay is kept.
-func newWorld(c *Config, before *world, stats *stats) (*world, error) {
-	w := &world{config: c, made: time.Now(), sites: map[string]*site{}, at: map[string]*site{}, upstreams: map[string]*upstream{}, endpoints: map[string]*endpoint{}}
+func newWorld(c *Config, before *world, stats *stats, from *identities) (*world, error) {
+	w := &world{config: c, identities: from, made: time.Now(), sites: map[string]*site{}, at: map[string]*site{}, upstreams: map[string]*upstream{}, endpoints: map[string]*endpoint{}}
 	ok := false
 	defer func() {
 		if !ok {
@@ -134,7 +143,7 @@ func newWorld(c *Config, before *world, stats *stats) (*world, error) {
 		}
 	}
 	for i := range c.Listeners {
-		if err := w.site(&c.Listeners[i]); err != nil {
+		if err := w.site(&c.Listeners[i], stats); err != nil {
 			return nil, err
 		}
 	}
@@ -148,6 +157,15 @@ func newWorld(c *Config, before *world, stats *stats) (*world, error) {
 		return nil, err
 	}
 	w.log = log
+	if w.records, err = openRecords(c.AccessLog.Collector, stats); err != nil {
+		return nil, err
+	}
+	if w.traces, err = openTraces(c.Traces, stats); err != nil {
+		return nil, fmt.Errorf("traces: %w", err)
+	}
+	if before != nil {
+		w.keepLimits(before)
+	}
 	ok = true
 	return w, nil
 }
@@ -165,6 +183,12 @@ func (w *world) close(next *world) {
 	if w.log != nil {
 		w.log.close()
 	}
+	if w.records != nil {
+		w.records.stop()
+	}
+	if w.traces != nil {
+		w.traces.stop()
+	}
 }
 
 func (w *world) upstream(c *Upstream, before *world) error {
@@ -179,12 +203,13 @@ func (w *world) upstream(c *Upstream, before *world) error {
 		u.set = set
 	}
 	if c.TLS != nil {
-		cfg, rules, err := c.TLS.config(c.Endpoints)
+		t, err := newUpstreamTLS(*c, w.identities)
 		if err != nil {
 			return fmt.Errorf("upstream %s: %w", c.Name, err)
 		}
-		u.tls, u.speaks = cfg, rules
+		u.tls, u.speaks = t, t.rules
 	}
+	u.speaks = c.Protocol + " " + u.speaks
 	for _, ce := range c.Endpoints {
 		// Connections are shared by those who speak the same way only.
 		key := fmt.Sprintf("%s %s %s", c.Name, ce.Address, u.speaks)
@@ -213,21 +238,14 @@ func (w *world) commit() error {
 	return nil
 }
 
-func (w *world) site(l *Listener) error {
+func (w *world) site(l *Listener, stats *stats) error {
 	s := &site{world: w, l: l, tcp: w.upstreams[l.Upstream]}
 	if l.TLS != nil {
-		certs, err := newCertificates(l.TLS.Certificates)
+		t, err := newServerTLS(l, w.identities)
 		if err != nil {
 			return fmt.Errorf("listener %s: %w", l.Name, err)
 		}
-		s.certs = certs
-		s.tls = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certs.pick}
-		if l.TLS.MinVersion == "1.3" {
-			s.tls.MinVersion = tls.VersionTLS13
-		}
-		if l.Protocol == "http" {
-			s.tls.NextProtos = []string{"http/1.1"}
-		}
+		s.tls = t
 	}
 	for _, n := range l.Names {
 		h := &route.Host[*upstream]{Rules: []route.Rule[*upstream]{{Then: w.upstreams[n.Upstream]}}}
@@ -237,7 +255,8 @@ func (w *world) site(l *Listener) error {
 			}
 		}
 	}
-	w.sites[l.Name], w.at[l.Address] = s, s
+	w.calls(s, stats)
+	w.sites[l.Name], w.at[l.key()] = s, s
 	return nil
 }
 
@@ -249,10 +268,13 @@ func (w *world) host(c *Host, stats *stats) error {
 		if err != nil {
 			return fmt.Errorf("host %s: route %d: %w", c.Names[0], i, err)
 		}
-		if a.name = r.Name; a.name == "" {
-			a.name = fmt.Sprintf("%s/%d", c.Names[0], i)
-		}
+		a.name = c.label(i)
 		a.stats = stats.route(a.name)
+		if r.Hedge != nil {
+			if a.hedge, err = a.stats.hedger(r.Hedge); err != nil {
+				return fmt.Errorf("host %s: route %d: %w", c.Names[0], i, err)
+			}
+		}
 		w.actions = append(w.actions, a)
 		h.Rules = append(h.Rules, route.Rule[*action]{Match: r.match, Then: a})
 	}
@@ -272,6 +294,14 @@ func (w *world) host(c *Host, stats *stats) error {
 		}
 	}
 	return nil
+}
+
+// label is what a route is called.
+func (c *Host) label(i int) string {
+	if name := c.Routes[i].Name; name != "" {
+		return name
+	}
+	return fmt.Sprintf("%s/%d", c.Names[0], i)
 }
 
 func (w *world) action(r *Route) (*action, error) {
@@ -312,6 +342,16 @@ func (w *world) action(r *Route) (*action, error) {
 	if a.toServer, err = compileEdit(r.RequestHeaders); err != nil {
 		return nil, err
 	}
+	if r.Transcode != nil && r.Transcode.Bolt != nil {
+		a.bolt = r.Transcode.Bolt.service()
+	} else if r.Transcode != nil {
+		if a.schema, err = r.Transcode.schema(); err != nil {
+			return nil, err
+		}
+	}
+	if a.global, err = compileGlobal(r.GlobalRate); err != nil {
+		return nil, err
+	}
 	a.toClient, err = compileEdit(r.ResponseHeaders)
 	return a, err
 }
@@ -338,13 +378,7 @@ func (a *action) choose() *upstream {
 	if len(a.shares) == 1 {
 		return a.shares[0].up
 	}
-	n := rand.IntN(a.total)
-	for i := range a.shares {
-		if n -= a.shares[i].weight; n < 0 {
-			return a.shares[i].up
-		}
-	}
-	return a.shares[0].up
+	return drawn(a.shares, a.total)
 }
 
 // routeStats counts what a route has done. It survives reloads.
@@ -355,8 +389,28 @@ type routeStats struct {
 	sent     atomic.Uint64
 	retries  atomic.Uint64
 	limited  atomic.Uint64
+	hedge    atomic.Pointer[balance.Hedger]
 	took     [len(bounds) + 1]atomic.Uint64
 	micros   atomic.Uint64
+
+	hedged          atomic.Uint64 // second tries
+	hedgesWon       atomic.Uint64 // of them, such whose answer was passed on
+	hedgesCancelled atomic.Uint64 // tries that nobody needed any more
+}
+
+// hedger is what decides of second tries. What it knows survives a reload that
+// leaves its rules as they are.
+func (s *routeStats) hedger(h *Hedge) (*balance.Hedger, error) {
+	policy, err := h.policy()
+	if err != nil {
+		return nil, err
+	}
+	x := s.hedge.Load()
+	if x == nil || x.Policy() != *policy {
+		x = balance.NewHedger(*policy)
+		s.hedge.Store(x)
+	}
+	return x, nil
 }
 
 // bounds of the buckets of durations.
@@ -374,4 +428,49 @@ func (s *routeStats) note(status int, received, sent int64, took time.Duration) 
 		i++
 	}
 	s.took[i].Add(1)
+}
+
+// limiters are those of all routes.
+func (w *world) limiters() map[string]*limiter {
+	all := map[string]*limiter{}
+	for key, at := range w.limits() {
+		all[key] = *at
+	}
+	return all
+}
+
+// limits is where limiters are, by what they are called: a name, and which of those
+// that share it.
+func (w *world) limits() map[string]**limiter {
+	all := map[string]**limiter{}
+	put := func(kind, name string, l **limiter) {
+		if *l == nil {
+			return
+		}
+		for n := 1; ; n++ {
+			if key := fmt.Sprintf("%s %s %d", kind, name, n); all[key] == nil {
+				all[key] = l
+				return
+			}
+		}
+	}
+	for _, a := range w.actions {
+		put("route", a.name, &a.limit)
+	}
+	for i := range w.config.Listeners {
+		for _, c := range w.sites[w.config.Listeners[i].Name].calls {
+			put("call", c.name, &c.limit)
+		}
+	}
+	return all
+}
+
+// keepLimits has rates that stay go on with the buckets they have.
+func (w *world) keepLimits(before *world) {
+	had := before.limiters()
+	for key, at := range w.limits() {
+		if l, now := had[key], *at; l != nil && l.rate == now.rate && l.burst == now.burst && l.each == now.each {
+			*at = l
+		}
+	}
 }

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2/hpack"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // Dialer connects to an endpoint.
@@ -82,29 +84,7 @@ func readStatus(line []byte) (int, error) {
 	return int(n), nil
 }
 
-// Frames of HTTP/2, as far as a probe needs them (RFC 9113, section 6).
-const (
-	frameData         = 0
-	frameHeaders      = 1
-	frameReset        = 3
-	frameSettings     = 4
-	framePing         = 6
-	frameGoAway       = 7
-	frameContinuation = 9
-
-	flagEnd        = 1 // of the stream; of settings and pings: an answer
-	flagEndHeaders = 4
-	flagPadded     = 8
-	flagPriority   = 32
-
-	maxProbeFrame = 16 << 10
-	preface       = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-)
-
-func appendFrame(b []byte, kind, flags byte, stream uint32, payload []byte) []byte {
-	b = append(b, byte(len(payload)>>16), byte(len(payload)>>8), byte(len(payload)), kind, flags)
-	return append(binary.BigEndian.AppendUint32(b, stream), payload...)
-}
+const maxProbeFrame = 16 << 10
 
 // ProbeGRPC is well if the gRPC health service (grpc.health.v1) says that a
 // service, or with "" the server, is serving. Connections of dial speak HTTP/2.
@@ -139,9 +119,9 @@ func healthRequest(authority, service string) []byte {
 		message = append(binary.AppendUvarint([]byte{1<<3 | 2}, uint64(len(service))), service...)
 	}
 	body := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
-	b := appendFrame([]byte(preface), frameSettings, 0, 0, nil)
-	b = appendFrame(b, frameHeaders, flagEndHeaders, 1, block.Bytes())
-	return appendFrame(b, frameData, flagEnd, 1, body)
+	b := h2frame.Append([]byte(h2frame.Preface), h2frame.Settings, 0, 0, nil)
+	b = h2frame.Append(b, h2frame.Headers, h2frame.FlagEndHeaders, 1, block.Bytes())
+	return h2frame.Append(b, h2frame.Data, h2frame.FlagEndStream, 1, body)
 }
 
 // healthAnswer is what has been read of the answer.
@@ -166,21 +146,21 @@ func (a *healthAnswer) field(f hpack.HeaderField) {
 
 // read reads to the end of the stream.
 func (a *healthAnswer) read(r io.Reader, w io.Writer) error {
-	var head [9]byte
+	var head [h2frame.HeaderLen]byte
 	buffer := make([]byte, maxProbeFrame)
 	for {
 		if _, err := io.ReadFull(r, head[:]); err != nil {
 			return fmt.Errorf("read frame: %w", err)
 		}
-		length := int(head[0])<<16 | int(head[1])<<8 | int(head[2])
-		if length > maxProbeFrame {
-			return fmt.Errorf("frame of %d bytes", length)
+		f := h2frame.Parse(head[:])
+		if f.Length > maxProbeFrame {
+			return fmt.Errorf("frame of %d bytes", f.Length)
 		}
-		payload := buffer[:length]
+		payload := buffer[:f.Length]
 		if _, err := io.ReadFull(r, payload); err != nil {
 			return fmt.Errorf("read frame: %w", err)
 		}
-		end, err := a.frame(head[3], head[4], binary.BigEndian.Uint32(head[5:])&^(1<<31), payload, w)
+		end, err := a.frame(f, payload, w)
 		if err != nil || end {
 			return err
 		}
@@ -188,41 +168,41 @@ func (a *healthAnswer) read(r io.Reader, w io.Writer) error {
 }
 
 // frame takes one frame and tells whether it ends the stream.
-func (a *healthAnswer) frame(kind, flags byte, stream uint32, p []byte, w io.Writer) (end bool, err error) {
-	switch kind {
-	case frameSettings, framePing:
-		if flags&flagEnd != 0 {
+func (a *healthAnswer) frame(f h2frame.Header, p []byte, w io.Writer) (end bool, err error) {
+	switch f.Kind {
+	case h2frame.Settings, h2frame.Ping:
+		if f.Has(h2frame.FlagAck) {
 			return false, nil
 		}
-		if kind == frameSettings {
+		if f.Kind == h2frame.Settings {
 			p = nil
 		}
-		_, err := w.Write(appendFrame(nil, kind, flagEnd, 0, p))
+		_, err := w.Write(h2frame.Append(nil, f.Kind, h2frame.FlagAck, 0, p))
 		return false, err
-	case frameGoAway:
+	case h2frame.GoAway:
 		return false, fmt.Errorf("the server goes away: %.64x", p)
 	}
-	if stream != 1 {
+	if f.Stream != 1 {
 		return false, nil
 	}
-	switch kind {
-	case frameReset:
+	switch f.Kind {
+	case h2frame.Reset:
 		return false, fmt.Errorf("the server resets the stream: %.8x", p)
-	case frameData, frameHeaders:
-		if p, err = unpad(kind, flags, p); err != nil {
+	case h2frame.Data, h2frame.Headers:
+		if p, _, err = h2frame.Unpad(f, p); err != nil {
 			return false, err
 		}
-		if kind == frameData {
+		if f.Kind == h2frame.Data {
 			a.body = append(a.body, p...)
-			return flags&flagEnd != 0, nil
+			return f.Has(h2frame.FlagEndStream), nil
 		}
-		a.ended = flags&flagEnd != 0
-	case frameContinuation:
+		a.ended = f.Has(h2frame.FlagEndStream)
+	case h2frame.Continuation:
 	default:
 		return false, nil
 	}
 	a.block = append(a.block, p...)
-	if flags&flagEndHeaders == 0 {
+	if !f.Has(h2frame.FlagEndHeaders) {
 		return false, nil
 	}
 	if _, err := a.fields.Write(a.block); err != nil {
@@ -230,26 +210,6 @@ func (a *healthAnswer) frame(kind, flags byte, stream uint32, p []byte, w io.Wri
 	}
 	a.block = a.block[:0]
 	return a.ended, a.fields.Close()
-}
-
-func unpad(kind, flags byte, p []byte) ([]byte, error) {
-	pad := 0
-	if flags&flagPadded != 0 {
-		if len(p) == 0 {
-			return nil, errors.New("padded frame without padding")
-		}
-		pad, p = int(p[0]), p[1:]
-	}
-	if kind == frameHeaders && flags&flagPriority != 0 {
-		pad += 5
-		if len(p) >= 5 {
-			p, pad = p[5:], pad-5
-		}
-	}
-	if pad > len(p) {
-		return nil, errors.New("frame with more padding than bytes")
-	}
-	return p[:len(p)-pad], nil
 }
 
 // verdict reads the message: HealthCheckResponse, ServingStatus status = 1.

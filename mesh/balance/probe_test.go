@@ -12,9 +12,11 @@ import (
 	"time"
 
 	"golang.org/x/net/http2/hpack"
+
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"hauberk.dev/mesh/h2frame"
 )
 
 func listen(t *testing.T) net.Listener {
@@ -127,12 +129,12 @@ func golden(body string) []byte {
 	e := hpack.NewEncoder(&block)
 	e.WriteField(hpack.HeaderField{Name: ":status", Value: "200"})
 	hpack.NewEncoder(&trailer).WriteField(hpack.HeaderField{Name: "grpc-status", Value: "0"})
-	b := appendFrame(nil, frameSettings, 0, 0, nil)
-	b = appendFrame(b, framePing, 0, 0, make([]byte, 8))
-	b = appendFrame(b, frameHeaders, 0, 1, block.Bytes()[:1])
-	b = appendFrame(b, frameContinuation, flagEndHeaders, 1, block.Bytes()[1:])
-	b = appendFrame(b, frameData, flagPadded, 1, []byte("\x01"+body+"\x00"))
-	return appendFrame(b, frameHeaders, flagEnd|flagEndHeaders, 1, trailer.Bytes())
+	b := h2frame.Append(nil, h2frame.Settings, 0, 0, nil)
+	b = h2frame.Append(b, h2frame.Ping, 0, 0, make([]byte, 8))
+	b = h2frame.Append(b, h2frame.Headers, 0, 1, block.Bytes()[:1])
+	b = h2frame.Append(b, h2frame.Continuation, h2frame.FlagEndHeaders, 1, block.Bytes()[1:])
+	b = h2frame.Append(b, h2frame.Data, h2frame.FlagPadded, 1, []byte("\x01"+body+"\x00"))
+	return h2frame.Append(b, h2frame.Headers, h2frame.FlagEndStream|h2frame.FlagEndHeaders, 1, trailer.Bytes())
 }
 
 const serving = "\x00\x00\x00\x00\x02\x08\x01"
@@ -142,9 +144,9 @@ func FuzzHealthAnswer(f *testing.F) {
 	f.Add(golden(serving))
 	f.Add(golden("\x00\x00\x00\x00\x02\x08\x02"))
 	f.Add(golden("\x00\x00\x00\x00\x03\x0a\x01x"))
-	f.Add(appendFrame(nil, frameGoAway, 0, 0, make([]byte, 8)))
-	f.Add(appendFrame(nil, frameReset, 0, 1, make([]byte, 4)))
-	f.Add(appendFrame(nil, frameHeaders, flagPadded|flagPriority, 1, []byte{9, 0}))
+	f.Add(h2frame.Append(nil, h2frame.GoAway, 0, 0, make([]byte, 8)))
+	f.Add(h2frame.Append(nil, h2frame.Reset, 0, 1, make([]byte, 4)))
+	f.Add(h2frame.Append(nil, h2frame.Headers, h2frame.FlagPadded|h2frame.FlagPriority, 1, []byte{9, 0}))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		a := &healthAnswer{}
 		a.fields = hpack.NewDecoder(4096, a.field)

@@ -90,3 +90,35 @@ const stackTrace = "V" + "t\x00\x1c[java.lang.StackTraceElement" + "n\x00" + "z"
 func appendLength(dst []byte, n int) []byte {
 	return append(dst, byte(0xc8+n>>8), byte(n))
 }
+
+// Extend appends the whole frame that x tells of, with pairs added at the end of its
+// header. Class and content stay as they are, and the sum is renewed. It fails if
+// the header cannot take them.
+func Extend(dst, frame []byte, x Extent, pairs [][2]string) ([]byte, error) {
+	begin, added := len(dst), 0
+	for _, p := range pairs {
+		added += 8 + len(p[0]) + len(p[1])
+	}
+	f := Parse(frame, x)
+	if err := f.Header.Check(); err != nil {
+		return dst, err
+	}
+	if len(f.Header)+added > MaxHeader {
+		return dst, malformed("a header of %d bytes; at most %d", len(f.Header)+added, MaxHeader)
+	}
+	dst = append(dst, frame[:x.Head]...)
+	for _, p := range pairs {
+		dst = appendHeader(dst, p[0], p[1])
+	}
+	lengths := begin + x.Head - len(f.Header) - len(f.Class) - 8
+	binary.BigEndian.PutUint16(dst[lengths+2:], uint16(len(f.Header)+added))
+	end := x.Len
+	if x.CRC {
+		end -= crcLen
+	}
+	dst = append(dst, frame[x.Head:end]...)
+	if x.CRC {
+		dst = binary.BigEndian.AppendUint32(dst, crc32.ChecksumIEEE(dst[begin:]))
+	}
+	return dst, nil
+}

@@ -173,14 +173,15 @@ type Frame struct {
 	Content  []byte // as much of it as is there
 }
 
-// Parse cuts up the frame that begins with b and goes as far as x says. All of
-// its head must be there.
+// Parse cuts up the frame that begins with b and goes as far as x says. Of class and
+// header there is as much as of b.
 func Parse(b []byte, x Extent) Frame {
 	f := Frame{Protocol: b[0], Type: Type(b[1])}
-	rest := b[2:x.Head]
+	head := min(x.Head, len(b))
+	rest := b[2:head]
 	if f.Protocol == 2 {
 		f.Version, f.Type, f.Switch = b[1], Type(b[2]), b[11]
-		rest = b[3:x.Head]
+		rest = b[3:head]
 	}
 	f.Command = Command(binary.BigEndian.Uint16(rest))
 	f.ID = binary.BigEndian.Uint32(rest[3:])
@@ -198,12 +199,13 @@ func Parse(b []byte, x Extent) Frame {
 	}
 	class := int(binary.BigEndian.Uint16(rest))
 	rest = rest[8:]
+	class = min(class, len(rest))
 	f.Class, f.Header = rest[:class], Header(rest[class:])
 	end := x.Len
 	if x.CRC {
 		end -= crcLen
 	}
-	f.Content = b[x.Head:min(end, len(b))]
+	f.Content = b[head:max(head, min(end, len(b)))]
 	return f
 }
 
@@ -246,3 +248,9 @@ func (s *Sum) Add(b []byte) error {
 	}
 	return nil
 }
+
+// Progress is where a Sum stands; Resume has another go on from there.
+func (s *Sum) Progress() [3]uint32 { return [3]uint32{uint32(s.left), s.sum, s.tail} }
+
+// Resume goes on where another Sum stood.
+func (s *Sum) Resume(p [3]uint32) { *s = Sum{int(p[0]), p[1], p[2]} }

@@ -55,8 +55,8 @@ func TestSplit(t *testing.T) {
 			if err != nil || x.Len != 0 && x.Len != len(b) || n >= maxFixed && x.Len == 0 {
 				t.Fatalf("%s, %d bytes: %+v, %v", name, n, x, err)
 			}
-			if x.Head > 0 && n >= x.Head {
-				if f := Parse(b[:n], x); len(f.Content) > n-x.Head {
+			if x.Head > 0 {
+				if f := Parse(b[:n], x); len(f.Content) > max(n-x.Head, 0) || len(f.Class)+len(f.Header) > n {
 					t.Fatalf("%s, %d bytes: content of %d", name, n, len(f.Content))
 				}
 			}

@@ -21,6 +21,7 @@ const (
 	// TCP queries are rare; these bound what they may hold.
 	maxTCP     = 32
 	tcpIdle    = 10 * time.Second
+	tcpPause   = 20 * time.Millisecond // after an error of accept
 	clusterTop = "svc.cluster.local"
 )
 
@@ -143,8 +144,12 @@ func (s *Server) ServeTCP(ln net.Listener) error {
 	slots := make(chan struct{}, maxTCP)
 	for {
 		c, err := ln.Accept()
-		if err != nil {
-			return err
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil { // out of descriptors, most likely: let some be closed
+			time.Sleep(tcpPause)
+			continue
 		}
 		select {
 		case slots <- struct{}{}:

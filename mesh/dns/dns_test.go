@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"syscall"
 	"testing"
 	"time"
 
@@ -111,6 +112,44 @@ func TestResolver(t *testing.T) {
 		if got, err := r.LookupHost(ctx, "example.com."); err == nil {
 			t.Errorf("%s: example.com is %v", network, got)
 		}
+	}
+}
+
+// failing fails once.
+type failing struct {
+	net.Listener
+	failed bool
+}
+
+func (f *failing) Accept() (net.Conn, error) {
+	if !f.failed {
+		f.failed = true
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: syscall.EMFILE}
+	}
+	return f.Listener.Accept()
+}
+
+// Queries over TCP are answered after an accept that failed, until the listener is
+// closed.
+func TestTCPOutlivesFaults(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &failing{Listener: ln}
+	done := make(chan error, 1)
+	go func() { done <- server.ServeTCP(f) }()
+	r := &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", ln.Addr().String())
+	}}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if got, err := r.LookupHost(ctx, "web.shop.svc.cluster.local."); err != nil || len(got) != 1 || got[0] != "10.99.0.2" {
+		t.Errorf("%v, %v", got, err)
+	}
+	ln.Close()
+	if err := <-done; err != nil || !f.failed {
+		t.Errorf("failed %v; ended %v", f.failed, err)
 	}
 }
 

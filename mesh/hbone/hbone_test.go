@@ -19,6 +19,8 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // loop connects two ends over loopback TCP.
@@ -186,7 +188,7 @@ func TestSlowReader(t *testing.T) {
 	if n, err := io.Copy(io.Discard, s); n != 1<<20 || err != nil {
 		t.Errorf("fast stream: %d bytes, %v", n, err)
 	}
-	slow.Reset(CodeCancel)
+	slow.Reset(h2frame.CodeCancel)
 	if n := <-wrote; n > streamWindow {
 		t.Errorf("%d bytes were sent into a window of %d", n, streamWindow)
 	}
@@ -296,38 +298,40 @@ func (f flusher) Write(p []byte) (int, error) {
 
 // Peers that break the protocol lose the connection, and soon.
 func TestHostileClient(t *testing.T) {
-	settings := appendFrame(nil, frameSettings, 0, 0, nil)
+	settings := h2frame.Append(nil, h2frame.Settings, 0, 0, nil)
 	open := func(id uint32) []byte {
-		return appendFrame(nil, frameHeaders, flagEndHeaders, id, encodeFields([]hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: "x:1"}}))
+		return h2frame.Append(nil, h2frame.Headers, h2frame.FlagEndHeaders, id, encodeFields([]hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: "x:1"}}))
 	}
 	for name, bytes := range map[string][]byte{
-		"no settings first":           appendFrame(nil, framePing, 0, 0, make([]byte, 8)),
-		"huge frame":                  append(settings, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1),
-		"data on idle stream":         appendFrame(settings, frameData, 0, 1, []byte("x")),
-		"even stream":                 append(settings, open(2)...),
-		"stream id going back":        append(append(settings, open(3)...), open(1)...),
-		"push promise":                appendFrame(settings, framePush, 0, 1, make([]byte, 8)),
-		"continuation alone":          appendFrame(settings, frameContinuation, 0, 1, nil),
-		"headers then other frame":    appendFrame(appendFrame(settings, frameHeaders, 0, 1, nil), framePing, 0, 0, make([]byte, 8)),
-		"endless continuation":        appendFrame(appendFrame(appendFrame(settings, frameHeaders, 0, 1, make([]byte, 9000)), frameContinuation, 0, 1, make([]byte, 9000)), framePing, 0, 0, nil),
-		"bad hpack":                   appendFrame(settings, frameHeaders, flagEndHeaders, 1, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}),
-		"window of nothing":           appendFrame(settings, frameWindow, 0, 0, u32(0)),
-		"connection window overflow":  appendFrame(settings, frameWindow, 0, 0, u32(1<<31-1)),
-		"more data than the window":   append(append(settings, open(1)...), bytes.Repeat(appendFrame(nil, frameData, 0, 1, make([]byte, maxFrame)), streamWindow/maxFrame+1)...),
-		"data after end of stream":    appendFrame(appendFrame(append(settings, open(1)...), frameData, flagEndStream, 1, nil), frameData, 0, 1, []byte("x")),
-		"padding beyond the frame":    appendFrame(append(settings, open(1)...), frameData, flagPadded, 1, []byte{9, 1}),
-		"malformed settings":          appendFrame(nil, frameSettings, 0, 0, []byte{1}),
-		"initial window out of range": appendFrame(nil, frameSettings, 0, 0, appendSetting(nil, settingWindow, 1<<31)),
+		"no settings first":          h2frame.Append(nil, h2frame.Ping, 0, 0, make([]byte, 8)),
+		"huge frame":                 append(settings, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 1),
+		"data on idle stream":        h2frame.Append(settings, h2frame.Data, 0, 1, []byte("x")),
+		"even stream":                append(settings, open(2)...),
+		"stream id going back":       append(append(settings, open(3)...), open(1)...),
+		"push promise":               h2frame.Append(settings, h2frame.Push, 0, 1, make([]byte, 8)),
+		"continuation alone":         h2frame.Append(settings, h2frame.Continuation, 0, 1, nil),
+		"headers then other frame":   h2frame.Append(h2frame.Append(settings, h2frame.Headers, 0, 1, nil), h2frame.Ping, 0, 0, make([]byte, 8)),
+		"endless continuation":       h2frame.Append(h2frame.Append(h2frame.Append(settings, h2frame.Headers, 0, 1, make([]byte, 9000)), h2frame.Continuation, 0, 1, make([]byte, 9000)), h2frame.Ping, 0, 0, nil),
+		"bad hpack":                  h2frame.Append(settings, h2frame.Headers, h2frame.FlagEndHeaders, 1, []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}),
+		"window of nothing":          h2frame.Append(settings, h2frame.Window, 0, 0, u32(0)),
+		"connection window overflow": h2frame.Append(settings, h2frame.Window, 0, 0, u32(1<<31-1)),
+		"stream's window overflows": append(h2frame.Append(append(settings, open(1)...), h2frame.Window, 0, 1, u32(1<<31-1-65535)),
+			h2frame.Append(nil, h2frame.Settings, 0, 0, h2frame.AppendSetting(nil, h2frame.SettingWindow, 1<<31-1))...),
+		"more data than the window":   append(append(settings, open(1)...), bytes.Repeat(h2frame.Append(nil, h2frame.Data, 0, 1, make([]byte, maxFrame)), streamWindow/maxFrame+1)...),
+		"data after end of stream":    h2frame.Append(h2frame.Append(append(settings, open(1)...), h2frame.Data, h2frame.FlagEndStream, 1, nil), h2frame.Data, 0, 1, []byte("x")),
+		"padding beyond the frame":    h2frame.Append(append(settings, open(1)...), h2frame.Data, h2frame.FlagPadded, 1, []byte{9, 1}),
+		"malformed settings":          h2frame.Append(nil, h2frame.Settings, 0, 0, []byte{1}),
+		"initial window out of range": h2frame.Append(nil, h2frame.Settings, 0, 0, h2frame.AppendSetting(nil, h2frame.SettingWindow, 1<<31)),
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, b := loop(t)
 			ended := make(chan error, 1)
 			go func() { ended <- Serve(b, func(s *Stream) { s.Accept(); <-s.h.Done() }, nil) }()
 			go io.Copy(io.Discard, a)
-			a.Write(append([]byte(preface), bytes...))
+			a.Write(append([]byte(h2frame.Preface), bytes...))
 			select {
 			case err := <-ended:
-				var ce *connError
+				var ce *h2frame.Error
 				if !errors.As(err, &ce) {
 					t.Errorf("ended with %v", err)
 				}
@@ -344,10 +348,10 @@ func TestFloods(t *testing.T) {
 	block := encodeFields([]hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: "x:1"}})
 	floods := map[string]func(w *bufio.Writer, i uint32){
 		"rapid reset": func(w *bufio.Writer, i uint32) {
-			w.Write(appendFrame(nil, frameHeaders, flagEndHeaders, 2*i+1, block))
-			w.Write(appendFrame(nil, frameReset, 0, 2*i+1, u32(8)))
+			w.Write(h2frame.Append(nil, h2frame.Headers, h2frame.FlagEndHeaders, 2*i+1, block))
+			w.Write(h2frame.Append(nil, h2frame.Reset, 0, 2*i+1, u32(8)))
 		},
-		"ping": func(w *bufio.Writer, i uint32) { w.Write(appendFrame(nil, framePing, 0, 0, make([]byte, 8))) },
+		"ping": func(w *bufio.Writer, i uint32) { w.Write(h2frame.Append(nil, h2frame.Ping, 0, 0, make([]byte, 8))) },
 	}
 	for name, send := range floods {
 		t.Run(name, func(t *testing.T) {
@@ -364,8 +368,8 @@ func TestFloods(t *testing.T) {
 			}()
 			go func() {
 				w := bufio.NewWriter(a)
-				w.WriteString(preface)
-				w.Write(appendFrame(nil, frameSettings, 0, 0, nil))
+				w.WriteString(h2frame.Preface)
+				w.Write(h2frame.Append(nil, h2frame.Settings, 0, 0, nil))
 				for i := uint32(0); i < 20000; i++ {
 					send(w, i)
 				}
@@ -383,15 +387,15 @@ func TestFloods(t *testing.T) {
 }
 
 func FuzzServe(f *testing.F) {
-	settings := appendFrame(nil, frameSettings, 0, 0, nil)
+	settings := h2frame.Append(nil, h2frame.Settings, 0, 0, nil)
 	block := encodeFields([]hpack.HeaderField{{Name: ":method", Value: "CONNECT"}, {Name: ":authority", Value: "x:1"}})
 	f.Add(settings)
-	f.Add(appendFrame(settings, frameHeaders, flagEndHeaders, 1, block))
-	f.Add(appendFrame(appendFrame(settings, frameHeaders, flagEndHeaders, 1, block), frameData, flagEndStream|flagPadded, 1, []byte{1, 'x', 0}))
-	f.Add(appendFrame(appendFrame(settings, frameHeaders, 0, 1, block[:3]), frameContinuation, flagEndHeaders, 1, block[3:]))
-	f.Add(appendFrame(appendFrame(settings, frameWindow, 0, 0, u32(5)), frameGoAway, 0, 0, make([]byte, 8)))
+	f.Add(h2frame.Append(settings, h2frame.Headers, h2frame.FlagEndHeaders, 1, block))
+	f.Add(h2frame.Append(h2frame.Append(settings, h2frame.Headers, h2frame.FlagEndHeaders, 1, block), h2frame.Data, h2frame.FlagEndStream|h2frame.FlagPadded, 1, []byte{1, 'x', 0}))
+	f.Add(h2frame.Append(h2frame.Append(settings, h2frame.Headers, 0, 1, block[:3]), h2frame.Continuation, h2frame.FlagEndHeaders, 1, block[3:]))
+	f.Add(h2frame.Append(h2frame.Append(settings, h2frame.Window, 0, 0, u32(5)), h2frame.GoAway, 0, 0, make([]byte, 8)))
 	f.Fuzz(func(t *testing.T, in []byte) {
-		c := &script{r: io.MultiReader(strings.NewReader(preface), bytes.NewReader(in))}
+		c := &script{r: io.MultiReader(strings.NewReader(h2frame.Preface), bytes.NewReader(in))}
 		if err := Serve(c, func(s *Stream) { s.Accept(); io.Copy(s, s); s.CloseWrite() }, nil); err == nil {
 			t.Fatal("the end of input did not end the connection")
 		}

@@ -1,17 +1,22 @@
 package hbone
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"sync"
 
 	"golang.org/x/net/http2/hpack"
+
+	"hauberk.dev/mesh/h2frame"
+	"hauberk.dev/mesh/wire"
 )
 
 // Headroom is the room WriteFramed needs before the data.
-const Headroom = headerLen
+const Headroom = h2frame.HeaderLen
 
 // reasonField tells the other proxy why it was refused.
 const reasonField = "hauberk-reason"
@@ -47,7 +52,13 @@ type Stream struct {
 	h         *Conn
 	id        uint32
 	malformed string
-	window    int64 // what may be sent; guarded by h.mu
+
+	// Guarded by h.mu.
+	window int64  // what may be sent
+	unsent []byte // written while the connection was frozen
+	behind bool   // that is being sent, so who writes waits
+	ending bool   // this half ends after it
+	fresh  bool   // the handler has not begun
 
 	mu        sync.Mutex
 	readable  sync.Cond // something below has changed
@@ -56,8 +67,11 @@ type Stream struct {
 	unacked   int // consumed since the last WINDOW_UPDATE
 	status    string
 	reason    string
+	answered  bool // by this side
 	peerEnded bool
 	ownEnded  bool
+	told      bool // the reader knows of the peer's end
+	past      bool // in h.past
 	err       error
 }
 
@@ -79,23 +93,16 @@ func (s *Stream) Field(name string) string {
 	return ""
 }
 
-// receive takes n bytes of a DATA frame that costs the peer credit bytes. The
-// network is read without the lock: a peer that stops in the middle of a frame
-// must not keep the stream from being ended.
-func (s *Stream) receive(r io.Reader, n, cost int) error {
-	c := chunks.Get().(*chunk)
-	if _, err := io.ReadFull(r, c.buf[:n]); err != nil {
-		chunks.Put(c)
-		return err
-	}
-	c.n = n
+// receive takes what was in a DATA frame that costs the peer credit bytes.
+func (s *Stream) receive(c *chunk, cost int) error {
+	n := c.n
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.peerEnded {
-		return fault(CodeClosed, "DATA after the end of stream %d", s.id)
+		return h2frame.Fault(h2frame.CodeClosed, "DATA after the end of stream %d", s.id)
 	}
 	if s.credit -= cost; s.credit < 0 {
-		return fault(CodeFlowControl, "more DATA than the window of stream %d", s.id)
+		return h2frame.Fault(h2frame.CodeFlowControl, "more DATA than the window of stream %d", s.id)
 	}
 	s.unacked += cost - n // padding is consumed at once
 	if s.err != nil || n == 0 {
@@ -148,9 +155,14 @@ func (s *Stream) end(err error) {
 		chunks.Put(c)
 	}
 	s.chunks = nil
+	past := s.past
+	s.past = false
 	s.readable.Broadcast()
 	s.mu.Unlock()
 	s.h.mu.Lock()
+	if past {
+		delete(s.h.past, s.id)
+	}
 	s.h.window.Broadcast()
 	s.h.mu.Unlock()
 }
@@ -163,12 +175,24 @@ func (s *Stream) fail(err error, code Code) {
 	s.end(err)
 	if live {
 		s.h.remove(s)
-		s.h.enqueue(appendFrame(nil, frameReset, 0, s.id, u32(uint32(code))))
+		s.h.enqueue(h2frame.Append(nil, h2frame.Reset, 0, s.id, u32(uint32(code))))
 	}
 }
 
-// Reset ends the stream at once. After an orderly end it does nothing.
-func (s *Stream) Reset(code Code) { s.fail(ErrClosed, code) }
+// Reset ends the stream at once. After an orderly end it does nothing that the
+// peer would notice, even if that end is still to be sent.
+func (s *Stream) Reset(code Code) {
+	s.h.mu.Lock()
+	s.mu.Lock()
+	orderly := s.peerEnded && (s.ownEnded || s.ending)
+	s.mu.Unlock()
+	s.h.mu.Unlock()
+	if orderly {
+		s.end(ErrClosed)
+		return
+	}
+	s.fail(ErrClosed, code)
+}
 
 func (s *Stream) setStatus(m message) {
 	s.mu.Lock()
@@ -185,10 +209,24 @@ func (s *Stream) setStatus(m message) {
 	s.readable.Broadcast()
 }
 
+// Await waits until the peer has accepted or refused a stream that Open left.
+func (s *Stream) Await(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { s.fail(ctx.Err(), h2frame.CodeCancel) })
+	defer stop()
+	err := s.awaitStatus()
+	if err != nil && !errors.Is(err, wire.ErrFrozen) {
+		s.Reset(h2frame.CodeCancel)
+	}
+	return err
+}
+
 func (s *Stream) awaitStatus() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.status == "" && s.err == nil && !s.peerEnded {
+		if s.h.frozen.Load() {
+			return wire.ErrFrozen
+		}
 		s.readable.Wait()
 	}
 	switch {
@@ -210,34 +248,66 @@ func (s *Stream) Accept() error {
 
 // Refuse answers the request with a status other than 200.
 func (s *Stream) Refuse(status int, reason string) error {
-	err := s.respond(flagEndStream, []hpack.HeaderField{
+	err := s.respond(h2frame.FlagEndStream, []hpack.HeaderField{
 		{Name: ":status", Value: strconv.Itoa(status)}, {Name: reasonField, Value: reason[:min(len(reason), 512)]}})
 	if err == nil {
 		// The peer learns the status first and then that its half is not read.
-		s.fail(ErrClosed, CodeNone)
+		s.fail(ErrClosed, h2frame.CodeNone)
 	}
 	return err
 }
 
 func (s *Stream) respond(flags byte, fields []hpack.HeaderField) error {
-	return s.h.write(appendFrame(nil, frameHeaders, flagEndHeaders|flags, s.id, encodeFields(fields)))
+	s.mu.Lock()
+	s.answered = true
+	err := s.err
+	s.mu.Unlock()
+	if err != nil {
+		return err // reset meanwhile
+	}
+	return s.h.write(h2frame.Append(nil, h2frame.Headers, h2frame.FlagEndHeaders|flags, s.id, encodeFields(fields)))
 }
 
-// take waits for data and hands over all there is.
-func (s *Stream) take() (got []*chunk, err error) {
+// take waits for data and hands over all there is, for an empty list.
+func (s *Stream) take(empty []*chunk) (got []*chunk, err error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for len(s.chunks) == 0 {
+	if err = s.waitLocked(); err == nil {
+		got, s.chunks = s.chunks, empty
+	}
+	s.mu.Unlock()
+	if err == io.EOF {
+		s.atEnd()
+	}
+	return got, err
+}
+
+// waitLocked waits until there is something to read.
+func (s *Stream) waitLocked() error {
+	for {
 		switch {
 		case s.err != nil:
-			return nil, s.err
+			return s.err
+		case s.h.frozen.Load():
+			return wire.ErrFrozen
+		case len(s.chunks) > 0:
+			return nil
 		case s.peerEnded:
-			return nil, io.EOF
+			return io.EOF
 		}
 		s.readable.Wait()
 	}
-	got, s.chunks = s.chunks, nil
-	return got, nil
+}
+
+// atEnd notes that the reader knows of the peer's end.
+func (s *Stream) atEnd() {
+	s.mu.Lock()
+	s.told = true
+	past := s.past
+	s.past = false
+	s.mu.Unlock()
+	if past {
+		s.h.forget(s)
+	}
 }
 
 // consumed gives the peer its credit back, now and then. It does not wait for
@@ -253,14 +323,15 @@ func (s *Stream) consumed(n int) {
 	}
 	s.mu.Unlock()
 	if grant > 0 {
-		s.h.enqueue(appendFrame(nil, frameWindow, 0, s.id, u32(uint32(grant))))
+		s.h.enqueue(h2frame.Append(nil, h2frame.Window, 0, s.id, u32(uint32(grant))))
 	}
 }
 
 // WriteTo writes what is received to w until the peer has closed its half.
 func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
+	var got []*chunk
 	for {
-		got, err := s.take()
+		got, err = s.take(got[:0])
 		if err == io.EOF {
 			return total, nil
 		}
@@ -288,20 +359,17 @@ func (s *Stream) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	s.mu.Lock()
-	for len(s.chunks) == 0 {
-		if s.err != nil || s.peerEnded {
-			defer s.mu.Unlock()
-			if s.err != nil {
-				return 0, s.err
-			}
-			return 0, io.EOF
+	if err := s.waitLocked(); err != nil {
+		s.mu.Unlock()
+		if err == io.EOF {
+			s.atEnd()
 		}
-		s.readable.Wait()
+		return 0, err
 	}
 	c := s.chunks[0]
 	n := copy(p, c.buf[:c.n])
 	if n == c.n {
-		s.chunks = s.chunks[1:]
+		s.chunks = slices.Delete(s.chunks, 0, 1) // which keeps the room
 		chunks.Put(c)
 	} else {
 		copy(c.buf[:], c.buf[n:c.n])
@@ -336,11 +404,14 @@ func (s *Stream) Write(p []byte) (int, error) {
 // frames leave in one piece and nothing is copied.
 func (s *Stream) WriteFramed(b []byte) (sent int, err error) {
 	for len(b) > Headroom {
-		n, err := s.reserve(len(b) - Headroom)
+		n, err := s.reserve(b[Headroom:])
 		if err != nil {
 			return sent, err
 		}
-		putHeader(b, n, frameData, 0, s.id)
+		if n == 0 {
+			return sent + len(b) - Headroom, nil
+		}
+		h2frame.Put(b, n, h2frame.Data, 0, s.id)
 		if err := s.h.write(b[:Headroom+n]); err != nil {
 			return sent, err
 		}
@@ -350,8 +421,9 @@ func (s *Stream) WriteFramed(b []byte) (sent int, err error) {
 	return sent, nil
 }
 
-// reserve waits until something may be sent, and takes up to want of it.
-func (s *Stream) reserve(want int) (int, error) {
+// reserve waits until something of p may be sent, and tells how much. Nothing
+// means that the connection is frozen and p is kept.
+func (s *Stream) reserve(p []byte) (int, error) {
 	h := s.h
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -362,13 +434,28 @@ func (s *Stream) reserve(want int) (int, error) {
 		if h.streams[s.id] != s {
 			return 0, s.cause()
 		}
-		if n := min(int64(want), h.send, s.window, int64(h.frame)); n > 0 {
-			h.send -= n
-			s.window -= n
-			return int(n), nil
+		if h.frozen.Load() {
+			s.unsent = append(s.unsent, p...)
+			return 0, nil
+		}
+		if !s.behind {
+			if n := s.affordLocked(len(p)); n > 0 {
+				return n, nil
+			}
 		}
 		h.window.Wait()
 	}
+}
+
+// affordLocked takes up to want bytes from the windows.
+func (s *Stream) affordLocked(want int) int {
+	n := min(int64(want), s.h.send, s.window, int64(s.h.frame))
+	if n <= 0 {
+		return 0
+	}
+	s.h.send -= n
+	s.window -= n
+	return int(n)
 }
 
 func (s *Stream) cause() error {
@@ -382,14 +469,26 @@ func (s *Stream) cause() error {
 
 // CloseWrite closes this side's half: the peer reads to the end.
 func (s *Stream) CloseWrite() error {
+	s.h.mu.Lock()
+	s.ending = s.behind || len(s.unsent) > 0
+	later := s.ending
+	s.h.mu.Unlock()
+	if later {
+		return nil
+	}
+	return s.endOwn(false)
+}
+
+// endOwn sends the end of our half; late, if it was promised before.
+func (s *Stream) endOwn(late bool) error {
 	s.mu.Lock()
-	if s.ownEnded || s.err != nil {
+	if s.ownEnded || s.err != nil && !late {
 		s.mu.Unlock()
 		return nil
 	}
 	s.ownEnded = true
 	s.mu.Unlock()
-	err := s.h.write(appendFrame(nil, frameData, flagEndStream, s.id, nil))
+	err := s.h.write(h2frame.Append(nil, h2frame.Data, h2frame.FlagEndStream, s.id, nil))
 	s.mu.Lock()
 	both := s.peerEnded
 	s.mu.Unlock()

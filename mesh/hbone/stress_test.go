@@ -20,6 +20,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // lazy is a connection whose owner may stop reading.
@@ -99,7 +101,7 @@ func mischief(s *Stream, stop <-chan struct{}) {
 		io.Copy(io.Discard, s)
 	case "cut":
 		io.CopyN(io.Discard, s, 100<<10)
-		s.Reset(CodeConnect)
+		s.Reset(h2frame.CodeConnect)
 	case "deaf": // accepts and never reads
 		s.Write(make([]byte, 300<<10))
 		<-stop
@@ -122,7 +124,7 @@ func visit(c *Conn, i int, r *rand.Rand) error {
 	if err != nil {
 		return nil
 	}
-	give := time.AfterFunc(time.Duration(100+r.IntN(700))*time.Millisecond, func() { s.Reset(CodeCancel) })
+	give := time.AfterFunc(time.Duration(100+r.IntN(700))*time.Millisecond, func() { s.Reset(h2frame.CodeCancel) })
 	defer give.Stop()
 	sent := bytes.Repeat([]byte{byte(i)}, r.IntN(600<<10))
 	var wg sync.WaitGroup
@@ -313,7 +315,7 @@ func TestCutIsNoEnd(t *testing.T) {
 func TestOpenOnStuckConnection(t *testing.T) {
 	a, b := net.Pipe()
 	defer b.Close()
-	go io.CopyN(io.Discard, b, int64(len(preface))+60)
+	go io.CopyN(io.Discard, b, int64(len(h2frame.Preface))+60)
 	c, err := Client(a)
 	if err != nil {
 		t.Fatal(err)

@@ -1,10 +1,12 @@
-// Package hessian reads as much of Hessian 2 as telling calls apart takes.
+// Package hessian reads and writes as much of Hessian 2 as calls take.
 //
-// It skips values, and reads strings, maps and the head of an object, in the
-// two dialects in use: Hessian 2.0 as Dubbo writes it, and the draft of it that
-// SOFA has kept. It makes no object, resolves no reference and loads no class,
-// so a value costs no more than its bytes. What servers read in different ways
-// is an error here. The package opens no connection and knows no protocol.
+// Reader tells calls apart: it skips values, and reads strings, maps and the head
+// of an object, in the two dialects in use: Hessian 2.0 as Dubbo writes it, and
+// the draft of it that SOFA has kept. It makes no object and resolves no
+// reference, so a value costs no more than its bytes. ReadValue and Writer are for
+// who must say a value in other words: they read a whole one and write one, in the
+// draft alone. Nothing here loads a class. What servers read in different ways is
+// an error. The package opens no connection and knows no protocol.
 package hessian
 
 import (
@@ -51,6 +53,11 @@ type Reader struct {
 	depth   int
 	classes int
 	fields  [MaxClasses]uint16 // of each class, in order of definition
+
+	// Class, if set, is told each name of a class or a type that is passed over.
+	Class func(name []byte)
+	// Text, if set, is shown each piece of a string that is passed over.
+	Text func(piece []byte)
 }
 
 // Reset makes r read b from its beginning. Strings that are read point into b.
@@ -346,7 +353,15 @@ func (r *Reader) class(names [][]byte) (name []byte, fields int, err error) {
 	}
 	r.fields[r.classes] = uint16(fields)
 	r.classes++
+	r.named(name)
 	return name, fields, nil
+}
+
+// named tells of a class or a type.
+func (r *Reader) named(name []byte) {
+	if r.Class != nil {
+		r.Class(name)
+	}
 }
 
 // instance reads which class an object with this tag has.

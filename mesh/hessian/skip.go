@@ -31,9 +31,15 @@ func (r *Reader) Skip() error {
 }
 
 func (r *Reader) skipString(tag byte) error {
-	_, last, err := r.piece(tag)
-	for err == nil && !last {
-		_, last, err = r.next()
+	s, last, err := r.piece(tag)
+	for err == nil {
+		if r.Text != nil {
+			r.Text(s)
+		}
+		if last {
+			return nil
+		}
+		s, last, err = r.next()
 	}
 	return err
 }
@@ -191,7 +197,8 @@ func (r *Reader) skipBytes(tag byte) error {
 func (r *Reader) typeName() error {
 	if !r.draft {
 		if r.IsString() {
-			_, err := r.String()
+			name, err := r.String()
+			r.named(name)
 			return err
 		}
 		_, err := r.Int()
@@ -206,7 +213,9 @@ func (r *Reader) typeName() error {
 		r.at++
 		n, err := r.uint16()
 		if err == nil {
-			_, err = r.chars(n)
+			var name []byte
+			name, err = r.chars(n)
+			r.named(name)
 		}
 		return err
 	case 'u':

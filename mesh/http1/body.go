@@ -31,108 +31,40 @@ func (r *Reader) Forward(w io.Writer, h *Head) error {
 // ForwardBody copies the body only. What has arrived is sent before more is
 // waited for.
 func (r *Reader) ForwardBody(out *bufio.Writer, h *Head) error {
-	switch h.Framing {
-	case Length:
-		return r.copy(out, h.Length)
-	case Chunked:
-		return r.chunks(out)
-	case UntilClose:
-		for {
-			if err := r.some(out, 1<<62); err == io.EOF {
-				return nil
-			} else if err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	r.Begin(h)
+	return r.Continue(out)
 }
 
-func (r *Reader) copy(out *bufio.Writer, n int64) error {
-	for n > 0 {
-		before := n
-		if err := r.somePart(out, &n); err == io.EOF {
-			return io.ErrUnexpectedEOF
+// Begin has the reader Continue with the body that belongs to a head.
+func (r *Reader) Begin(h *Head) { r.body.Start(h.Framing, h.Length) }
+
+// Continue copies the rest of a body of which the reader has copied a part, or
+// that it was told of by Resume. It may be called again after an error of the
+// connection that was none.
+func (r *Reader) Continue(out *bufio.Writer) error {
+	for !r.body.Ended() {
+		b, _ := r.R.Peek(r.R.Buffered())
+		_, used, err := r.body.Next(b)
+		if err != nil {
+			return err
+		}
+		if _, err := out.Write(b[:used]); err != nil {
+			return err
+		}
+		r.R.Discard(used)
+		if used > 0 || r.body.Ended() {
+			continue
+		}
+		if err := out.Flush(); err != nil {
+			return err
+		}
+		if _, err := r.R.Peek(len(b) + 1); err == io.EOF {
+			return r.body.End()
 		} else if err != nil {
 			return err
 		}
-		if n == before {
-			return io.ErrNoProgress
-		}
 	}
 	return nil
-}
-
-func (r *Reader) some(out *bufio.Writer, limit int64) error { return r.somePart(out, &limit) }
-
-// somePart copies what is buffered, up to *n, and lowers *n.
-func (r *Reader) somePart(out *bufio.Writer, n *int64) error {
-	if r.R.Buffered() == 0 {
-		if err := out.Flush(); err != nil {
-			return err
-		}
-		if _, err := r.R.Peek(1); err != nil {
-			return err
-		}
-	}
-	b, _ := r.R.Peek(int(min(int64(r.R.Buffered()), *n)))
-	if _, err := out.Write(b); err != nil {
-		return err
-	}
-	r.R.Discard(len(b))
-	*n -= int64(len(b))
-	return nil
-}
-
-// chunks copies a chunked body with its trailer.
-func (r *Reader) chunks(out *bufio.Writer) error {
-	for {
-		line, err := r.line(out, maxChunkLine)
-		if err != nil {
-			return err
-		}
-		size, err := chunkSize(line)
-		if err != nil {
-			return err
-		}
-		if _, err := out.Write(line); err != nil {
-			return err
-		}
-		if size == 0 {
-			return r.trailer(out)
-		}
-		if err := r.copy(out, size); err != nil {
-			return err
-		}
-		end, err := r.line(out, 2)
-		if err != nil {
-			return err
-		}
-		if _, err := out.Write(end); err != nil {
-			return err
-		}
-	}
-}
-
-// line reads one line of at most limit bytes, with its end.
-func (r *Reader) line(out *bufio.Writer, limit int) ([]byte, error) {
-	if r.R.Buffered() == 0 {
-		if err := out.Flush(); err != nil {
-			return nil, err
-		}
-	}
-	line, err := r.R.ReadSlice('\n')
-	switch {
-	case err == io.EOF:
-		return nil, io.ErrUnexpectedEOF
-	case err == bufio.ErrBufferFull || err == nil && len(line) > limit:
-		return nil, malformed("line over %d bytes in a chunked body", limit)
-	case err != nil:
-		return nil, err
-	case !bytes.HasSuffix(line, []byte("\r\n")) || bytes.IndexByte(line[:len(line)-2], '\r') >= 0:
-		return nil, malformed("a line of a chunked body does not end in CR LF")
-	}
-	return line, nil
 }
 
 // chunkSize reads a chunk line. Extensions are passed on if they are plain.
@@ -150,31 +82,6 @@ func chunkSize(line []byte) (int64, error) {
 		n = n<<4 | int64(unhex(c))
 	}
 	return n, nil
-}
-
-// trailer copies the fields after the last chunk. Those that would change the
-// framing or the routing of a message are refused.
-func (r *Reader) trailer(out *bufio.Writer) error {
-	for total := 0; ; {
-		line, err := r.line(out, maxTrailer)
-		if err != nil {
-			return err
-		}
-		if total += len(line); total > maxTrailer {
-			return malformed("trailer over %d bytes", maxTrailer)
-		}
-		if len(line) > 2 {
-			if err := checkTrailer(line); err != nil {
-				return err
-			}
-		}
-		if _, err := out.Write(line); err != nil {
-			return err
-		}
-		if len(line) == 2 {
-			return nil
-		}
-	}
 }
 
 // checkTrailer refuses a field that would change the framing or the routing of

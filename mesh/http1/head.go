@@ -63,13 +63,32 @@ type Head struct {
 
 // Reader reads message heads.
 type Reader struct {
-	R   *bufio.Reader
-	raw []byte
-	m   Message
+	R    *bufio.Reader
+	raw  []byte
+	part bool // raw is a part of a head, or one that was not good
+	m    Message
+	body Payload
 }
 
 // NewReader reads from r.
 func NewReader(r io.Reader) *Reader { return &Reader{R: bufio.NewReaderSize(r, 16<<10)} }
+
+// Rest is what has been read and not been used: another Reader must begin with
+// it. A head that has been returned is used.
+func (r *Reader) Rest() []byte {
+	b, _ := r.R.Peek(r.R.Buffered())
+	if r.part {
+		return append(bytes.Clone(r.raw), b...)
+	}
+	return bytes.Clone(b)
+}
+
+// Body tells how far the last body has come; Resume has the reader be in the
+// middle of one.
+func (r *Reader) Body() Progress { return r.body.Progress() }
+
+// Resume has the reader Continue with a body that has come so far.
+func (r *Reader) Resume(g Progress) error { return r.body.Resume(g) }
 
 // Request reads the head of a request. io.EOF means an orderly end between
 // messages.
@@ -78,6 +97,7 @@ func (r *Reader) Request() (*Head, error) {
 		return nil, err
 	}
 	err := r.m.Request(r.raw)
+	r.part = err != nil
 	return r.head(), err
 }
 
@@ -89,6 +109,7 @@ func (r *Reader) Response(method string) (*Head, error) {
 	if err := r.m.Response(r.raw, []byte(method)); err != nil {
 		return nil, err
 	}
+	r.part = false
 	return r.head(), nil
 }
 
@@ -123,7 +144,7 @@ func (h *Head) DropUpgrade() {
 
 // lines reads up to and with the empty line.
 func (r *Reader) lines() error {
-	r.raw = r.raw[:0]
+	r.raw, r.part = r.raw[:0], true
 	for begun := 0; ; {
 		line, err := r.R.ReadSlice('\n')
 		r.raw = append(r.raw, line...)

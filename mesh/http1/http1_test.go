@@ -109,14 +109,17 @@ func TestResponse(t *testing.T) {
 	}{
 		{"GET", "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n", Length, false},
 		{"HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n", NoBody, false},
-		{"GET", "HTTP/1.1 204\r\n\r\n", NoBody, true},
+		{"GET", "HTTP/1.1 204\r\n\r\n", NoBody, false},
+		{"GET", "HTTP/1.1 304 Not Modified\r\n\r\n", NoBody, false},
+		{"GET", "HTTP/1.1 304 Not Modified\r\nConnection: close\r\n\r\n", NoBody, true},
+		{"GET", "HTTP/1.0 204\r\n\r\n", NoBody, true},
 		{"GET", "HTTP/1.1 304 Not Modified\r\nContent-Length: 3\r\n\r\n", NoBody, false},
-		{"GET", "HTTP/1.1 100 Continue\r\n\r\n", NoBody, true},
+		{"GET", "HTTP/1.1 100 Continue\r\n\r\n", NoBody, false},
 		{"GET", "HTTP/1.1 200 OK\r\n\r\n", UntilClose, true},
 		{"GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", Chunked, false},
 	} {
 		h, err := NewReader(strings.NewReader(c.in)).Response(c.method)
-		if err != nil || h.Framing != c.framing {
+		if err != nil || h.Framing != c.framing || h.Close != c.close {
 			t.Errorf("%s %q: %+v, %v", c.method, c.in, h, err)
 		}
 	}

@@ -13,7 +13,8 @@ type Field struct{ Name, Value []byte }
 type Message struct {
 	Method, Target []byte // requests
 	Host           []byte
-	Status         int // responses
+	hosted         bool // there is a Host field
+	Status         int  // responses
 	Reason         []byte
 	Minor          int // of HTTP/1
 	Fields         []Field
@@ -72,8 +73,99 @@ func (m *Message) Request(head []byte) error {
 	if err := m.version(version); err != nil {
 		return err
 	}
-	return m.fields(rest, true)
+	if err := m.fields(rest, true); err != nil {
+		return err
+	}
+	return m.form()
 }
+
+// form refuses a target of which servers see different hosts: the host of an
+// absolute URI, or of a CONNECT, must be the one of the Host field, and nothing
+// beside it.
+func (m *Message) form() error {
+	t := m.Target
+	if string(m.Method) == "CONNECT" {
+		if !isHost(t) || !endsInPort(t) {
+			return malformed("CONNECT to %.60q, which is no host:port", t)
+		}
+		if m.hosted && !bytes.EqualFold(t, m.Host) {
+			return malformed("CONNECT to %.60q, Host says %.60q", t, m.Host)
+		}
+		return nil
+	}
+	if t[0] == '/' {
+		return nil
+	}
+	if len(t) == 1 && t[0] == '*' {
+		if string(m.Method) != "OPTIONS" { // RFC 9112 section 3.2.4
+			return malformed("target * of %.32s", m.Method)
+		}
+		return nil
+	}
+	if _, absolute := cutScheme(t); !absolute {
+		path, _, _ := bytes.Cut(t, []byte("?")) // the rest may be a secret
+		return malformed("target %.60q is neither a path nor an absolute URI", path)
+	}
+	authority, _, _ := SplitTarget(t)
+	if len(authority) == 0 || !isHost(authority) {
+		return malformed("host %.60q of the target", authority)
+	}
+	if m.hosted && !bytes.EqualFold(authority, m.Host) {
+		return malformed("the target is of host %.60q, Host says %.60q", authority, m.Host)
+	}
+	return nil
+}
+
+// isHost allows a name or an address with an optional port, as RFC 3986 spells
+// them: of anything else readers take different parts for the name.
+func isHost(b []byte) bool {
+	name, port := b, []byte(nil)
+	if len(b) > 0 && b[0] == '[' {
+		end := bytes.IndexByte(b, ']')
+		if end < 0 {
+			return false
+		}
+		for _, c := range b[1:end] {
+			if !isHex(c) && c != ':' && c != '.' {
+				return false
+			}
+		}
+		if name, port = nil, b[end+1:]; len(port) > 0 && port[0] != ':' {
+			return false
+		}
+	} else if colon := bytes.IndexByte(b, ':'); colon >= 0 {
+		name, port = b[:colon], b[colon:]
+	}
+	for _, c := range name {
+		if !hostBytes[c] {
+			return false
+		}
+	}
+	return len(port) <= 1 || isDigits(port[1:])
+}
+
+// endsInPort tells whether a host has a port that can be dialled: a CONNECT must
+// have one (RFC 9110 section 9.3.6).
+func endsInPort(host []byte) bool {
+	port := host[bytes.LastIndexByte(host, ':')+1:]
+	if len(port) == len(host) || len(port) > 5 || !isDigits(port) {
+		return false
+	}
+	n := 0
+	for _, c := range port {
+		n = 10*n + int(c-'0')
+	}
+	return n > 0 && n <= 65535
+}
+
+// hostBytes are those of names: RFC 3986 without the comma, which joins two, and
+// the percent sign, which some undo and others keep.
+var hostBytes = func() (t [256]bool) {
+	for c := range t {
+		t[c] = c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || bytes.IndexByte([]byte("-._~!$&'()*+;="), byte(c)) >= 0
+	}
+	return t
+}()
 
 // Response reads the whole head of a response to a request with that method.
 func (m *Message) Response(head, method []byte) error {
@@ -96,6 +188,7 @@ func (m *Message) Response(head, method []byte) error {
 	if m.Status < 200 || m.Status == 204 || m.Status == 304 || string(method) == "HEAD" {
 		m.Framing = NoBody
 	}
+	m.Close = m.Close || m.Framing == UntilClose
 	return nil
 }
 
@@ -196,7 +289,7 @@ func (m *Message) known(c *counts, f Field) error {
 	case is(f.Name, "Host"):
 		c.hosts++
 		m.Host = v
-		if bytes.ContainsAny(v, " \t,/?#@\\") {
+		if !isHost(v) {
 			return malformed("Host %.60q", v)
 		}
 	case is(f.Name, "Connection"):
@@ -240,8 +333,9 @@ func (m *Message) frame(c counts, request bool) error {
 	case c.lengths > 0:
 		m.Framing = Length
 	case !request:
-		m.Framing, m.Close = UntilClose, true
+		m.Framing = UntilClose
 	}
+	m.hosted = c.hosts > 0
 	return nil
 }
 

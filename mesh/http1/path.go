@@ -23,6 +23,7 @@ func AppendPath(dst, method, target []byte, loose bool) ([]byte, error) {
 	}
 	_, path, _ := SplitTarget(target)
 	if len(path) == 0 || path[0] != '/' {
+		target, _, _ = bytes.Cut(target, []byte("?")) // the rest may be a secret
 		return nil, malformed("target %.60q is neither a path nor an absolute URI", target)
 	}
 	begun := len(dst) // where the segment that is read began, after its slash

@@ -2,6 +2,7 @@ package http1
 
 import (
 	"bytes"
+	"errors"
 	"io"
 )
 
@@ -34,6 +35,29 @@ func (p *Payload) Ended() bool { return p.ended }
 
 // Left is how many bytes are still to come, if the framing tells.
 func (p *Payload) Left() (n int64, known bool) { return p.left, p.framing == Length }
+
+// Progress is how far a Payload has come, as plain data.
+type Progress struct {
+	Framing Framing `json:"framing"`
+	Left    int64   `json:"left,omitempty"`
+	State   uint8   `json:"state,omitempty"`
+	Trailer int     `json:"trailer,omitempty"`
+	Ended   bool    `json:"ended,omitempty"`
+}
+
+// Progress tells how far the body has come.
+func (p *Payload) Progress() Progress {
+	return Progress{p.framing, p.left, uint8(p.state), p.trailer, p.ended}
+}
+
+// Resume goes on with a body that has come so far.
+func (p *Payload) Resume(g Progress) error {
+	if g.Framing < NoBody || g.Framing > UntilClose || g.Left < 0 || g.State > uint8(chunkTrailer) || g.Trailer < 0 || g.Trailer > maxTrailer {
+		return errors.New("resume body: it cannot have come so far")
+	}
+	*p = Payload{g.Framing, g.Left, chunkState(g.State), g.Trailer, g.Ended}
+	return nil
+}
 
 // Next takes one piece of the body from the beginning of b. used bytes of b are
 // done with; data is that part of them which is payload. Without data and not

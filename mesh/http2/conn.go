@@ -22,6 +22,9 @@ import (
 	"time"
 
 	"golang.org/x/net/http2/hpack"
+
+	"hauberk.dev/mesh/h2frame"
+	"hauberk.dev/mesh/wire"
 )
 
 // Bounds of what a peer may make this side hold or do.
@@ -36,7 +39,6 @@ const (
 	maxContinuations = 16       // frames of one block
 	maxFrame         = 16 << 10 // what this side takes in one frame, the protocol's least
 	maxSend          = 16 << 10 // and what it sends
-	tableSize        = 4096     // HPACK, both ways
 
 	streamWindow = 128 << 10
 	// connWindow is given back on receipt while less than maxHeld waits to go
@@ -49,6 +51,7 @@ const (
 	maxHeadsHeld  = 1 << 20   // bytes of request heads waiting for a server
 	lastStream    = 1<<31 - 1 // the highest number of a stream
 	maxInterim    = 8         // heads of one stream waiting to be sent
+	mostInterims  = 1000      // and all before its answer
 	maxEmptyData  = 100       // in a row
 	rememberEnded = 256       // streams whose way to end is remembered
 
@@ -61,10 +64,8 @@ const (
 	lingerMost = 256 << 10
 )
 
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
 // Preface is what a client of HTTP/2 sends first.
-const Preface = preface
+const Preface = h2frame.Preface
 
 var (
 	// ErrClosed is why a connection ended that was closed on this side.
@@ -85,6 +86,15 @@ type Transport interface {
 	Finish() // lets go after both halves have ended
 }
 
+// Prompt is a Transport that can do without waiting. Where there is one request at
+// a time, as on most connections, no other goroutine is woken to write.
+type Prompt interface {
+	Transport
+	// WriteNow writes what there is room for at once, which may be nothing. It is
+	// never called beside Write. What it fails at is left to Write to say.
+	WriteNow(p []byte) (n int)
+}
+
 // Options of a Conn.
 type Options struct {
 	// Request is called for each request a server's end receives, by the
@@ -97,11 +107,20 @@ type Options struct {
 	Malformed func(error)
 	// Draining, if set, is called when the peer takes no more requests.
 	Draining func()
+	// Settled, if set, is called by the goroutine that reads, when all that has
+	// arrived was read.
+	Settled func()
+	// Data, if set, is shown what a client sends, before it goes on. It may Refuse.
+	Data func(s *Stream, p []byte, end bool)
+	// Answered, if set, is shown the heads and trailers of a server: s is the
+	// client's stream, and status 0 that of a trailer.
+	Answered func(s *Stream, status int, fields []Field)
 }
 
 // Conn is one end of an HTTP/2 connection.
 type Conn struct {
 	t      Transport
+	prompt Prompt // t, if it is one
 	client bool
 	o      Options
 
@@ -110,14 +129,20 @@ type Conn struct {
 	decode  *fieldReader
 	head    Head
 	block   []byte
-	touched *Conn // has frames to write because of what was read
-	own     bool  // and so has this one
-	empty   int   // DATA frames without data, in a row
+	ahead   *readAhead // below r
+	part    part       // of a frame that was not read to its end
+	begun   uint8      // what of the peer's greeting has come
+	touched *Conn      // has frames to write because of what was read
+	own     bool       // and so has this one
+	empty   int        // DATA frames without data, in a row
 	cheap   allowance
 	resets  allowance
 	updates allowance
 	sent    uint64 // frames sent that have paid for updates
 	paid    uint64 // and for cheap
+
+	// writing is held by who writes; before mu.
+	writing sync.Mutex
 
 	mid   atomic.Bool   // in the middle of a frame or header block
 	stage atomic.Uint64 // counts those complete
@@ -155,10 +180,15 @@ type Conn struct {
 	farewell bool        // the peer is told, and has a moment to read it
 	linger   *time.Timer // ends that moment
 	pulsing  *time.Timer
+	shut     bool // CloseWrite was called
+	frozen   bool
+	closing  bool           // Close was called while frozen
+	busy     sync.WaitGroup // what Run waits for before it says that nothing moves
 
 	kick    chan struct{}
 	pulse   time.Duration
 	done    chan struct{} // err is set
+	frost   chan struct{} // frozen is set
 	written chan struct{} // the writer has ended
 }
 
@@ -166,6 +196,7 @@ type Conn struct {
 type credit struct {
 	to *Stream
 	n  int
+	of Sink // in place of a mate
 }
 
 // ending is how a stream ended.
@@ -192,14 +223,16 @@ func Client(t Transport, o Options) *Conn { return newConn(t, true, o) }
 func newConn(t Transport, client bool, o Options) *Conn {
 	c := &Conn{
 		t: t, client: client, o: o,
-		r: bufio.NewReaderSize(t, maxFrame+headerLen), decode: newFieldReader(),
+		ahead: &readAhead{t: t}, decode: newFieldReader(),
 		cheap:   allowance{left: 1000, most: 1000, perSecond: 100},
 		resets:  allowance{left: 500, most: 500, perSecond: 100},
 		updates: allowance{left: 2000, most: 2000, perSecond: 1000},
 		streams: map[uint32]*Stream{}, nextID: 1, seen: ^uint64(0),
 		window: 65535, credit: connWindow, initial: 65535, frame: maxSend, most: 100,
-		pulse: pulse, kick: make(chan struct{}, 1), done: make(chan struct{}), written: make(chan struct{}),
+		pulse: pulse, kick: make(chan struct{}, 1), done: make(chan struct{}), frost: make(chan struct{}), written: make(chan struct{}),
 	}
+	c.prompt, _ = t.(Prompt)
+	c.r = bufio.NewReaderSize(c.ahead, readSize)
 	c.encoder = hpack.NewEncoder(&c.encoded)
 	return c
 }
@@ -208,47 +241,79 @@ func newConn(t Transport, client bool, o Options) *Conn {
 func (c *Conn) hello() []byte {
 	var s []byte
 	if c.client {
-		s = appendSetting(s, settingPush, 0)
+		s = h2frame.AppendSetting(s, h2frame.SettingPush, 0)
 	}
-	s = appendSetting(s, settingMaxStreams, MaxStreams)
-	s = appendSetting(s, settingWindow, streamWindow)
-	s = appendSetting(s, settingMaxList, MaxList)
+	s = h2frame.AppendSetting(s, h2frame.SettingMaxStreams, MaxStreams)
+	s = h2frame.AppendSetting(s, h2frame.SettingWindow, streamWindow)
+	s = h2frame.AppendSetting(s, h2frame.SettingMaxList, MaxList)
 	var b []byte
 	if c.client {
-		b = append(b, preface...)
+		b = append(b, h2frame.Preface...)
 	}
-	b = appendFrame(b, frameSettings, 0, 0, s)
-	return appendWord(b, frameWindow, 0, connWindow-65535)
+	b = h2frame.Append(b, h2frame.Settings, 0, 0, s)
+	return h2frame.AppendWord(b, h2frame.Window, 0, connWindow-65535)
 }
 
 // Run serves the connection until it ends, and returns why. A server's end that
-// its client has closed in good order, or that was drained, returns nil.
+// its client has closed in good order, or that was drained, returns nil. One that
+// was frozen returns wire.ErrFrozen.
 func (c *Conn) Run() error {
-	c.mu.Lock()
-	c.started = true // what was asked before comes after the greeting
-	c.out = append(c.hello(), c.out...)
-	if c.err == nil {
-		c.pulsing = time.AfterFunc(c.pulse, c.look)
+	if !c.begin() {
+		return wire.ErrFrozen
 	}
-	c.fillLocked()
-	c.unlock()
-	c.wake()
 	go c.write()
-	err := c.read()
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		err = errGone
+	if c.Err() == nil {
+		err := c.read()
+		if err == io.EOF || err == io.ErrUnexpectedEOF {
+			err = errGone
+		}
+		c.stop(err)
 	}
-	c.end(err)
-	io.CopyN(io.Discard, c.t, lingerMost) // ends when the writer says so
+	if c.Err() != nil {
+		_, err := io.CopyN(io.Discard, c.t, lingerMost) // ends when the writer says so
+		c.stop(err)
+	}
 	<-c.written
+	if c.rests() {
+		return wire.ErrFrozen
+	}
+	c.mu.Lock()
 	if c.linger != nil {
 		c.linger.Stop()
 	}
+	c.mu.Unlock()
 	c.t.Finish()
 	if err := c.Err(); err != errGone && err != errDrained {
 		return err
 	}
 	return nil
+}
+
+// begin says what is said first, unless that was done, and tells whether the
+// connection is to run.
+func (c *Conn) begin() bool {
+	c.mu.Lock()
+	if c.frozen {
+		c.mu.Unlock()
+		return false
+	}
+	if !c.started {
+		c.started = true // what was asked before comes after the greeting
+		c.out = append(c.hello(), c.out...)
+	}
+	if c.err == nil {
+		c.pulsing = time.AfterFunc(c.pulse, c.look)
+	} else if c.farewell && c.linger == nil {
+		c.lingerLocked()
+	}
+	c.fillLocked()
+	closing := c.closing
+	c.unlock()
+	c.wake()
+	if c.drained(); closing {
+		c.end(ErrClosed)
+	}
+	return true
 }
 
 // Err is why the connection ended, nil while it has not.
@@ -288,7 +353,7 @@ func (c *Conn) Drain() {
 	c.mu.Lock()
 	if !c.draining && c.err == nil {
 		c.draining = true
-		c.out = appendGoAway(c.outLocked(), c.taken, CodeNone)
+		c.out = h2frame.AppendGoAway(c.outLocked(), c.taken, h2frame.CodeNone)
 	}
 	c.unlock()
 	c.wake()
@@ -301,19 +366,20 @@ func (c *Conn) drained() {
 	over := c.draining && len(c.streams) == 0 && c.waiting.first == nil && c.ready.first == nil
 	c.mu.Unlock()
 	if over {
-		c.end(errDrained)
+		c.endUnlessFrozen(errDrained)
 	}
 }
 
-// Close ends the connection and all its streams at once.
-func (c *Conn) Close() { c.end(ErrClosed) }
+// Close ends the connection and all its streams at once. One that is frozen ends
+// when it is resumed.
+func (c *Conn) Close() { c.endUnlessFrozen(ErrClosed) }
 
 // look gives up a peer that is too slow with a frame. A peer may say nothing for
 // as long as it likes.
 func (c *Conn) look() {
 	stage := c.stage.Load()
 	if c.mid.Load() && stage == c.seen {
-		c.end(errSlow)
+		c.endUnlessFrozen(errSlow)
 		return
 	}
 	c.seen = stage
@@ -322,7 +388,7 @@ func (c *Conn) look() {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.err == nil {
+	if c.err == nil && !c.frozen {
 		c.pulsing.Reset(c.pulse)
 	}
 }
@@ -330,23 +396,25 @@ func (c *Conn) look() {
 // end is the one way a connection ends. It does not wait for the peer.
 func (c *Conn) end(err error) {
 	c.mu.Lock()
+	c.endLocked(err)
+}
+
+// endLocked lets go of the lock.
+func (c *Conn) endLocked(err error) {
 	if c.err != nil {
 		c.mu.Unlock()
 		return
 	}
 	c.err = err
-	var ce *ConnError
+	var ce *h2frame.Error
 	told := errors.As(err, &ce)
-	c.farewell = told || err == errGone || err == errDrained
+	farewell := told || err == errGone || err == errDrained
+	c.farewell = farewell
 	if told {
-		c.out = appendGoAway(c.outLocked(), c.taken, ce.Code)
+		c.out = h2frame.AppendGoAway(c.outLocked(), c.taken, ce.Code)
 	}
-	if c.farewell {
-		t := lingerTime
-		if err == errDrained && !c.client {
-			t = drainTime // who has read all closes by himself
-		}
-		c.linger = time.AfterFunc(t, c.t.Abort)
+	if farewell && !c.frozen {
+		c.lingerLocked()
 	}
 	if c.pulsing != nil {
 		c.pulsing.Stop()
@@ -367,106 +435,27 @@ func (c *Conn) end(err error) {
 	}
 	c.unlock()
 	close(c.done)
-	if !c.farewell {
+	if !farewell {
 		c.t.Abort()
 	}
 	if told && c.o.Malformed != nil {
 		c.o.Malformed(err)
 	}
 	for _, s := range all {
-		if mate := s.mate.Load(); mate != nil {
-			mate.lost(CodeCancel, err)
-		}
+		s.lostBoth(h2frame.CodeCancel, err)
 	}
 	if c.o.Draining != nil {
 		c.o.Draining()
 	}
 }
 
-// write is the goroutine that writes.
-func (c *Conn) write() {
-	defer close(c.written)
-	for {
-		ending := false
-		select {
-		case <-c.kick:
-		case <-c.done:
-			ending = true
-		}
-		for {
-			c.mu.Lock()
-			c.fillLocked()
-			b := c.out
-			c.out, c.answers = nil, 0
-			c.unlock()
-			if len(b) == 0 {
-				break
-			}
-			_, err := c.t.Write(b)
-			putBuffer(b)
-			if err != nil {
-				c.end(fmt.Errorf("write: %w", err))
-				break
-			}
-		}
-		if ending {
-			c.t.CloseWrite()
-			return
-		}
+// lingerLocked leaves the peer a moment to read the last frames.
+func (c *Conn) lingerLocked() {
+	t := lingerTime
+	if c.err == errDrained && !c.client {
+		t = drainTime // who has read all closes by himself
 	}
-}
-
-func (c *Conn) wake() {
-	select {
-	case c.kick <- struct{}{}:
-	default:
-	}
-}
-
-// unlock lets go of the lock, and then gives the mates of streams whose data
-// has left the room for more: no two connections are locked at once.
-func (c *Conn) unlock() {
-	for {
-		var some [16]credit
-		n := copy(some[:], c.credits)
-		c.credits = c.credits[:copy(c.credits, c.credits[n:])]
-		more := len(c.credits) > 0
-		c.mu.Unlock()
-		for _, k := range some[:n] {
-			k.to.consumed(k.n)
-		}
-		if !more {
-			return
-		}
-		c.mu.Lock()
-	}
-}
-
-// buffers hold frames ready to be written. An idle connection has none.
-var buffers = sync.Pool{New: func() any { return new([outFull + maxSend + headerLen]byte) }}
-
-func takeBuffer() []byte { return buffers.Get().(*[outFull + maxSend + headerLen]byte)[:0] }
-
-func putBuffer(b []byte) {
-	const size = outFull + maxSend + headerLen
-	if cap(b) == size { // one that has grown is left to the collector
-		buffers.Put((*[size]byte)(b[:size]))
-	}
-}
-
-func (c *Conn) outLocked() []byte {
-	if c.out == nil {
-		return takeBuffer()
-	}
-	return c.out
-}
-
-// answerLocked queues a frame that the peer has caused. One who does not read
-// them is given up: it reports whether that is so.
-func (c *Conn) answerLocked(frame []byte) (fits bool) {
-	c.answers += len(frame)
-	c.out = append(c.outLocked(), frame...)
-	return c.answers <= maxAnswers
+	c.linger = time.AfterFunc(t, c.giveUp)
 }
 
 // allowance bounds how often a peer may do what costs it little.

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2/hpack"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // TestNoLimitSaid: a server that says nothing of streams takes all there may be.
@@ -31,15 +33,15 @@ func TestNoLimitSaid(t *testing.T) {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(20 * time.Second))
-	io.ReadFull(c, make([]byte, len(preface)))
-	server := &rough{t: t, c: c, dec: hpack.NewDecoder(tableSize, nil), status: map[uint32]string{}}
-	server.raw(appendFrame(nil, frameSettings, 0, 0, nil))
+	io.ReadFull(c, make([]byte, len(h2frame.Preface)))
+	server := &rough{t: t, c: c, dec: hpack.NewDecoder(h2frame.TableSize, nil), status: map[uint32]string{}}
+	server.raw(h2frame.Append(nil, h2frame.Settings, 0, 0, nil))
 	for heads := 0; heads < MaxStreams; {
 		f, _, err := server.next()
 		if err != nil {
 			t.Fatalf("after %d requests: %v", heads, err)
 		}
-		if f.kind == frameHeaders {
+		if f.Kind == h2frame.Headers {
 			heads++
 		}
 	}
@@ -81,11 +83,11 @@ func TestLastStreams(t *testing.T) {
 	up.nextID = lastStream - 2
 	up.mu.Unlock()
 	for _, id := range []uint32{3, 5} {
-		if code, status := ask(id); code != CodeNone || status != "200" {
+		if code, status := ask(id); code != h2frame.CodeNone || status != "200" {
 			t.Errorf("code %d, status %q", code, status)
 		}
 	}
-	if code, status := ask(7); code != CodeRefused || status != "" {
+	if code, status := ask(7); code != h2frame.CodeRefused || status != "" {
 		t.Errorf("past the last: code %d, status %q", code, status)
 	}
 }
@@ -94,13 +96,13 @@ func TestLastStreams(t *testing.T) {
 // erred.
 func TestFaultAfterResponse(t *testing.T) {
 	r := newRelay(t, rudeServer(t, func(id uint32) []byte {
-		return append(appendFrame(nil, frameHeaders, flagEndHeaders|flagEndStream, id, []byte{0x88}),
-			appendFrame(nil, framePush, flagEndHeaders, id, make([]byte, 4))...)
+		return append(h2frame.Append(nil, h2frame.Headers, h2frame.FlagEndHeaders|h2frame.FlagEndStream, id, []byte{0x88}),
+			h2frame.Append(nil, h2frame.Push, h2frame.FlagEndHeaders, id, make([]byte, 4))...)
 	}))
 	c := newRough(t, r.address())
 	c.c.SetDeadline(time.Now().Add(20 * time.Second))
 	c.headers(1, true, plainHead...)
-	if code, status := c.reset(1); code != CodeNone || status != "200" {
+	if code, status := c.reset(1); code != h2frame.CodeNone || status != "200" {
 		t.Errorf("code %d, status %q", code, status)
 	}
 }
@@ -133,10 +135,10 @@ func TestRefusedWhileDraining(t *testing.T) {
 			break
 		}
 		switch {
-		case f.kind == frameGoAway:
+		case f.Kind == h2frame.GoAway:
 			last = append(last, binary.BigEndian.Uint32(p))
-		case f.kind == frameReset && f.stream == 3:
-			refused = Code(binary.BigEndian.Uint32(p)) == CodeRefused
+		case f.Kind == h2frame.Reset && f.Stream == 3:
+			refused = Code(binary.BigEndian.Uint32(p)) == h2frame.CodeRefused
 		}
 	}
 	if len(last) != 2 || last[0] != 1 || last[1] != 1 || !refused {
@@ -149,7 +151,7 @@ func TestDrainMeetsRequest(t *testing.T) {
 	near, far := net.Pipe()
 	defer far.Close()
 	c := Server(piped{near}, Options{Request: func(*Stream, *Head) { t.Error("the request was taken") }})
-	f := frameHeader{kind: frameHeaders, flags: flagEndHeaders | flagEndStream, stream: 1}
+	f := h2frame.Header{Kind: h2frame.Headers, Flags: h2frame.FlagEndHeaders | h2frame.FlagEndStream, Stream: 1}
 	c.streams[99] = &Stream{c: c} // else the drain ends the connection
 	if err := c.admitLocked(f); err != nil {
 		t.Fatal(err)
@@ -157,10 +159,10 @@ func TestDrainMeetsRequest(t *testing.T) {
 	c.Drain()
 	var se *StreamError
 	err := c.request(f, []Field{{Name: ":method", Value: "GET"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/"}}, true)
-	if !errors.As(err, &se) || se.Code != CodeRefused {
+	if !errors.As(err, &se) || se.Code != h2frame.CodeRefused {
 		t.Errorf("%v", err)
 	}
-	if !bytes.Equal(c.out, appendGoAway(nil, 0, CodeNone)) {
+	if !bytes.Equal(c.out, h2frame.AppendGoAway(nil, 0, h2frame.CodeNone)) {
 		t.Errorf("% x was said", c.out)
 	}
 }
@@ -177,9 +179,9 @@ func TestDrainedTail(t *testing.T) {
 	}})
 	ended := make(chan error, 1)
 	go func() { ended <- h.Run() }()
-	c := &rough{t: t, c: far, dec: hpack.NewDecoder(tableSize, nil), status: map[uint32]string{}}
+	c := &rough{t: t, c: far, dec: hpack.NewDecoder(h2frame.TableSize, nil), status: map[uint32]string{}}
 	c.hpack = hpack.NewEncoder(&c.block)
-	c.raw(append([]byte(preface), appendFrame(nil, frameSettings, 0, 0, nil)...))
+	c.raw(append([]byte(h2frame.Preface), h2frame.Append(nil, h2frame.Settings, 0, 0, nil)...))
 	c.headers(1, true, plainHead...)
 	<-h.Done()
 	time.Sleep(lingerTime + lingerTime/2) // longer than what an end without a drain leaves
@@ -189,8 +191,8 @@ func TestDrainedTail(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after %d bytes: %v", got, err)
 		}
-		if f.kind == frameData {
-			got += f.length
+		if f.Kind == h2frame.Data {
+			got += f.Length
 		}
 	}
 	far.Close()

@@ -6,6 +6,8 @@ import (
 	"testing"
 
 	"golang.org/x/net/http2/hpack"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // canned is a transport that has received what it will.
@@ -25,13 +27,13 @@ func seeds(f *testing.F) {
 		e.WriteField(hpack.HeaderField{Name: plainHead[i], Value: plainHead[i+1]})
 	}
 	e.WriteField(hpack.HeaderField{Name: "content-length", Value: "2"})
-	settings := appendFrame([]byte{}, frameSettings, 0, 0, appendSetting(nil, settingWindow, 10))
-	head := appendFrame(bytes.Clone(settings), frameHeaders, flagEndHeaders, 1, b)
-	f.Add(append(bytes.Clone(head), appendFrame(nil, frameData, flagEndStream, 1, []byte("ab"))...))
-	f.Add(append(bytes.Clone(head), appendFrame(nil, frameData, flagPadded, 1, []byte{2, 'a', 0, 0})...))
-	f.Add(append(bytes.Clone(head), appendWord(appendWord(nil, frameWindow, 1, 9), frameReset, 1, 8)...))
-	f.Add(appendFrame(appendFrame(bytes.Clone(settings), frameHeaders, flagEndStream, 3, b[:3]), frameContinuation, flagEndHeaders, 3, b[3:]))
-	f.Add(appendGoAway(appendFrame(bytes.Clone(settings), framePing, 0, 0, make([]byte, 8)), 0, 0))
+	settings := h2frame.Append([]byte{}, h2frame.Settings, 0, 0, h2frame.AppendSetting(nil, h2frame.SettingWindow, 10))
+	head := h2frame.Append(bytes.Clone(settings), h2frame.Headers, h2frame.FlagEndHeaders, 1, b)
+	f.Add(append(bytes.Clone(head), h2frame.Append(nil, h2frame.Data, h2frame.FlagEndStream, 1, []byte("ab"))...))
+	f.Add(append(bytes.Clone(head), h2frame.Append(nil, h2frame.Data, h2frame.FlagPadded, 1, []byte{2, 'a', 0, 0})...))
+	f.Add(append(bytes.Clone(head), h2frame.AppendWord(h2frame.AppendWord(nil, h2frame.Window, 1, 9), h2frame.Reset, 1, 8)...))
+	f.Add(h2frame.Append(h2frame.Append(bytes.Clone(settings), h2frame.Headers, h2frame.FlagEndStream, 3, b[:3]), h2frame.Continuation, h2frame.FlagEndHeaders, 3, b[3:]))
+	f.Add(h2frame.AppendGoAway(h2frame.Append(bytes.Clone(settings), h2frame.Ping, 0, 0, make([]byte, 8)), 0, 0))
 }
 
 // FuzzServe gives a server's end whatever a client may send, with a server
@@ -42,15 +44,15 @@ func FuzzServe(f *testing.F) {
 		if len(in) > 1<<16 {
 			return
 		}
-		answers := bytes.ReplaceAll(in, []byte{frameHeaders, flagEndHeaders}, []byte{frameHeaders, flagEndHeaders | flagEndStream})
+		answers := bytes.ReplaceAll(in, []byte{h2frame.Headers, h2frame.FlagEndHeaders}, []byte{h2frame.Headers, h2frame.FlagEndHeaders | h2frame.FlagEndStream})
 		up := Client(&canned{Reader: bytes.NewReader(answers)}, Options{})
-		down := Server(&canned{Reader: io.MultiReader(bytes.NewReader([]byte(preface)), bytes.NewReader(in))}, Options{
+		down := Server(&canned{Reader: io.MultiReader(bytes.NewReader([]byte(h2frame.Preface)), bytes.NewReader(in))}, Options{
 			Request: func(s *Stream, h *Head) {
 				if h.Method == "" || h.Method != "CONNECT" && h.Path == "" {
 					t.Errorf("a request without method or path was let through: %+v", h)
 				}
 				if s.Forward(up, h) != nil {
-					s.Reset(CodeRefused)
+					s.Reset(h2frame.CodeRefused)
 				}
 			},
 			Failed: func(s *Stream, err error) { s.Answer([]Field{{Name: ":status", Value: "502"}}, []byte("gone")) },
@@ -101,16 +103,16 @@ func TestDataAllocatesNothing(t *testing.T) {
 	down, up := Server(&canned{}, Options{}), Client(&canned{}, Options{})
 	for _, c := range []*Conn{down, up} {
 		c.started = true
-		c.window, c.initial = maxWindow, maxWindow
+		c.window, c.initial = h2frame.MaxWindow, h2frame.MaxWindow
 	}
-	s := &Stream{c: down, id: 1, declared: -1, credit: streamWindow, window: maxWindow}
+	s := &Stream{c: down, id: 1, declared: -1, credit: streamWindow, window: h2frame.MaxWindow}
 	down.streams[1] = s
 	h := &Head{Fields: []Field{{Name: ":method", Value: "POST"}, {Name: ":path", Value: "/"}}}
 	if err := s.Forward(up, h); err != nil {
 		t.Fatal(err)
 	}
 	data := make([]byte, 1000)
-	f := frameHeader{length: len(data), kind: frameData, stream: 1}
+	f := h2frame.Header{Length: len(data), Kind: h2frame.Data, Stream: 1}
 	one := func() {
 		if got, err := down.takeData(f, len(data), false); got != s || err != nil {
 			t.Fatal(err)
@@ -121,8 +123,8 @@ func TestDataAllocatesNothing(t *testing.T) {
 		for _, c := range []*Conn{down, up} { // as the writer does
 			c.mu.Lock()
 			c.fillLocked()
-			c.window, c.answers = maxWindow, 0
-			s.mate.Load().window = maxWindow
+			c.window, c.answers = h2frame.MaxWindow, 0
+			s.mate.Load().window = h2frame.MaxWindow
 			c.out = c.out[:0]
 			c.unlock()
 		}
@@ -140,12 +142,12 @@ func TestDataAllocatesNothing(t *testing.T) {
 		if err := s.receive(data, false); err != nil {
 			t.Fatal(err)
 		}
-		window(maxWindow)
+		window(h2frame.MaxWindow)
 		up.mu.Lock()
 		up.unblockLocked(s.mate.Load())
 		up.fillLocked()
 		up.out = up.out[:0]
-		up.window = maxWindow
+		up.window = h2frame.MaxWindow
 		up.unlock()
 		down.mu.Lock()
 		down.out, down.answers = down.out[:0], 0

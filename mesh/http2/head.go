@@ -166,7 +166,8 @@ func (h *Head) request(fields []Field) error {
 	case seen&hasScheme == 0 || h.Scheme != "http" && h.Scheme != "https":
 		return fmt.Errorf("scheme %.20q", h.Scheme)
 	case seen&hasPath == 0 || !isPath(h.Method, h.Path):
-		return fmt.Errorf("path %.60q", h.Path)
+		path, _, _ := strings.Cut(h.Path, "?") // the rest may be a secret
+		return fmt.Errorf("path %.60q", path)
 	}
 	return nil
 }
@@ -241,13 +242,26 @@ func isPath(method, path string) bool {
 	return true
 }
 
+// isAuthority allows a name or an address in brackets, with an optional port: of
+// anything else readers take different parts for the name, and some undo an
+// encoded byte where others keep it.
 func isAuthority(s string) bool {
-	for i := range len(s) {
-		if c := s[i]; c <= ' ' || c >= 0x7f || strings.IndexByte(`,/?#@\"<>`, c) >= 0 {
+	name, port, _ := strings.Cut(s, ":")
+	if strings.HasPrefix(s, "[") {
+		end := strings.IndexByte(s, ']') + 1
+		if end == 0 || end < len(s) && s[end] != ':' {
+			return false
+		}
+		if name, port = s[1:end-1], ""; end < len(s) {
+			port = s[end+1:]
+		}
+	}
+	for i := range len(name) {
+		if c := name[i]; c <= ' ' || c >= 0x7f || strings.IndexByte(`,/?#@%\"<>[]`, c) >= 0 {
 			return false
 		}
 	}
-	return len(s) <= 1<<10
+	return strings.Trim(port, "0123456789") == "" && len(s) <= 1<<10
 }
 
 func decimal(s string) (n int64, ok bool) {

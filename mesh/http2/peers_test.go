@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // serveHTTP runs net/http's HTTP/2 server in the clear.
@@ -194,7 +196,7 @@ func TestBackPressure(t *testing.T) {
 	r.mu.Lock()
 	for _, c := range r.conns {
 		c.mu.Lock()
-		if c.held > 2*streamWindow || len(c.out) > outFull+maxSend+headerLen {
+		if c.held > 2*streamWindow || len(c.out) > outFull+maxSend+h2frame.HeaderLen {
 			t.Errorf("%d bytes held, %d ready", c.held, len(c.out))
 		}
 		c.mu.Unlock()

@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 // Stream is one request and its response on one connection.
@@ -14,6 +16,7 @@ type Stream struct {
 
 	c    *Conn
 	mate atomic.Pointer[Stream]
+	sink Sink // in place of a mate; set under c.mu, by who reads if that may be another
 
 	// For the goroutine that reads.
 	declared int64 // content-length, -1 if unknown
@@ -21,6 +24,7 @@ type Stream struct {
 	answered bool // client's end: the final head has come
 	bodyless bool // the response has no body whatever its length says
 	isHead   bool // the request is HEAD
+	interims int  // heads before the final one
 
 	// Guarded by c.mu.
 	id        uint32
@@ -162,7 +166,7 @@ func (s *Stream) Forward(to *Conn, h *Head) error {
 	over := s.over
 	s.c.mu.Unlock()
 	if over { // before it had a mate to tell
-		m.abandon(CodeCancel)
+		m.abandon(h2frame.CodeCancel)
 	}
 	return nil
 }
@@ -175,7 +179,7 @@ func (s *Stream) Answer(fields []Field, body []byte) {
 	c.mu.Lock()
 	if !s.over && !s.begun {
 		s.begun = true
-		s.stopping, s.stopCode = true, CodeNone
+		s.stopping, s.stopCode = true, h2frame.CodeNone
 		if len(body) > 0 {
 			s.hold(body)
 		}
@@ -190,7 +194,7 @@ func (s *Stream) Reset(code Code) {
 	mate := s.mate.Load()
 	s.abandon(code)
 	if mate != nil {
-		mate.abandon(CodeCancel)
+		mate.abandon(h2frame.CodeCancel)
 	}
 }
 
@@ -223,7 +227,7 @@ func (s *Stream) sendHead(fields []Field, interim, end bool) {
 	}
 	c.unlock()
 	if flood {
-		s.Reset(CodeCalm)
+		s.Reset(h2frame.CodeCalm)
 	}
 }
 
@@ -286,13 +290,13 @@ func (c *Conn) queueLocked(s *Stream) {
 func (c *Conn) dataHeaderLocked(s *Stream, n int, end bool) {
 	var flags byte
 	if end {
-		flags = flagEndStream
+		flags = h2frame.FlagEndStream
 		s.ended = true
 	}
 	s.window -= int64(n)
 	c.window -= int64(n)
 	c.frames++
-	c.out = appendHeader(c.outLocked(), n, frameData, flags, s.id)
+	c.out = h2frame.AppendHeader(c.outLocked(), n, h2frame.Data, flags, s.id)
 }
 
 // fillLocked makes frames of what streams have to send, in turn, while there is
@@ -352,7 +356,9 @@ func (c *Conn) someLocked(s *Stream) {
 
 func (c *Conn) creditLocked(s *Stream, n int) {
 	if mate := s.mate.Load(); mate != nil && n > 0 {
-		c.credits = append(c.credits, credit{mate, n})
+		c.credits = append(c.credits, credit{to: mate, n: n})
+	} else if s.sink != nil && n > 0 {
+		c.credits = append(c.credits, credit{n: n, of: s.sink})
 	}
 }
 
@@ -376,21 +382,21 @@ func (c *Conn) encodeLocked(s *Stream, fields []Field, end bool) {
 		c.encoder.WriteField(fields[i])
 	}
 	block := []byte(c.encoded)
-	kind, flags := byte(frameHeaders), byte(0)
+	kind, flags := byte(h2frame.Headers), byte(0)
 	if end {
-		flags = flagEndStream
+		flags = h2frame.FlagEndStream
 		s.ended = true
 	}
 	for {
 		n := min(len(block), c.frame)
 		if n == len(block) {
-			flags |= flagEndHeaders
+			flags |= h2frame.FlagEndHeaders
 		}
-		c.out = appendFrame(c.outLocked(), kind, flags, s.id, block[:n])
+		c.out = h2frame.Append(c.outLocked(), kind, flags, s.id, block[:n])
 		if block = block[n:]; len(block) == 0 {
 			break
 		}
-		kind, flags = frameContinuation, 0
+		kind, flags = h2frame.Continuation, 0
 	}
 	if cap(c.encoded) > 4<<10 {
 		c.encoded = nil // one large head is no reason to keep the room
@@ -406,7 +412,7 @@ func (c *Conn) settleLocked(s *Stream) {
 	case s.peerEnded:
 		c.dropLocked(s, endOrderly)
 	case s.stopping:
-		c.out = appendWord(c.outLocked(), frameReset, s.id, uint32(s.stopCode))
+		c.out = h2frame.AppendWord(c.outLocked(), h2frame.Reset, s.id, uint32(s.stopCode))
 		c.dropLocked(s, endOurs)
 	}
 }
@@ -458,22 +464,22 @@ func (s *Stream) abandon(code Code) {
 	c.mu.Lock()
 	if !s.over {
 		if s.id != 0 {
-			var b [headerLen + 4]byte
-			fits = c.answerLocked(appendWord(b[:0], frameReset, s.id, uint32(code)))
+			var b [h2frame.HeaderLen + 4]byte
+			fits = c.answerLocked(h2frame.AppendWord(b[:0], h2frame.Reset, s.id, uint32(code)))
 		}
 		c.dropLocked(s, endOurs)
 	}
 	c.unlock()
 	c.wake()
 	if !fits {
-		c.end(fault(CodeCalm, "the peer does not read what it causes"))
+		c.end(h2frame.Fault(h2frame.CodeCalm, "the peer does not read what it causes"))
 	}
 }
 
 // lost is called when the mate has ended before its time.
 func (s *Stream) lost(code Code, err error) {
 	if s.c.client {
-		s.abandon(CodeCancel)
+		s.abandon(h2frame.CodeCancel)
 		return
 	}
 	s.c.mu.Lock()
@@ -484,7 +490,7 @@ func (s *Stream) lost(code Code, err error) {
 		return
 	}
 	if err != nil {
-		code = CodeInternal // the end of another connection, not this peer's doing
+		code = h2frame.CodeInternal // the end of another connection, not this peer's doing
 	}
 	s.abandon(code)
 }
@@ -510,7 +516,7 @@ func (s *Stream) consumed(n int) {
 		c.wake()
 	}
 	if !fits {
-		c.end(fault(CodeCalm, "the peer does not read what it causes"))
+		c.end(h2frame.Fault(h2frame.CodeCalm, "the peer does not read what it causes"))
 	}
 }
 
@@ -518,8 +524,8 @@ func (c *Conn) consumedLocked(s *Stream, n int) (fits bool) {
 	c.held -= int64(n)
 	fits = true
 	if s.owed += int64(n); s.owed >= streamWindow/4 && !s.peerEnded && !s.over {
-		var b [headerLen + 4]byte
-		fits = c.answerLocked(appendWord(b[:0], frameWindow, s.id, uint32(s.owed)))
+		var b [h2frame.HeaderLen + 4]byte
+		fits = c.answerLocked(h2frame.AppendWord(b[:0], h2frame.Window, s.id, uint32(s.owed)))
 		s.credit += s.owed
 		s.owed = 0
 	}
@@ -531,8 +537,8 @@ func (c *Conn) returnLocked() (fits bool) {
 	if c.owed < connWindow/4 || c.held > maxHeld || c.err != nil {
 		return true
 	}
-	var b [headerLen + 4]byte
-	fits = c.answerLocked(appendWord(b[:0], frameWindow, 0, uint32(c.owed)))
+	var b [h2frame.HeaderLen + 4]byte
+	fits = c.answerLocked(h2frame.AppendWord(b[:0], h2frame.Window, 0, uint32(c.owed)))
 	c.credit += c.owed
 	c.owed = 0
 	return fits

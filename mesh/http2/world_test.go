@@ -4,8 +4,12 @@ import (
 	"net"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"hauberk.dev/mesh/h2frame"
+	"hauberk.dev/mesh/wire"
 )
 
 // tcp is a Transport over TCP.
@@ -13,6 +17,22 @@ type tcp struct{ *net.TCPConn }
 
 func (c tcp) Abort()  { c.SetLinger(0); c.Close() }
 func (c tcp) Finish() { c.Close() }
+
+// promptTCP can do without waiting.
+type promptTCP struct {
+	tcp
+	now *wire.Now
+}
+
+func (c promptTCP) WriteNow(p []byte) int { return c.now.Write(p) }
+
+// below is one of the two ways there are.
+func below(c *net.TCPConn, prompt bool) Transport {
+	if prompt {
+		return promptTCP{tcp{c}, wire.NewNow(c)}
+	}
+	return tcp{c}
+}
 
 // piped is a Transport whose peer sees each write when it reads it.
 type piped struct{ net.Conn }
@@ -26,6 +46,7 @@ type relay struct {
 	t      testing.TB
 	ln     net.Listener
 	server string
+	waits  atomic.Bool // nothing is written at once
 	wg     sync.WaitGroup
 
 	mu        sync.Mutex
@@ -85,7 +106,7 @@ func (r *relay) serve(client *net.TCPConn) {
 	plain := func(s *Stream, status int, text string) {
 		s.Answer([]Field{{Name: ":status", Value: strconv.Itoa(status)}, {Name: "content-length", Value: strconv.Itoa(len(text))}}, []byte(text))
 	}
-	down := r.keep(Server(tcp{client}, Options{
+	down := r.keep(Server(below(client, !r.waits.Load()), Options{
 		Request: func(s *Stream, h *Head) {
 			if h.Path == "/refused" {
 				plain(s, 403, "not you")
@@ -97,11 +118,11 @@ func (r *relay) serve(client *net.TCPConn) {
 					plain(s, 503, err.Error())
 					return
 				}
-				up = r.keep(Client(tcp{c.(*net.TCPConn)}, Options{Malformed: r.fault}))
+				up = r.keep(Client(below(c.(*net.TCPConn), !r.waits.Load()), Options{Malformed: r.fault}))
 				r.wg.Go(func() { up.Run() })
 			}
 			if err := s.Forward(up, h); err != nil {
-				s.Reset(CodeRefused)
+				s.Reset(h2frame.CodeRefused)
 			}
 		},
 		Failed:    func(s *Stream, err error) { plain(s, 502, err.Error()) },

@@ -186,6 +186,38 @@ func (l *Link) Stats(ctx context.Context) (api.Stats, error) {
 	return *reply.Stats, nil
 }
 
+// maxTapped bounds what one answer to a tap may hold.
+const maxTapped = 1024
+
+// Tap asks for the requests of an instance that have passed since the same tap
+// asked last; the first time it begins to listen. Who stops asking ends it.
+func (l *Link) Tap(ctx context.Context, instance string, tap uint64) (api.Tapped, error) {
+	reply, err := l.call(ctx, &api.Message{Kind: api.KindTap, Instance: instance, Tap: tap})
+	if err == nil && (reply.Tapped == nil || len(reply.Tapped.Requests) > maxTapped) {
+		err = errors.New("the proxy's answer makes no sense")
+	}
+	if err != nil {
+		return api.Tapped{}, fmt.Errorf("tap %q: %w", instance, err)
+	}
+	for i := range reply.Tapped.Requests {
+		reply.Tapped.Requests[i].Instance = instance
+	}
+	return *reply.Tapped, nil
+}
+
+// Carried asks which of the connections in an instance's namespace are not the
+// proxy's.
+func (l *Link) Carried(ctx context.Context, instance string, all []api.Connection) (strange []api.Connection, err error) {
+	reply, err := l.call(ctx, &api.Message{Kind: api.KindCarried, Instance: instance, Connections: all})
+	if err == nil && slices.ContainsFunc(reply.Connections, func(c api.Connection) bool { return !slices.Contains(all, c) }) {
+		err = errors.New("the proxy's answer makes no sense")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask for %d connections of %q: %w", len(all), instance, err)
+	}
+	return reply.Connections, nil
+}
+
 // Ping asks for a sign of life.
 func (l *Link) Ping(ctx context.Context) error {
 	_, err := l.call(ctx, &api.Message{Kind: api.KindPing})

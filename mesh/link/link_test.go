@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/plan"
 )
@@ -227,4 +229,66 @@ func TestVersion(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "another version") {
 		t.Errorf("%v", err)
 	}
+}
+
+// What a newer peer asks is answered with an error, with files or
+// without, and the session goes on. An answer that is not understood ends it, as
+// whoever waits for it would go on waiting.
+func TestUnknownRequests(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "pair")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends[i] = c.(*net.UnixConn)
+		ends[i].SetDeadline(time.Now().Add(time.Minute))
+		t.Cleanup(func() { c.Close() })
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- NewSession(api.NewConn(ends[0], 1<<20), polite, 0).Run(t.Context()) }()
+	asker := api.NewConn(ends[1], 0)
+	for i, c := range []struct {
+		ask, refused string
+		file         bool
+	}{
+		{`{"kind":"newer","seq":1}`, "unknown kind", false},
+		{`{"kind":"newer","seq":2,"more":[1]}`, "unknown field", false},
+		{`{"kind":"newer","seq":3}`, "unknown kind", true},
+		{`{"kind":"hello","seq":4,"hello":{"version":1,"process":2,"more":3}}`, "unknown field", false},
+		{`{"kind":"ping","seq":5}`, "", false},
+	} {
+		var oob []byte
+		if c.file {
+			oob = unix.UnixRights(descriptor(t)...)
+		}
+		if _, _, err := ends[1].WriteMsgUnix([]byte(c.ask), oob, nil); err != nil {
+			t.Fatal(err)
+		}
+		m, _, err := asker.Receive()
+		if err != nil || m.Kind != api.KindAck || m.Seq != uint64(i+1) || (m.Error == "") != (c.refused == "") || !strings.Contains(m.Error, c.refused) {
+			t.Fatalf("%s: answered %+v, %v", c.ask, m, err)
+		}
+	}
+	if _, err := ends[1].Write([]byte(`{"kind":"ack","seq":5,"more":1}`)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; err == nil || !strings.Contains(err.Error(), "unknown field") {
+		t.Errorf("ended by %v", err)
+	}
+}
+
+// descriptor is a descriptor to send.
+func descriptor(t *testing.T) []int {
+	fds, err := api.Descriptors([]*os.File{null(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fds
 }

@@ -85,6 +85,13 @@ func (s *Session) Run(ctx context.Context) error {
 func (s *Session) receive(ctx context.Context, handlers *sync.WaitGroup) error {
 	for {
 		m, files, err := s.conn.Receive()
+		if unknown := (*api.UnknownError)(nil); errors.As(err, &unknown) {
+			// A newer peer is told, as it would only dial again and ask again.
+			if err := s.conn.Send(&api.Message{Kind: api.KindAck, Seq: unknown.Seq, Error: bounded(err.Error())}); err != nil {
+				return err
+			}
+			continue
+		}
 		if err != nil {
 			return err
 		}

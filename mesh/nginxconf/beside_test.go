@@ -47,6 +47,21 @@ http {
         server_name go.example;
         return 301 https://$host$request_uri;
     }
+    proxy_set_header X-One http;
+    server {
+        listen 127.0.0.1:PORT;
+        server_name own.example;
+        proxy_set_header Host $host;
+        proxy_set_header X-Two server;
+        add_header X-Own server;
+        location / { proxy_pass http://UP; }
+        location /own { proxy_pass http://UP; proxy_set_header Host $host; add_header X-Add own; }
+    }
+    server {
+        listen 127.0.0.1:PORT;
+        server_name after.example;
+        location / { proxy_pass http://UP/; }
+    }
 }
 `
 
@@ -73,7 +88,11 @@ func TestBesideNginx(t *testing.T) {
 	}
 	up := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		b, _ := io.ReadAll(r.Body)
-		fmt.Fprintf(w, "%s %s %s %s", r.Method, r.RequestURI, r.Host, b)
+		host := r.Host
+		if r.Header.Get("X-One") != "" {
+			host = "" // the upstream's name, which is not the same
+		}
+		fmt.Fprintf(w, "%s %s %s %s %s %s", r.Method, r.RequestURI, host, b, r.Header["X-One"], r.Header["X-Two"])
 	}))
 	t.Cleanup(up.Close)
 	port := free(t)
@@ -120,6 +139,9 @@ var besides = []string{
 	"GET /stop/x.png HTTP/1.1\r\nHost: a.example\r\n" + closing,
 	"GET /x.png HTTP/1.1\r\nHost: a.example\r\n" + closing,
 	"GET /go?x=1 HTTP/1.1\r\nHost: go.example\r\n" + closing,
+	"GET / HTTP/1.1\r\nHost: own.example\r\n" + closing,
+	"GET /own HTTP/1.1\r\nHost: own.example\r\n" + closing,
+	"GET / HTTP/1.1\r\nHost: after.example\r\n" + closing,
 	"GET / HTTP/1.1\r\nHost: unknown.example\r\n" + closing,
 	"POST /api/ HTTP/1.1\r\nHost: a.example\r\nContent-Length: 2000\r\n" + closing,
 	"GET / HTTP/1.1\r\n" + closing,
@@ -164,7 +186,7 @@ func exchange(t *testing.T, address, request string) string {
 	for _, l := range lines[1:] {
 		name, value, _ := strings.Cut(l, ": ")
 		switch strings.ToLower(name) {
-		case "location", "content-range":
+		case "location", "content-range", "x-own", "x-add":
 			out += " " + value
 		case "transfer-encoding":
 			chunked = true

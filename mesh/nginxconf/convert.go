@@ -2,7 +2,6 @@ package nginxconf
 
 import (
 	"fmt"
-	"maps"
 	"net"
 	"regexp"
 	"slices"
@@ -15,7 +14,8 @@ import (
 var ignored = strings.Fields(`user worker_processes worker_rlimit_nofile pid error_log events daemon sendfile tcp_nopush tcp_nodelay types
 	default_type types_hash_max_size server_tokens keepalive_requests access_log log_format proxy_http_version gzip_vary gzip_proxied
 	gzip_disable ssl_session_cache ssl_session_timeout ssl_prefer_server_ciphers ssl_session_tickets proxy_redirect_off charset keepalive
-	server_names_hash_bucket_size proxy_buffering proxy_request_buffering gzip_buffers gzip_http_version http2 proxy_cache_bypass`)
+	server_names_hash_bucket_size proxy_buffering proxy_request_buffering gzip_buffers gzip_http_version
+	proxy_cache_lock proxy_cache_lock_timeout proxy_cache_revalidate ssl_verify_depth`)
 
 // scope is what a block inherits.
 type scope struct {
@@ -28,6 +28,31 @@ type scope struct {
 	set                      map[string]string // request header
 	setSeen                  bool
 	add                      map[string]string // response header
+	addSeen                  bool
+	cache                    cached
+}
+
+// cached is what a location says of storing answers.
+type cached struct {
+	on                       bool
+	valid, onError, updating string
+}
+
+// longStale is for how long nginx would use what is stale: it sets no end.
+const longStale = "24h"
+
+// lines render it.
+func (c *cached) lines() []string {
+	if !c.on {
+		return nil
+	}
+	var parts []string
+	for _, p := range [][2]string{{"valid", c.valid}, {"stale_if_error", c.onError}, {"stale_while_revalidate", c.updating}} {
+		if p[1] != "" {
+			parts = append(parts, p[0]+": "+p[1])
+		}
+	}
+	return []string{"cache: {" + strings.Join(parts, ", ") + "}"}
 }
 
 type converter struct {
@@ -35,6 +60,7 @@ type converter struct {
 	zones     map[string]string // limit_req_zone: requests and period
 	upstreams []string          // rendered
 	known     map[string]bool
+	speaks    map[string]string // an upstream: http or grpc, once somebody passes to it
 	listeners map[string]*listener
 	order     []string
 	hosts     []string
@@ -45,7 +71,9 @@ type listener struct {
 	address string
 	tls     bool
 	certs   [][2]string
-	any     bool // somebody answers for every name
+	any     bool   // somebody answers for every name
+	clients string // who must show a certificate
+	old     bool   // no HTTP/2
 	claimed map[string]bool
 }
 
@@ -56,7 +84,7 @@ func Convert(text string) (yaml string, problems []Problem, err error) {
 	if err != nil {
 		return "", nil, fmt.Errorf("read nginx.conf: %w", err)
 	}
-	c := &converter{zones: map[string]string{}, known: map[string]bool{}, listeners: map[string]*listener{}}
+	c := &converter{zones: map[string]string{}, known: map[string]bool{}, speaks: map[string]string{}, listeners: map[string]*listener{}}
 	for _, d := range all {
 		if d.name == "http" && d.open {
 			c.http(d.block)
@@ -83,6 +111,8 @@ func (c *converter) http(block []directive) {
 			c.upstream(d)
 		case d.name == "limit_req_zone":
 			c.zone(d)
+		case d.name == "proxy_cache_path":
+			c.problem(d, "answers are stored in memory, not in files: cache.memory says how much, 64MiB unless it does")
 		case d.name == "keepalive_timeout" && len(d.args) > 0:
 			c.idle = duration(d.args[0])
 		case d.name == "include" && len(d.args) == 1 && strings.HasSuffix(d.args[0], "mime.types"):
@@ -126,14 +156,15 @@ func (c *converter) setting(d directive, s *scope) {
 		s.level = d.args[0]
 	case d.name == "limit_req":
 		c.limit(d, s)
+	case strings.HasPrefix(d.name, "proxy_cache"):
+		c.caching(d, s)
 	case d.name == "try_files":
 		c.try(d, s)
 	case d.name == "proxy_set_header" && len(d.args) == 2:
 		c.header(d, s)
 	case d.name == "add_header" && len(d.args) >= 2:
-		s.add = maps.Clone(s.add)
-		if s.add == nil {
-			s.add = map[string]string{}
+		if !s.addSeen { // as with proxy_set_header
+			s.add, s.addSeen = map[string]string{}, true
 		}
 		s.add[d.args[0]] = c.text(d, d.args[1])
 	case slices.Contains(ignored, d.name):
@@ -165,6 +196,44 @@ func (c *converter) limit(d directive, s *scope) {
 		c.problem(d, "limit_req without nodelay holds requests back; here they pass up to the burst, then are refused")
 	}
 	s.rate = fmt.Sprintf("{%s, burst: %d, by: client}", c.zones[zone], burst+1)
+}
+
+// caching reads proxy_cache and its like.
+func (c *converter) caching(d directive, s *scope) {
+	one := len(d.args) == 1
+	switch {
+	case d.name == "proxy_cache" && one:
+		s.cache.on = d.args[0] != "off"
+	case d.name == "proxy_cache_valid" && len(d.args) > 0:
+		codes := d.args[:len(d.args)-1]
+		if len(codes) > 0 && !slices.Contains(codes, "200") {
+			c.problem(d, "proxy_cache_valid is converted for 200, 301 and 302 only; others are stored if they say so themselves")
+			return
+		}
+		s.cache.valid = duration(d.args[len(d.args)-1])
+		if strings.HasSuffix(s.cache.valid, "d") {
+			c.problem(d, "write days as hours")
+		}
+	case d.name == "proxy_cache_use_stale":
+		s.cache.onError, s.cache.updating = "", ""
+		for _, a := range d.args {
+			switch {
+			case a == "updating":
+				s.cache.updating = longStale
+			case a == "error" || a == "timeout" || strings.HasPrefix(a, "http_50"):
+				s.cache.onError = longStale
+			case a != "off":
+				c.problem(d, "proxy_cache_use_stale %s is not converted", a)
+			}
+		}
+	case d.name == "proxy_cache_background_update" && one:
+		if d.args[0] == "on" {
+			s.cache.updating = longStale
+		}
+	case slices.Contains(ignored, d.name):
+	default:
+		c.problem(d, "%s is not converted", d.name)
+	}
 }
 
 var rate = regexp.MustCompile(`^rate=([0-9]+)r/([sm])$`)
@@ -310,8 +379,15 @@ func (c *converter) render() string {
 	for _, key := range c.order {
 		l := c.listeners[key]
 		fmt.Fprintf(&b, "- name: %s\n  address: %s\n", quote("listen-"+key), quote(l.address))
+		if l.old {
+			b.WriteString("  http2: off\n")
+		}
 		if l.tls {
-			b.WriteString("  tls:\n    certificates:\n")
+			b.WriteString("  tls:\n")
+			if l.clients != "" {
+				b.WriteString("    clients: " + l.clients + "\n")
+			}
+			b.WriteString("    certificates:\n")
 			for _, cert := range l.certs {
 				fmt.Fprintf(&b, "    - {chain: %s, key: %s}\n", quote(cert[0]), quote(cert[1]))
 			}

@@ -49,7 +49,7 @@ func TestProblems(t *testing.T) {
     location ~ (?=x) { return 200; }
     location @named { return 200; }
     location /v { proxy_pass http://$host; }
-    location /c { proxy_pass http://u; proxy_cache zone; }
+    location /c { proxy_pass http://u; proxy_store on; }
     location /r { return 444; rewrite ^ /x; }
     location /n { }
   }
@@ -84,4 +84,59 @@ func FuzzConvert(f *testing.F) {
 	f.Add(string(in))
 	f.Add("http { server { listen 1 ssl; ssl_certificate a; return 302 /$1; location ~ ^/(x)$ { proxy_pass https://b; } } }")
 	f.Fuzz(func(t *testing.T, text string) { Convert(text) })
+}
+
+// TestConvertTwo converts what came with HTTP/2: gRPC, stored answers, certificates
+// of clients.
+func TestConvertTwo(t *testing.T) {
+	const text = `http {
+  upstream calls { server 10.0.0.1:50051; server 10.0.0.2:50051; }
+  server {
+    listen 80;
+    http2 off;
+    location /api/ { grpc_pass grpc://calls; }
+    location /one/ { grpc_pass 10.0.0.3:50051; }
+    location / { proxy_pass http://10.0.0.4:8080; proxy_cache zone; proxy_cache_valid 200 302 10m; proxy_cache_use_stale error timeout updating; proxy_cache_lock on; }
+  }
+  server {
+    listen 81;
+    http2 on;
+    ssl_client_certificate /ca.pem;
+    ssl_verify_client optional;
+    location / { proxy_pass http://10.0.0.4:8080; }
+  }
+}`
+	got, problems, err := Convert(text)
+	if err != nil || len(problems) > 0 {
+		t.Fatal(problems, err)
+	}
+	for _, want := range []string{"http2: off", "- name: \"calls\"\n  protocol: grpc\n", "- name: \"10.0.0.3:50051\"\n  protocol: grpc\n",
+		"cache: {valid: 10m, stale_if_error: 24h, stale_while_revalidate: 24h}"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("%s is not in\n%s", want, got)
+		}
+	}
+	if strings.Count(got, "http2: off") != 1 {
+		t.Errorf("HTTP/2 is off twice:\n%s", got)
+	}
+	if _, err := alone.Parse("a.yaml", t.TempDir(), []byte(got)); err != nil {
+		t.Errorf("%v\n%s", err, got)
+	}
+	for text, want := range map[string]string{
+		"proxy_cache_path /x keys_zone=z:1m; server { return 200; }":                                               "in memory",
+		"server { location /a/ { grpc_pass a:1; } location / { proxy_pass http://a:1; } }":                         "same servers",
+		"server { listen 443 ssl; ssl_verify_client on; ssl_certificate /a; ssl_certificate_key /b; return 200; }": "without ssl_client_certificate",
+		"server { location / { proxy_pass http://a:1; proxy_cache z; proxy_cache_valid 404 1m; } }":                "200, 301 and 302",
+		"server { location / { proxy_pass http://a:1; proxy_cache z; proxy_cache_key $cookie_a; } }":               "proxy_cache_key",
+		"server { location / { proxy_pass http://a:1; proxy_cache z; proxy_cache_use_stale invalid_header; } }":    "invalid_header",
+	} {
+		_, problems, err := Convert("http { " + text + " }")
+		if err != nil || len(problems) != 1 || !strings.Contains(problems[0].Why, want) {
+			t.Errorf("%s: %v, %v", text, problems, err)
+		}
+	}
+	got, problems, err = Convert("http { server { listen 443 ssl; ssl_verify_client on; ssl_client_certificate /ca.pem; ssl_certificate /a; ssl_certificate_key /b; return 200; } }")
+	if err != nil || len(problems) > 0 || !strings.Contains(got, "clients: {ca: \"/ca.pem\"}") {
+		t.Errorf("%v, %v\n%s", problems, err, got)
+	}
 }

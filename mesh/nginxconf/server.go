@@ -52,9 +52,12 @@ type location struct {
 func (c *converter) server(d directive, s scope) {
 	var locations []location
 	var names []string
-	var chain, key string
+	var chain, key, authority string
+	verify := "off"
+	old := false
 	var on []*listener
 	var returns *directive
+	s.setSeen, s.addSeen = false, false
 	for _, x := range d.block {
 		switch {
 		case x.name == "listen":
@@ -65,6 +68,14 @@ func (c *converter) server(d directive, s scope) {
 			chain = x.args[0]
 		case x.name == "ssl_certificate_key" && len(x.args) == 1:
 			key = x.args[0]
+		case x.name == "http2" && len(x.args) == 1:
+			old = x.args[0] == "off"
+		case x.name == "ssl_client_certificate" && len(x.args) == 1:
+			authority = x.args[0]
+		case x.name == "ssl_verify_client" && len(x.args) == 1:
+			if verify = x.args[0]; verify == "optional_no_ca" {
+				c.problem(x, "ssl_verify_client optional_no_ca is not converted: certificates are verified")
+			}
 		case x.name == "ssl_protocols": // 1.2 and 1.3 are what there is
 		case x.name == "location" && x.open:
 			if l, ok := c.location(x); ok {
@@ -79,6 +90,10 @@ func (c *converter) server(d directive, s scope) {
 	if len(on) == 0 {
 		on = append(on, c.listener(directive{line: d.line, name: "listen"}))
 	}
+	for _, l := range on {
+		l.old = l.old || old
+		c.clients(d, l, authority, verify)
+	}
 	var routes string
 	switch {
 	case returns != nil:
@@ -87,6 +102,26 @@ func (c *converter) server(d directive, s scope) {
 		routes = c.locations(d, locations, s)
 	}
 	c.host(d, on, names, [2]string{chain, key}, routes)
+}
+
+// clients demands certificates on a listener. nginx decides by the name that is
+// asked for; here all hosts of a listener demand the same.
+func (c *converter) clients(d directive, l *listener, authority, verify string) {
+	rules := ""
+	switch {
+	case verify == "on" && authority != "":
+		rules = "{ca: " + quote(authority) + "}"
+	case verify == "optional" && authority != "":
+		rules = "{ca: " + quote(authority) + ", optional: true}"
+	case verify == "on":
+		c.problem(d, "ssl_verify_client without ssl_client_certificate")
+		return
+	}
+	if len(l.certs) > 0 && l.clients != rules {
+		c.problem(d, "servers of one address that differ in ssl_verify_client are not converted")
+		return
+	}
+	l.clients = rules
 }
 
 // host adds the virtual host of a server, once for each of its listeners: the
@@ -212,11 +247,11 @@ func (c *converter) locate(l location, s scope) string {
 	default: // ends anywhere, not only where a segment does
 		match = "regex: " + quote("^"+regexp.QuoteMeta(l.path)+"(.*)")
 	}
-	s.setSeen = false
+	s.setSeen, s.addSeen = false, false
 	var action *directive
 	var rest []directive
 	for _, x := range l.d.block {
-		if x.name == "proxy_pass" || x.name == "return" {
+		if x.name == "proxy_pass" || x.name == "grpc_pass" || x.name == "return" {
 			action = &x
 		} else {
 			rest = append(rest, x)
@@ -238,8 +273,9 @@ func (c *converter) route(match string, d directive, settings []directive, s sco
 		lines = append(lines, match)
 	}
 	switch d.name {
-	case "proxy_pass":
+	case "proxy_pass", "grpc_pass":
 		lines = append(lines, c.pass(d, s, match, prefix)...)
+		lines = append(lines, s.cache.lines()...)
 	case "return":
 		lines = append(lines, c.returns(d)...)
 	default:
@@ -288,12 +324,19 @@ func fields(m map[string]string) string {
 // pass renders proxy_pass.
 func (c *converter) pass(d directive, s scope, match, prefix string) (lines []string) {
 	if len(d.args) != 1 || strings.Contains(d.args[0], "$") {
-		c.problem(d, "proxy_pass is converted without variables")
+		c.problem(d, "%s is converted without variables", d.name)
 		return nil
 	}
-	u, err := url.Parse(d.args[0])
+	speaks, to := "http", d.args[0]
+	if d.name == "grpc_pass" {
+		speaks = "grpc"
+		if to = strings.Replace(to, "grpc", "http", 1); !strings.Contains(d.args[0], "://") {
+			to = "http://" + d.args[0]
+		}
+	}
+	u, err := url.Parse(to)
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		c.problem(d, "proxy_pass %s is not converted", d.args[0])
+		c.problem(d, "%s %s is not converted", d.name, d.args[0])
 		return nil
 	}
 	name, port := u.Host, map[string]string{"http": "80", "https": "443"}[u.Scheme]
@@ -310,6 +353,7 @@ func (c *converter) pass(d directive, s scope, match, prefix string) (lines []st
 		}
 		c.upstreams = append(c.upstreams, up)
 	}
+	c.protocol(d, name, speaks)
 	lines = append(lines, "upstream: "+quote(name), "timeout: "+s.timeout)
 	if u.Path != "" {
 		switch {
@@ -338,6 +382,27 @@ func (c *converter) pass(d directive, s scope, match, prefix string) (lines []st
 		lines = append(lines, "request_headers: {set: "+fields(set)+"}")
 	}
 	return lines
+}
+
+// protocol notes what an upstream speaks, which all who pass to it agree on.
+func (c *converter) protocol(d directive, name, speaks string) {
+	switch before := c.speaks[name]; {
+	case before == speaks:
+		return
+	case before != "":
+		c.problem(d, "proxy_pass and grpc_pass to the same servers are not converted: an upstream speaks one protocol")
+		return
+	}
+	c.speaks[name] = speaks
+	if speaks == "http" {
+		return
+	}
+	head := "- name: " + quote(name) + "\n"
+	for i, up := range c.upstreams {
+		if rest, ok := strings.CutPrefix(up, head); ok {
+			c.upstreams[i] = head + "  protocol: " + speaks + "\n" + rest
+		}
+	}
 }
 
 // returns renders return.

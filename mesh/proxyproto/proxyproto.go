@@ -79,7 +79,7 @@ func address1(ip, port string, four bool) (netip.AddrPort, error) {
 	if err != nil || port[0] == '0' && len(port) > 1 || port[0] == '+' {
 		return netip.AddrPort{}, ErrMalformed
 	}
-	return netip.AddrPortFrom(a, uint16(n)), nil
+	return netip.AddrPortFrom(a.Unmap(), uint16(n)), nil
 }
 
 func parse2(b []byte) (h Header, n int, err error) {

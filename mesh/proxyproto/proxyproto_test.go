@@ -30,6 +30,14 @@ func TestBackAndForth(t *testing.T) {
 	}
 }
 
+// An address of IPv4 is one, however it is written.
+func TestMapped(t *testing.T) {
+	h, _, err := Parse([]byte("PROXY TCP6 ::ffff:192.0.2.1 ::ffff:192.0.2.2 1 2\r\n"))
+	if err != nil || h.Source != netip.MustParseAddrPort("192.0.2.1:1") || h.Destination != netip.MustParseAddrPort("192.0.2.2:2") {
+		t.Errorf("%+v, %v", h, err)
+	}
+}
+
 func TestRefused(t *testing.T) {
 	sig := string(signature)
 	for _, in := range []string{"GET / HTTP/1.1\r\n", "PROXY TCP4 1.2.3.4 1.2.3.4 1\r\n", "PROXY TCP4 ::1 ::1 1 2\r\n", "PROXY TCP4 1.2.3.4 1.2.3.4 01 2\r\n",

@@ -29,11 +29,13 @@ type Request struct {
 }
 
 // Value is a condition on a named header field or query parameter. Without
-// Equal and Pattern it only has to be there.
+// Equal and Pattern it only has to be there. Not turns the condition round: what
+// is compared must be there and differ, else it must not be there.
 type Value struct {
 	Name    string
 	Equal   *string
 	Pattern *regexp.Regexp
+	Not     bool
 }
 
 // Match is what a rule demands; all of what is set must hold.
@@ -87,8 +89,7 @@ func (m *Match) method(method []byte) bool {
 func (m *Match) fields(msg *http1.Message) bool {
 	for i := range m.Fields {
 		v := &m.Fields[i]
-		value, ok := msg.Field(v.Name)
-		if !ok || !v.holds(value) {
+		if value, ok := msg.Field(v.Name); !v.met(value, ok) {
 			return false
 		}
 	}
@@ -102,12 +103,18 @@ func (m *Match) query(query []byte) bool {
 	query = bytes.TrimPrefix(query, []byte("?"))
 	for i := range m.Query {
 		v := &m.Query[i]
-		value, ok := parameter(query, v.Name)
-		if !ok || !v.holds(value) {
+		if value, ok := parameter(query, v.Name); !v.met(value, ok) {
 			return false
 		}
 	}
 	return true
+}
+
+func (v *Value) met(b []byte, there bool) bool {
+	if !there {
+		return v.Not && v.Equal == nil && v.Pattern == nil
+	}
+	return v.holds(b) != v.Not
 }
 
 func (v *Value) holds(b []byte) bool {

@@ -7,10 +7,10 @@ import (
 	"hauberk.dev/mesh/http1"
 )
 
-// Template is text with parts of the request in it: $host, $path, $rest (of the
-// path, after the prefix of the rule), $query (with its question mark), $uri
-// (the target as it came), $scheme, $remote, and $1 to $9 of the rule's regular
-// expression. $$ is a dollar sign.
+// Template is text with parts of the request in it: $host, $authority (the host
+// with its port), $path, $rest (of the path, after the prefix of the rule),
+// $query (with its question mark), $uri (the target as it came), $scheme,
+// $remote, and $1 to $9 of the rule's regular expression. $$ is a dollar sign.
 type Template struct{ parts []part }
 
 type part struct {
@@ -31,9 +31,10 @@ const (
 	scheme
 	remote
 	group
+	authority
 )
 
-var variables = map[string]variable{"host": host, "path": path, "rest": rest, "query": query, "uri": uri, "scheme": scheme, "remote": remote}
+var variables = map[string]variable{"host": host, "authority": authority, "path": path, "rest": rest, "query": query, "uri": uri, "scheme": scheme, "remote": remote}
 
 // ParseTemplate reads a template.
 func ParseTemplate(s string) (*Template, error) {
@@ -78,7 +79,7 @@ func parsePart(s string) (p part, after string, err error) {
 	}
 	v, ok := variables[name]
 	if !ok {
-		return p, "", fmt.Errorf("$%s is not known: use $host, $path, $rest, $query, $uri, $scheme, $remote or $1 to $9", name)
+		return p, "", fmt.Errorf("$%s is not known: use $host, $authority, $path, $rest, $query, $uri, $scheme, $remote or $1 to $9", name)
 	}
 	return part{name: v}, after, nil
 }
@@ -111,6 +112,8 @@ func (t *Template) Append(dst []byte, r *Request) []byte {
 			dst = append(dst, p.text...)
 		case host:
 			dst = append(dst, WithoutPort(r.Message.Host)...)
+		case authority:
+			dst = append(dst, r.Message.Host...)
 		case path:
 			dst = appendEscaped(dst, r.Path)
 		case rest:

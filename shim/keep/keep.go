@@ -182,5 +182,5 @@ const (
 	workTime  = 90 * time.Second // for a machine, a template before it included
 	lookTime  = 2 * time.Second  // between looks at what is still there
 	tidyTime  = 10 * time.Second // between looks at what others left
-	startTime = 10 * time.Second // for a keeper that was started
+	startTime = 30 * time.Second // for a keeper that was started, on a machine that is busy
 )

@@ -17,6 +17,7 @@ import (
 	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	tls "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
 
 	"hauberk.dev/plan"
@@ -28,7 +29,8 @@ type Kind int
 // Kinds in the order in which a client asks for them, so that what is referred
 // to comes before what refers to it.
 const (
-	Clusters Kind = iota
+	Secrets Kind = iota
+	Clusters
 	Endpoints
 	Listeners
 	Routes
@@ -37,11 +39,14 @@ const (
 
 const prefix = "type.googleapis.com/"
 
-func (k Kind) String() string { return [...]string{"clusters", "endpoints", "listeners", "routes"}[k] }
+func (k Kind) String() string {
+	return [...]string{"secrets", "clusters", "endpoints", "listeners", "routes"}[k]
+}
 
 // URL is the type's URL on the wire.
 func (k Kind) URL() string {
 	return prefix + [...]string{
+		"envoy.extensions.transport_sockets.tls.v3.Secret",
 		"envoy.config.cluster.v3.Cluster", "envoy.config.endpoint.v3.ClusterLoadAssignment",
 		"envoy.config.listener.v3.Listener", "envoy.config.route.v3.RouteConfiguration",
 	}[k]
@@ -95,10 +100,12 @@ const (
 )
 
 // Read reads the body of a resource: the value is a *Listener, *RouteTable,
-// *Cluster or *EndpointTable.
+// *Cluster, *EndpointTable or *Secret.
 func Read(kind Kind, name string, body []byte) (value any, err error) {
 	r := &reader{clusters: map[string]bool{}}
 	switch kind {
+	case Secrets:
+		value, err = read(r, name, body, &tls.Secret{}, r.secret)
 	case Clusters:
 		value, err = read(r, name, body, &cluster.Cluster{}, r.cluster)
 	case Endpoints:

@@ -199,6 +199,20 @@ func (r *reader) forward(at string, a *route.RouteAction, out *plan.Route) {
 	if p := a.GetRetryPolicy(); p != nil {
 		out.Retry = r.retry(at+".retry_policy", p)
 	}
+	if p := a.GetHedgePolicy(); p != nil {
+		r.hedge(at+".hedge_policy", p, out)
+	}
+}
+
+// hedge reads what Envoy does of hedging: a retry after the time of a try, whose
+// request is not given up.
+func (r *reader) hedge(at string, p *route.HedgePolicy, out *plan.Route) {
+	if n := p.GetInitialRequests(); n != nil && n.Value != 1 {
+		r.refuse(at+".initial_requests", fmt.Sprint(n.Value), "held is 1")
+	}
+	if out.Hedge = p.HedgeOnPerTryTimeout; out.Hedge && (out.Retry == nil || out.Retry.PerTry == 0) {
+		r.refuse(at+".hedge_on_per_try_timeout", "true", "goes with retry_policy.per_try_timeout")
+	}
 }
 
 // authority says whether a text can be the host of a request, port included.

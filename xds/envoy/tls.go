@@ -9,7 +9,7 @@ import (
 	"hauberk.dev/plan"
 )
 
-const needSecret = "want the name of a secret that the proxy has: keys and authorities do not travel here"
+const needSecret = "want the name of a secret: keys and authorities do not travel here"
 
 func (r *reader) serverTLS(field string, s *core.TransportSocket) *plan.ServerTLS {
 	if s == nil {
@@ -25,7 +25,7 @@ func (r *reader) serverTLS(field string, s *core.TransportSocket) *plan.ServerTL
 	field += ".common_tls_context"
 	out := &plan.ServerTLS{ALPN: r.alpn(field, c)}
 	for i, s := range c.GetTlsCertificateSdsSecretConfigs() {
-		out.Certificates = append(out.Certificates, r.secret(fmt.Sprintf("%s.tls_certificate_sds_secret_configs[%d]", field, i), s))
+		out.Certificates = append(out.Certificates, r.named(fmt.Sprintf("%s.tls_certificate_sds_secret_configs[%d]", field, i), s))
 	}
 	if len(out.Certificates) == 0 {
 		r.refuse(field+".tls_certificate_sds_secret_configs", "", needSecret)
@@ -60,7 +60,7 @@ func (r *reader) clientTLS(field string, s *core.TransportSocket) *plan.ClientTL
 	switch own := c.GetTlsCertificateSdsSecretConfigs(); len(own) {
 	case 0:
 	case 1:
-		out.Certificate = r.secret(field+".tls_certificate_sds_secret_configs[0]", own[0])
+		out.Certificate = r.named(field+".tls_certificate_sds_secret_configs[0]", own[0])
 	default:
 		r.refuse(field+".tls_certificate_sds_secret_configs", fmt.Sprint(len(own)), "one is held")
 	}
@@ -81,14 +81,17 @@ func (r *reader) clientTLS(field string, s *core.TransportSocket) *plan.ClientTL
 // of which it must prove one.
 func (r *reader) authorities(field string, c *tls.CommonTlsContext) (secret string, names []string) {
 	if s := c.GetValidationContextSdsSecretConfig(); s != nil {
-		return r.secret(field+".validation_context_sds_secret_config", s), nil
+		return r.named(field+".validation_context_sds_secret_config", s), nil
 	}
 	both := c.GetCombinedValidationContext()
 	if both == nil {
 		return "", nil
 	}
 	field += ".combined_validation_context"
-	secret = r.secret(field+".validation_context_sds_secret_config", both.GetValidationContextSdsSecretConfig())
+	secret = r.named(field+".validation_context_sds_secret_config", both.GetValidationContextSdsSecretConfig())
+	if both.GetDefaultValidationContext().GetTrustedCa() != nil {
+		r.refuse(field+".default_validation_context.trusted_ca", "", needSecret)
+	}
 	for i, m := range both.GetDefaultValidationContext().GetMatchTypedSubjectAltNames() {
 		at := fmt.Sprintf("%s.default_validation_context.match_typed_subject_alt_names[%d]", field, i)
 		if t := m.GetSanType(); t != tls.SubjectAltNameMatcher_DNS && t != tls.SubjectAltNameMatcher_URI {
@@ -103,7 +106,7 @@ func (r *reader) authorities(field string, c *tls.CommonTlsContext) (secret stri
 	return secret, names
 }
 
-func (r *reader) secret(field string, s *tls.SdsSecretConfig) string {
+func (r *reader) named(field string, s *tls.SdsSecretConfig) string {
 	r.adsOnly(field+".sds_config", s.GetSdsConfig(), false)
 	return r.name(field+".name", s.GetName())
 }

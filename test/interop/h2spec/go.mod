@@ -14,4 +14,9 @@ require (
 
 require hauberk.dev v0.0.0
 
+require (
+	go.yaml.in/yaml/v3 v3.0.5 // indirect
+	google.golang.org/protobuf v1.36.12 // indirect
+)
+
 replace hauberk.dev => ../../..

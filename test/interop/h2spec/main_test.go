@@ -2,10 +2,14 @@ package main
 
 import "testing"
 
-// TestH2spec runs all cases, the strict ones too. Each that fails is printed.
+// TestH2spec runs all cases, the strict ones too, against the engine of the mesh
+// and against the proxy alone in front of either kind of server. Each that fails
+// is printed.
 func TestH2spec(t *testing.T) {
-	ok, err := run("", true)
-	if err != nil || !ok {
-		t.Errorf("cases have failed, see above: %v", err)
+	for _, proxy := range []string{"", "http", "http2"} {
+		ok, err := run("", proxy, true)
+		if err != nil || !ok {
+			t.Errorf("alone %q: cases have failed, see above: %v", proxy, err)
+		}
 	}
 }

@@ -50,7 +50,7 @@ func run(ctx context.Context) error {
 	if err := install.Run(); err != nil {
 		return fmt.Errorf("install peers: %w", err)
 	}
-	test := exec.CommandContext(ctx, "go", "test", "-count=1", "-v", "-tags", "interop", "-run", "^TestPeers$", "hauberk.dev/mesh")
+	test := exec.CommandContext(ctx, "go", "test", "-count=1", "-v", "-tags", "interop", "-run", "^TestPeers$", "hauberk.dev/mesh", "hauberk.dev/mesh/alone")
 	test.Env = append(os.Environ(), "HAUBERK_PEERS="+dir)
 	test.Stdout, test.Stderr = os.Stdout, os.Stderr
 	return test.Run()

@@ -24,6 +24,8 @@ async function serve() {
   server.addService(service, {
     async plus(a, b) { return a + b; },
     async long(s) { return s + s; },
+    async echo(o) { return { $class: 'com.test.Order', $: { id: o.id, text: o.text, parts: o.parts, at: o.at } }; },
+    async fail(s) { throw new Error(s); },
     async drop() { console.log('dropped'); return 'gone'; },
   });
   await server.start();

@@ -166,6 +166,12 @@ func (c *Client) Events(ctx context.Context, namespace, instance string, follow 
 	return c.stream(ctx, http.MethodGet, admin.PathEvents, q, "", nil)
 }
 
+// Tap is the requests of an instance as they pass, one a line; the caller closes
+// it, which ends the tap.
+func (c *Client) Tap(ctx context.Context, namespace, instance string) (io.ReadCloser, error) {
+	return c.stream(ctx, http.MethodGet, admin.PathTap, query("namespace", namespace, "instance", instance), "", nil)
+}
+
 func (c *Client) get(ctx context.Context, path string, q url.Values, into any) error {
 	return c.ask(ctx, http.MethodGet, path, q, "", nil, into)
 }

@@ -136,9 +136,9 @@ talk to.`,
 		_ = root.MarkPersistentFlagDirname(name)
 	}
 	root.AddGroup(&cobra.Group{ID: "run", Title: "Run:"}, &cobra.Group{ID: "hand", Title: "Sandboxes by hand:"}, &cobra.Group{ID: "ask", Title: "Ask:"}, &cobra.Group{ID: "release", Title: "Build and release:"})
-	group(root, "run", s.up(), s.down(), s.apply(), s.delete(), s.restart(), s.exec())
+	group(root, "run", s.up(), s.down(), s.upgrade(), s.apply(), s.delete(), s.restart(), s.exec())
 	group(root, "hand", s.runBox(), s.attachBox(), s.stopBox(), s.kill(), s.rm(), s.pause(), s.resume(), s.snapshot(), s.restore(), s.fork(), s.wait(), s.stats(), s.top(), s.cp(), s.inspect(), s.images(), s.pull(), s.rmi())
-	group(root, "ask", s.status(), s.ps(), s.logs(), s.events(), s.why(), s.incidents(), s.guard(), s.ledger())
+	group(root, "ask", s.status(), s.ps(), s.logs(), s.events(), s.tap(), s.why(), s.incidents(), s.guard(), s.ledger())
 	group(root, "release", s.build(), s.release())
 	root.AddCommand(s.version(), s.supervise())
 	return root

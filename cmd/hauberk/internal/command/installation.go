@@ -74,7 +74,7 @@ func (i *installation) list(state, run string) ([]supervise.Program, error) {
 	if err != nil {
 		return nil, err
 	}
-	link := filepath.Join(run, "mesh", "link.sock")
+	link, next := filepath.Join(run, "mesh", "link.sock"), filepath.Join(run, "mesh", "next.sock")
 	node := []string{
 		"--state=" + filepath.Join(state, "node"), "--run=" + filepath.Join(run, "node"),
 		"--join=" + filepath.Join(run, "control", "admin.sock"), "--control=" + i.nodeListen,
@@ -91,7 +91,8 @@ func (i *installation) list(state, run string) ([]supervise.Program, error) {
 	}
 	return []supervise.Program{
 		{Name: "hauberkd", Path: filepath.Join(i.programs, "hauberkd"), User: &control, Args: daemon},
-		{Name: "hauberk-mesh", Path: filepath.Join(i.programs, "hauberk-mesh"), User: &mesh, Args: []string{"--link=" + link}},
+		{Name: "hauberk-mesh", Path: filepath.Join(i.programs, "hauberk-mesh"), User: &mesh, Args: []string{"--link=" + link, "--handover=" + next},
+			TakeOver: []string{"--take-over=" + next}},
 		// SIGTERM asks the node to end its sandboxes; killed, it leaves them
 		// to be adopted by the next.
 		{Name: "hauberk-node", Path: filepath.Join(i.programs, "hauberk-node"), Args: node, Leave: syscall.SIGKILL},

@@ -250,6 +250,58 @@ plane. What was released, recorded and configured stays in the state directory.`
 	return c
 }
 
+// upgradeWithin bounds the wait for the mesh to be replaced: what it holds stops
+// for a moment only, but it may have to wait for handshakes first.
+const upgradeWithin = 30 * time.Second
+
+func (s *session) upgrade() *cobra.Command {
+	return &cobra.Command{
+		Use: "upgrade", Short: "Replace the running mesh, losing no connection",
+		Long: `Upgrade starts the hauberk-mesh that is installed now and has it take the place of
+the one that runs, with its sockets and all live connections, requests under way
+among them. If it cannot, for whatever reason, the one that runs goes on.
+
+Connections stand still for a moment meanwhile; none is reset and no request is
+lost. The way back is the same: install the version before and upgrade again.`,
+		Args: args(0, 0, ""),
+		RunE: func(c *cobra.Command, _ []string) error {
+			end := s.progress().Step("replacing the mesh")
+			return end(s.replaceMesh(c.Context()))
+		},
+	}
+}
+
+func (s *session) replaceMesh(ctx context.Context) error {
+	sv, err := supervise.Find(s.run, "supervisor")
+	if err != nil {
+		return err
+	}
+	old, err := supervise.Find(s.run, "hauberk-mesh")
+	if err != nil {
+		return err
+	}
+	if sv == nil || old == nil {
+		return &admin.Error{Message: "no mesh runs on this machine", Fix: "start the installation: hauberk up"}
+	}
+	if err := sv.Signal(syscall.SIGHUP); err != nil {
+		return fmt.Errorf("ask the supervisor: %w", err)
+	}
+	for deadline := time.Now().Add(upgradeWithin); time.Now().Before(deadline); {
+		now, err := supervise.Find(s.run, "hauberk-mesh")
+		if err == nil && now != nil && now.Pid != old.Pid {
+			s.progress().Say("process %d has taken the place of %d", now.Pid, old.Pid)
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pollEvery):
+		}
+	}
+	return &admin.Error{Message: fmt.Sprintf("the mesh was not replaced within %v; process %d goes on", upgradeWithin, old.Pid),
+		Fix: "see why in " + s.log("hauberk-mesh") + " and " + s.log("supervisor")}
+}
+
 // stop ends the supervisor, and with it the programs.
 func (s *session) stop(ctx context.Context, signal syscall.Signal) error {
 	end := s.progress().Step("stopping")
@@ -329,7 +381,10 @@ func (s *session) supervise() *cobra.Command {
 				case <-ctx.Done():
 				}
 			}()
-			sv := supervise.Supervisor{Programs: programs, RunDir: s.run, LogDir: s.logDir(), Out: s.Err}
+			replace := make(chan os.Signal, 1)
+			signal.Notify(replace, syscall.SIGHUP)
+			defer signal.Stop(replace)
+			sv := supervise.Supervisor{Replace: replace, Programs: programs, RunDir: s.run, LogDir: s.logDir(), Out: s.Err}
 			return sv.Run(ctx)
 		},
 	}

@@ -41,6 +41,9 @@ type Program struct {
 	// it runs; it is also what the kernel sends when the supervisor dies. Zero
 	// is SIGTERM.
 	Leave syscall.Signal
+	// TakeOver are the arguments by which another process of the program takes
+	// this one's place while it runs; this one then ends. nil if it cannot.
+	TakeOver []string
 }
 
 func (p Program) leave() syscall.Signal {
@@ -61,6 +64,9 @@ type Supervisor struct {
 	LogDir   string    // where each program's output goes
 	Out      io.Writer // the supervisor's own log
 	Grace    time.Duration
+	// Replace, if set, asks for each program that can be replaced to be, by the
+	// program that is at its path then.
+	Replace <-chan os.Signal
 }
 
 // Run keeps the programs running until the context ends, then stops them in
@@ -84,17 +90,33 @@ func (s *Supervisor) Run(ctx context.Context) error {
 	defer close(forks)
 
 	type keeper struct {
-		stop func()
-		done chan struct{}
+		stop    func()
+		done    chan struct{}
+		replace chan struct{}
 	}
 	var keepers []keeper
 	for _, p := range s.Programs {
 		// Not a child of ctx: each is stopped in its turn.
 		own, stop := context.WithCancelCause(context.WithoutCancel(ctx))
-		k := keeper{func() { stop(context.Cause(ctx)) }, make(chan struct{})}
+		k := keeper{func() { stop(context.Cause(ctx)) }, make(chan struct{}), make(chan struct{}, 1)}
 		keepers = append(keepers, k)
-		go func() { defer close(k.done); s.keep(own, p, forks) }()
+		go func() { defer close(k.done); s.keep(own, p, forks, k.replace) }()
 	}
+	go func() {
+		for {
+			select {
+			case <-s.Replace:
+			case <-ctx.Done():
+				return
+			}
+			for _, k := range keepers {
+				select {
+				case k.replace <- struct{}{}:
+				default: // it is being done
+				}
+			}
+		}
+	}()
 	s.boundLogs(ctx)
 	s.say("stopping")
 	for i := len(keepers) - 1; i >= 0; i-- {
@@ -115,11 +137,11 @@ func forker(forks <-chan func()) {
 }
 
 // keep runs one program again and again until the context ends.
-func (s *Supervisor) keep(ctx context.Context, p Program, forks chan<- func()) {
+func (s *Supervisor) keep(ctx context.Context, p Program, forks chan<- func(), replace <-chan struct{}) {
 	wait := backoffFirst
 	for ctx.Err() == nil {
 		began := time.Now()
-		err := s.once(ctx, p, forks)
+		err := s.once(ctx, p, forks, replace)
 		if ctx.Err() != nil {
 			s.say("%s: stopped: %s", p.Name, describe(err))
 			return
@@ -143,15 +165,20 @@ func describe(err error) string {
 	return err.Error()
 }
 
-// once runs a program to its end. When the context ends it asks the program to
-// stop and, after the grace period, makes it.
-func (s *Supervisor) once(ctx context.Context, p Program, forks chan<- func()) error {
+// process is a program that runs.
+type process struct {
+	cmd   *exec.Cmd
+	ended chan error
+}
+
+// launch starts a program.
+func (s *Supervisor) launch(p Program, args []string, forks chan<- func()) (*process, error) {
 	out, err := openLog(s.LogDir, p.Name)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer out.Close()
-	cmd := exec.Command(p.Path, p.Args...)
+	cmd := exec.Command(p.Path, args...)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Dir = "/"
 	cmd.Env = environment()
@@ -162,26 +189,65 @@ func (s *Supervisor) once(ctx context.Context, p Program, forks chan<- func()) e
 	started := make(chan error, 1)
 	forks <- func() { started <- cmd.Start() }
 	if err := <-started; err != nil {
-		return fmt.Errorf("start %s: %w", p.Name, err)
+		return nil, fmt.Errorf("start %s: %w", p.Name, err)
 	}
-	s.say("%s: started, pid %d", p.Name, cmd.Process.Pid)
-	pid := filepath.Join(s.RunDir, p.Name+".pid")
-	if err := writeIdentity(pid, cmd.Process.Pid); err != nil {
+	r := &process{cmd, make(chan error, 1)}
+	go func() { r.ended <- cmd.Wait() }()
+	return r, nil
+}
+
+// note writes down which process the program is now.
+func (s *Supervisor) note(p Program, r *process, what string) {
+	s.say("%s: %s, pid %d", p.Name, what, r.cmd.Process.Pid)
+	if err := writeIdentity(s.pidFile(p), r.cmd.Process.Pid); err != nil {
 		s.say("%s: %v", p.Name, err)
 	}
-	defer os.Remove(pid)
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	select {
-	case err := <-ended:
+}
+
+func (s *Supervisor) pidFile(p Program) string { return filepath.Join(s.RunDir, p.Name+".pid") }
+
+// once runs a program to its end, and that of those that have taken its place.
+// When the context ends it asks the program to stop and, after the grace period,
+// makes it.
+func (s *Supervisor) once(ctx context.Context, p Program, forks chan<- func(), replace <-chan struct{}) error {
+	now, err := s.launch(p, p.Args, forks)
+	if err != nil {
 		return err
-	case <-ctx.Done():
 	}
-	signal := syscall.SIGTERM
-	if errors.Is(context.Cause(ctx), ErrLeave) {
-		signal = p.leave()
+	s.note(p, now, "started")
+	defer os.Remove(s.pidFile(p))
+	next := &process{} // ends never
+	for {
+		select {
+		case err := <-now.ended:
+			if next.cmd == nil {
+				return err
+			}
+			now, next = next, &process{}
+			s.note(p, now, "replaced")
+		case err := <-next.ended:
+			s.say("%s: not replaced: the other process ended: %s; going on as it was", p.Name, describe(err))
+			next = &process{}
+		case <-replace:
+			if p.TakeOver == nil || next.cmd != nil {
+				continue
+			}
+			if r, err := s.launch(p, p.TakeOver, forks); err != nil {
+				s.say("%s: not replaced: %v", p.Name, err)
+			} else {
+				next = r
+			}
+		case <-ctx.Done():
+			signal := syscall.SIGTERM
+			if errors.Is(context.Cause(ctx), ErrLeave) {
+				signal = p.leave()
+			}
+			if next.cmd != nil {
+				err = s.end(next.cmd, p, signal, next.ended)
+			}
+			return errors.Join(err, s.end(now.cmd, p, signal, now.ended))
+		}
 	}
-	return s.end(cmd, p, signal, ended)
 }
 
 func (s *Supervisor) end(cmd *exec.Cmd, p Program, signal syscall.Signal, ended <-chan error) error {

@@ -298,3 +298,59 @@ func read(t *testing.T, dir, name string) string {
 	}
 	return string(b)
 }
+
+// A program is replaced by one that makes it end, and goes on as it was if that
+// one fails.
+func TestReplace(t *testing.T) {
+	dir := t.TempDir()
+	serve := `echo $$ >> ` + dir + `/served; while [ ! -e ` + dir + `/end.$$ ]; do sleep 0.02; done`
+	p := Program{Name: "mesh", Path: "/bin/sh", Args: []string{"-c", serve},
+		TakeOver: []string{"-c", `[ -e ` + dir + `/fails ] && exit 3; touch ` + dir + `/end.$(tail -n 1 ` + dir + `/served); ` + serve}}
+	var out bytes.Buffer
+	s := house(dir, &locked{w: &out}, p)
+	replace := make(chan os.Signal, 1)
+	s.Replace = replace
+	end := start(t, s)
+	served := func() []string { b, _ := os.ReadFile(filepath.Join(dir, "served")); return strings.Fields(string(b)) }
+	pid := func() string {
+		if p, err := Find(dir, "mesh"); p != nil && err == nil {
+			return fmt.Sprint(p.Pid)
+		}
+		return ""
+	}
+	await(t, func() bool { return len(served()) == 1 && pid() == served()[0] })
+	first := pid()
+	if err := os.WriteFile(filepath.Join(dir, "fails"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	replace <- syscall.SIGHUP
+	await(t, func() bool { return strings.Contains(s.Out.(*locked).String(), "going on as it was") })
+	if pid() != first {
+		t.Errorf("process %s after a failure, want %s", pid(), first)
+	}
+	os.Remove(filepath.Join(dir, "fails"))
+	replace <- syscall.SIGHUP
+	await(t, func() bool { return len(served()) == 2 && pid() == served()[1] })
+	end(nil)
+	if left, _ := filepath.Glob(filepath.Join(dir, "*.pid")); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+// locked is a writer for many.
+type locked struct {
+	mu sync.Mutex
+	w  *bytes.Buffer
+}
+
+func (l *locked) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(b)
+}
+
+func (l *locked) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.String()
+}

@@ -250,7 +250,8 @@ func (s *session) misbehave(act string, h guestproto.Header) {
 	case "wrong id":
 		s.write(frame(h.ID+1, guestproto.VerbReply, nil))
 	case "twice":
-		s.write(bytes.Repeat(frame(h.ID, guestproto.VerbReply, nil), 2))
+		// A good answer, so that nothing but the second is wrong.
+		s.write(bytes.Repeat(frame(h.ID, guestproto.VerbReply, guestproto.AppendProcesses(nil, nil)), 2))
 	case "list":
 		s.write(frame(h.ID, guestproto.VerbReply, bytes.Repeat([]byte{0xff}, guestproto.MaxPayload)))
 	case "never":

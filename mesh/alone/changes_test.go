@@ -194,16 +194,19 @@ func TestAnswerAfterUpload(t *testing.T) {
 		set     bool
 		want    error
 	}{{nil, true, nil}, {io.ErrClosedPipe, true, nil}, {errTooLarge, false, errTooLarge}} {
-		set := false
-		to := &timed{read: func(b []byte) (int, error) { return 1, nil }, deadline: func(time.Time) { set = true }}
+		var last time.Time
+		to := &timed{read: func(b []byte) (int, error) { return 1, nil }, deadline: func(at time.Time) { last = at }}
 		s, a, srv := uploader(&timed{read: ended0}, to)
+		s.world.config.Limits.StreamTimeout = Duration(24 * time.Hour)
 		s.upload = make(chan error, 1)
-		if err := s.more(a, srv, nil); err != nil || set {
-			t.Errorf("under way: %v, deadline set %v", err, set)
+		if err := s.more(a, srv, nil); err != nil || time.Until(last) < 23*time.Hour {
+			t.Errorf("under way: %v, deadline in %v", err, time.Until(last))
 		}
+		last = time.Time{}
 		s.upload <- c.outcome
-		if err := s.more(a, srv, nil); err != c.want || set != c.set || len(s.upload) != 1 {
-			t.Errorf("%v: %v, deadline set %v", c.outcome, err, set)
+		err := s.more(a, srv, nil)
+		if set := !last.IsZero() && time.Until(last) < 2*time.Hour; err != c.want || set != c.set || len(s.upload) != 1 {
+			t.Errorf("%v: %v, deadline in %v", c.outcome, err, time.Until(last))
 		}
 	}
 }
@@ -276,13 +279,13 @@ func TestTunnelOneWay(t *testing.T) {
 		}
 		return 0, io.EOF
 	}}
-	if f.pump(&timed{}, from, nil); reads != 2 {
+	if f.pump(&timed{}, from, nil, new(bool)); reads != 2 {
 		t.Errorf("%d reads: a quiet direction ended the tunnel", reads)
 	}
 	f = newFlow(time.Hour)
 	reads = 0
 	from.deadline = func(time.Time) { f.over.Store(true) } // just before this deadline
-	if f.pump(&timed{}, from, nil); reads != 0 {
+	if f.pump(&timed{}, from, nil, new(bool)); reads != 0 {
 		t.Error("a direction waits though the tunnel is over")
 	}
 }

@@ -1,0 +1,3 @@
+// Package grpc holds no code: its module names gRPC's own interop client and
+// server, and their version.
+package grpc
