@@ -329,6 +329,9 @@ func TestAttacks(t *testing.T) {
 		"settings flood": {h2frame.CodeCalm, func(c *rough) {
 			flood(c, 5000, func(i int) []byte { return h2frame.Append(nil, h2frame.Settings, 0, 0, nil) })
 		}},
+		"settings in one frame": {h2frame.CodeCalm, func(c *rough) {
+			c.raw(h2frame.Append(nil, h2frame.Settings, 0, 0, bytes.Repeat(h2frame.AppendSetting(nil, h2frame.SettingWindow, 1), h2frame.MaxSettings+1)))
+		}},
 		"ping flood": {h2frame.CodeCalm, func(c *rough) {
 			flood(c, 5000, func(i int) []byte { return h2frame.Append(nil, h2frame.Ping, 0, 0, make([]byte, 8)) })
 		}},
