@@ -123,8 +123,12 @@ func TestInspection(t *testing.T) {
 	p = inspection(p, &spec.Inspect{Observe: 30, Cut: 100, Learn: 500})
 	p = inspection(p, nil)
 	p = inspection(p, &spec.Inspect{Observe: 50, Shed: 20, Cut: 80, Frozen: true})
-	if want := (&plan.Inspect{Observe: 30, Shed: 30, Cut: 80, Learn: 500, Frozen: true}); !reflect.DeepEqual(p, want) {
+	if want := (&plan.Inspect{Observe: 20, Shed: 20, Cut: 80, Learn: 500, Frozen: true}); !reflect.DeepEqual(p, want) {
 		t.Errorf("%+v, want %+v", p, want)
+	}
+	p = inspection(inspection(nil, &spec.Inspect{Incident: 150}), &spec.Inspect{Observe: 100000, Cut: 200})
+	if want := (&plan.Inspect{Observe: 150, Cut: 150, Incident: 150}); !reflect.DeepEqual(p, want) {
+		t.Errorf("another policy's softer scores: %+v, want %+v", p, want)
 	}
 	w := bank()
 	if w.mayAccuse("bank", "ledger") {

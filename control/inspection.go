@@ -6,7 +6,9 @@ import (
 )
 
 // inspection adds what one policy says to what others have: the lowest scores
-// hold. A harder action is never done before a softer one.
+// hold. The hardest action whose score is reached is done, so a softer one counts
+// at the latest where a harder one does, and saying it so changes nothing; to
+// raise the harder one would let one policy undo another.
 func inspection(p *plan.Inspect, s *spec.Inspect) *plan.Inspect {
 	if s == nil {
 		return p
@@ -14,24 +16,28 @@ func inspection(p *plan.Inspect, s *spec.Inspect) *plan.Inspect {
 	if p == nil {
 		p = &plan.Inspect{}
 	}
-	last := 0
+	harder := 0
 	for _, c := range [...]struct {
 		have *int
 		want int32
-	}{{&p.Observe, s.Observe}, {&p.Shed, s.Shed}, {&p.Challenge, s.Challenge}, {&p.Cut, s.Cut}, {&p.Incident, s.Incident}, {&p.Learn, s.Learn}} {
-		if want := int(c.want); want > 0 && (*c.have == 0 || want < *c.have) {
-			*c.have = want
-		}
-		if c.have == &p.Learn {
-			break
-		}
+	}{{&p.Incident, s.Incident}, {&p.Cut, s.Cut}, {&p.Challenge, s.Challenge}, {&p.Shed, s.Shed}, {&p.Observe, s.Observe}} {
+		*c.have = lowest(*c.have, int(c.want))
 		if *c.have > 0 {
-			*c.have = max(*c.have, last)
-			last = *c.have
+			*c.have = lowest(*c.have, harder)
+			harder = *c.have
 		}
 	}
+	p.Learn = lowest(p.Learn, int(s.Learn))
 	p.Frozen = p.Frozen || s.Frozen
 	return p
+}
+
+// lowest of two scores, of which 0 is none.
+func lowest(a, b int) int {
+	if a == 0 || b == 0 {
+		return max(a, b)
+	}
+	return min(a, b)
 }
 
 // mayAccuse tells whether the mesh may have others contained for what they send
