@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"hauberk.dev/api/spec"
+	"hauberk.dev/id"
 	"hauberk.dev/plan"
 )
 
@@ -99,6 +100,15 @@ func (w world) rules(policy key, verb string, rules []spec.AccessRule, issuers m
 // condition adds what of a rule can be decided, and names what cannot.
 func (w world) condition(p *plan.Rule, r spec.AccessRule, issuers map[string]string) error {
 	var errs []error
+	for n, from := range r.From {
+		if !isCaller(from) {
+			errs = append(errs, fmt.Errorf("from[%d]: %q is no caller: write a workload, workload.namespace, a SPIFFE id, anonymous or *", n, from))
+		}
+	}
+	if len(errs) > 0 { // whoever is meant may be anybody
+		p.From = []string{"*", "anonymous"}
+	}
+	bad := len(errs)
 	var sources []netip.Prefix
 	for n, text := range r.Sources {
 		prefix, err := netip.ParsePrefix(text)
@@ -109,7 +119,7 @@ func (w world) condition(p *plan.Rule, r spec.AccessRule, issuers map[string]str
 		}
 		sources = append(sources, prefix.Masked())
 	}
-	if len(errs) == 0 {
+	if len(errs) == bad {
 		p.Sources = sources
 	}
 	for _, h := range r.Headers {
@@ -131,6 +141,20 @@ func (w world) condition(p *plan.Rule, r spec.AccessRule, issuers map[string]str
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// isCaller tells whether a name of an AccessRule can be somebody's.
+func isCaller(from string) bool {
+	if from == "*" || from == "anonymous" {
+		return true
+	}
+	if strings.HasPrefix(from, "spiffe://") {
+		_, path, err := id.ParseSPIFFE(from)
+		return err == nil && path != ""
+	}
+	k, _ := serviceKey("namespace", from)
+	_, err := id.Workload("domain", k.Namespace, k.Name)
+	return err == nil
 }
 
 func wantedToken(j *spec.AccessJWT, issuers map[string]string) (*plan.Token, error) {

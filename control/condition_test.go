@@ -2,6 +2,8 @@ package control
 
 import (
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -244,6 +246,21 @@ func TestAccessRules(t *testing.T) {
 	mapped := spec.AccessPolicy{Deny: []spec.AccessRule{{From: []string{"*"}, Sources: []string{"::ffff:10.0.0.0/104"}}}}
 	if err := w.accessFaults(k, mapped); err == nil || !strings.Contains(err.Error(), "write it as 10.0.0.0/8") {
 		t.Errorf("IPv4 as IPv6: %v", err)
+	}
+	for from, ok := range map[string]bool{"web": true, "web.shop": true, "*": true, "anonymous": true, "spiffe://a.b/x": true, "spiffe://a.b/ns/bank/sa/web": true,
+		"Web": false, "web ": false, "web.": false, ".shop": false, "web.shop.svc": false, "web/x": false, "spiffe://a.b": false, "spiffe://A/x": false, "SPIFFE://a/x": false, "we*": false} {
+		one := spec.AccessRule{From: []string{"ledger", from}, Sources: []string{"10.0.0.0/8"}}
+		named := spec.AccessPolicy{Allow: []spec.AccessRule{one}, Deny: []spec.AccessRule{one}}
+		s = plan.Service{}
+		w.protect(&s, k, named)
+		err := w.accessFaults(k, named)
+		if ok && (err != nil || len(s.Allow) != 1 || len(s.Deny[0].From) != 2 || slices.Contains(s.Deny[0].From, "*") != (from == "*")) {
+			t.Errorf("%q: %+v, %v", from, s, err)
+		}
+		if !ok && (err == nil || !strings.Contains(err.Error(), fmt.Sprintf("spec.deny[0].from[1]: %q is no caller: write", from)) ||
+			len(s.Allow) > 0 || !slices.Equal(s.Deny[0].From, []string{"*", "anonymous"}) || len(s.Deny[0].Sources) != 1) {
+			t.Errorf("%q, who cannot be: %+v, %v", from, s, err)
+		}
 	}
 	p.Mode = modeAudit
 	s = plan.Service{}
