@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"hauberk.dev/internal/token"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/plan"
@@ -90,7 +92,8 @@ func (i *issuer) readAgain() error {
 	if i.File == "" {
 		return nil
 	}
-	f, err := os.Open(i.File)
+	// Not to be waited for: a policy may name a pipe.
+	f, err := os.OpenFile(i.File, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return fmt.Errorf("read keys: %w", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	pb "google.golang.org/grpc/interop/grpc_testing"
 	"google.golang.org/grpc/metadata"
@@ -515,6 +517,31 @@ func TestUnreadableProtocols(t *testing.T) {
 	}
 	if got := bolted("drop"); got != bolt.ServerException {
 		t.Errorf("bolt by method: status %d", got)
+	}
+}
+
+// TestIssuerPipe: a policy that names a pipe nobody writes to holds up nothing.
+func TestIssuerPipe(t *testing.T) {
+	i := newMint(t).issuer()
+	i.Keys, i.File = "", filepath.Join(t.TempDir(), "keys.json")
+	if err := unix.Mkfifo(i.File, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		ready, err := newIssuer(i)
+		done <- errors.Join(err, ready.readAgain())
+	}()
+	select {
+	case err := <-done:
+		if err == nil || !strings.Contains(err.Error(), "no regular file") {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the plan waits for the pipe")
+		if w, err := os.OpenFile(i.File, os.O_WRONLY, 0); err == nil {
+			w.Close()
+		}
 	}
 }
 
