@@ -79,7 +79,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	})
 	defer inTime()
 	if *admin != "" {
-		metrics, err := listenAdmin(*admin)
+		metrics, err := unixsock.ListenStream(*admin)
 		if err != nil && *take == "" {
 			return errors.Join(err, ln.Close())
 		}
@@ -106,7 +106,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 // connections are here.
 func serveAdminLater(ctx context.Context, log *slog.Logger, p *mesh.Proxy, path string) error {
 	for until := time.Now().Add(2 * endTime); ; {
-		ln, err := listenAdmin(path)
+		ln, err := unixsock.ListenStream(path)
 		if err == nil {
 			return p.ServeAdmin(ctx, ln)
 		}
@@ -135,24 +135,6 @@ func sockets(ctx context.Context, p *mesh.Proxy, path, door, take string) (nodes
 		nodes.Close()
 	}
 	return nodes, next, err
-}
-
-// listenAdmin opens a socket for its owner alone; one that a program before has
-// left is replaced.
-func listenAdmin(path string) (net.Listener, error) {
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("listen on %s: another program is there", path)
-	} else if errors.Is(err, unix.ECONNREFUSED) {
-		os.Remove(path)
-	}
-	old := unix.Umask(0o177)
-	ln, err := net.Listen("unix", path)
-	unix.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	return ln, nil
 }
 
 // endTime is how long the proxy may take to end.

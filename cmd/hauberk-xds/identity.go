@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"net"
 	"sync"
 
 	"hauberk.dev/internal/svidlink"
@@ -129,13 +128,4 @@ func (k *keeper) clear() {
 		}
 	}
 	k.hub.Clear()
-}
-
-// listenKeys opens the socket for the proxy, which is of this user.
-func listenKeys(path string) (*net.UnixListener, error) {
-	ln, err := listen(path)
-	if err != nil {
-		return nil, err
-	}
-	return ln.(*net.UnixListener), nil
 }

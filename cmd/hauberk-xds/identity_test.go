@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"hauberk.dev/internal/svidlink"
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/xds"
 	"hauberk.dev/xds/envoy"
 )
@@ -59,7 +60,7 @@ func TestRefusedSecrets(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	k := &keeper{log: slog.New(slog.DiscardHandler)}
 	path := socketOf(t)
-	ln, err := listenKeys(path)
+	ln, err := unixsock.ListenStream(path)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"hauberk.dev/internal/run"
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/xds"
 	"hauberk.dev/xds/jwks"
 	"hauberk.dev/xds/workload"
@@ -94,14 +95,14 @@ func serve(ctx context.Context, c *config, log *slog.Logger) error {
 		tasks = append(tasks, run.Task{Name: "keys of " + c.Keys[i].URL, Run: f.Run})
 	}
 	if c.Identities != "" {
-		ln, err := listenKeys(c.Identities)
+		ln, err := unixsock.ListenStream(c.Identities)
 		if err != nil {
 			return err
 		}
 		tasks = append(tasks, run.Task{Name: "identities", Run: func(ctx context.Context) error { return keys.hub.Serve(ctx, ln, log) }})
 	}
 	if c.Status != "" {
-		ln, err := listen(c.Status)
+		ln, err := unixsock.ListenStream(c.Status)
 		if err != nil {
 			return err
 		}

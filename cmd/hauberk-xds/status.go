@@ -3,12 +3,8 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"net"
 	"net/http"
-	"os"
-	"syscall"
 	"time"
 
 	"hauberk.dev/internal/run"
@@ -16,21 +12,6 @@ import (
 	"hauberk.dev/xds/jwks"
 	"hauberk.dev/xds/workload"
 )
-
-// listen opens a socket for its owner alone. One that nobody listens on any more
-// is replaced.
-func listen(path string) (net.Listener, error) {
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("listen on %s: another program is there", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		os.Remove(path)
-	}
-	old := syscall.Umask(0o177)
-	ln, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	return ln, err
-}
 
 // told is what GET /status tells of. What is not asked for is nil.
 type told struct {

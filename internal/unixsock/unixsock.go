@@ -5,33 +5,65 @@
 package unixsock
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
 // Listen opens the socket at path, of whole messages (SOCK_SEQPACKET), for its owner
-// alone. One that nobody listens on
-// any more is replaced; one that somebody does is an error.
-func Listen(path string) (*net.UnixListener, error) {
-	if c, err := net.Dial("unixpacket", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("listen on %s: another program is there", path)
-	} else if errors.Is(err, unix.ECONNREFUSED) {
-		os.Remove(path)
+// alone. One that nobody listens on any more is replaced; one that somebody does is
+// an error, and so is what is no socket.
+func Listen(path string) (*net.UnixListener, error) { return listen("unixpacket", path) }
+
+// ListenStream is Listen for a stream of bytes.
+func ListenStream(path string) (*net.UnixListener, error) { return listen("unix", path) }
+
+func listen(network, path string) (*net.UnixListener, error) {
+	if err := removeStale(network, path); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
-	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	// The file has the mode of the socket from the beginning.
+	private := func(_, _ string, raw syscall.RawConn) (err error) {
+		if cerr := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}
+	ln, err := (&net.ListenConfig{Control: private}).Listen(context.Background(), network, path)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		ln.Close()
-		return nil, err
+	return ln.(*net.UnixListener), nil
+}
+
+// removeStale removes a socket that nobody listens on. Whoever dials a file that is
+// none is refused too.
+func removeStale(network, path string) error {
+	c, err := net.Dial(network, path)
+	if err == nil {
+		c.Close()
+		return errors.New("another program is there")
 	}
-	return ln, nil
+	if !errors.Is(err, unix.ECONNREFUSED) {
+		return nil // what is wrong, listening tells
+	}
+	info, err := os.Lstat(path)
+	if err == nil && info.Mode().Type() != fs.ModeSocket {
+		return errors.New("there is a file that is no socket: remove it, or name another path")
+	}
+	if err == nil {
+		err = os.Remove(path)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // OnlyRoot fails if who has connected is not root: the mode of the socket says the

@@ -9,10 +9,8 @@ import (
 	"io"
 	"net"
 	"net/url"
-	"os"
 	"runtime"
 	"strings"
-	"syscall"
 	"time"
 
 	"hauberk.dev/mesh/http1"
@@ -23,24 +21,6 @@ const (
 	maxAdmins    = 16 // at once
 	maxFaults    = 64 // told of a configuration
 )
-
-// listenAdmin opens the socket for people and their tools. It is its owner's
-// alone. One that nobody listens on any more is replaced.
-func listenAdmin(path string) (*net.UnixListener, error) {
-	if c, err := net.Dial("unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("listen on %s: another program is there", path)
-	} else if errors.Is(err, syscall.ECONNREFUSED) {
-		os.Remove(path)
-	}
-	old := syscall.Umask(0o177)
-	ln, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	syscall.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
-	return ln, nil
-}
 
 // serveAdmin answers GET /metrics, GET /status, GET /readyz, PUT /config and DELETE /cache.
 func (p *Proxy) serveAdmin(ctx context.Context) {

@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/cache"
 )
@@ -92,7 +93,7 @@ func Open(c *Config, log *slog.Logger) (*Proxy, error) {
 		p.listeners[l.address] = l
 	}
 	if c.Admin != "" {
-		if p.admin, err = listenAdmin(c.Admin); err != nil {
+		if p.admin, err = unixsock.ListenStream(c.Admin); err != nil {
 			p.Close()
 			w.close(nil)
 			return nil, err

@@ -206,7 +206,7 @@ func (p *Proxy) settleIn(t *taken) error {
 	case path != "" && t.admin != nil && path == t.adminPath:
 		p.admin, t.admin = t.admin, nil
 	case path != "":
-		admin, err := listenAdmin(path)
+		admin, err := unixsock.ListenStream(path)
 		if err != nil {
 			return err
 		}
