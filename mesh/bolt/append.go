@@ -35,6 +35,25 @@ func AppendError(dst []byte, f *Frame, status Status, message string) []byte {
 	return appendSum(dst, begin, f)
 }
 
+// AppendReply appends the good response to the request f. It fails if the header
+// cannot take the pairs, or if the content is over MaxContent.
+func AppendReply(dst []byte, f *Frame, class string, pairs [][2]string, content []byte) ([]byte, error) {
+	begin := len(dst)
+	out, lengths := appendFixed(dst, f, Reply, OK)
+	out = append(out, class...)
+	head := len(out)
+	for _, p := range pairs {
+		out = appendHeader(out, p[0], p[1])
+	}
+	if n := len(out) - head; n > MaxHeader || len(class) > MaxClass || len(content) > MaxContent {
+		return dst, malformed("lengths %d, %d and %d; at most %d, %d and %d", len(class), n, len(content), MaxClass, MaxHeader, MaxContent)
+	}
+	binary.BigEndian.PutUint16(out[lengths:], uint16(len(class)))
+	binary.BigEndian.PutUint16(out[lengths+2:], uint16(len(out)-head))
+	binary.BigEndian.PutUint32(out[lengths+4:], uint32(len(content)))
+	return appendSum(append(out, content...), begin, f), nil
+}
+
 // AppendAlive appends the answer to the heartbeat f.
 func AppendAlive(dst []byte, f *Frame) []byte {
 	begin := len(dst)

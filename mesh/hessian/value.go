@@ -63,6 +63,20 @@ func ReadValue(b []byte) (*Value, error) {
 	return v, err
 }
 
+// ReadValues reads the values that b holds in the draft, one behind the other. Those
+// that follow may speak of what is in those before.
+func ReadValues(b []byte) (all []*Value, err error) {
+	t := &tree{b: b}
+	for t.at < len(b) {
+		v, err := t.value(0)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, v)
+	}
+	return all, nil
+}
+
 // tree reads a value with all that is in it.
 type tree struct {
 	b       []byte

@@ -22,8 +22,9 @@ type Service struct {
 
 // Signature is a method and the types of its arguments, as Java names them.
 type Signature struct {
-	Name string
-	Args []string
+	Name    string
+	Args    []string
+	Returns string // void, or empty: what JSON tells
 }
 
 // Member is a field of a class.
@@ -33,6 +34,9 @@ const (
 	requestClass  = "com.alipay.sofa.rpc.core.request.SofaRequest"
 	responseClass = "com.alipay.sofa.rpc.core.response.SofaResponse"
 	boltRequest   = 22 // bytes of a head of version 1, without what has a length
+
+	object = "java.lang.Object" // of any type
+	void   = "void"
 )
 
 // Check says what is wrong with a service.
@@ -50,6 +54,11 @@ func (s *Service) Check() error {
 		for _, t := range m.Args {
 			if err := s.checkType(t); err != nil {
 				return fmt.Errorf("method %s: %w", m.Name, err)
+			}
+		}
+		if m.Returns != "" && m.Returns != void {
+			if err := s.checkType(m.Returns); err != nil {
+				return fmt.Errorf("method %s: returns: %w", m.Name, err)
 			}
 		}
 	}
@@ -190,7 +199,7 @@ func AppendResponse(dst []byte, f *bolt.Frame, limit int) ([]byte, error) {
 		return nil, &RemoteError{Class: result.Class, Text: said(result, "detailMessage")}
 	}
 	w := &writer{b: dst, limit: len(dst) + limit}
-	if err := w.value(result); err != nil {
+	if err := w.value(result, object); err != nil {
 		return nil, fmt.Errorf("write the answer as JSON: %w", err)
 	}
 	return w.b, nil

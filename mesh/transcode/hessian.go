@@ -27,7 +27,7 @@ func (h *hessianWriter) value(r *reader, as string, tok json.Token, depth int) (
 	members, class := h.s.Classes[as]
 	element, array := strings.CutSuffix(as, "[]")
 	switch {
-	case tok == nil && !slices.Contains([]string{"int", "long", "short", "byte", "double", "float", "boolean"}, as):
+	case tok == nil && !primitive(as):
 		h.Null()
 	case class:
 		return h.object(r, as, members, tok, depth)
@@ -45,11 +45,21 @@ func (h *hessianWriter) value(r *reader, as string, tok json.Token, depth int) (
 	return nil
 }
 
+// bitsOf is the length of a type of whole numbers, 0 of others.
+func bitsOf(as string) int {
+	return map[string]int{"int": 32, "java.lang.Integer": 32, "short": 16, "java.lang.Short": 16, "byte": 8, "java.lang.Byte": 8,
+		"long": 64, "java.lang.Long": 64}[as]
+}
+
+// primitive says whether a type of Java has no null.
+func primitive(as string) bool {
+	return slices.Contains([]string{"int", "long", "short", "byte", "double", "float", "boolean"}, as)
+}
+
 func (h *hessianWriter) scalar(as string, tok json.Token) error {
 	number, isNumber := tok.(json.Number)
 	text, isText := tok.(string)
-	switch bits, short := map[string]int{"int": 32, "java.lang.Integer": 32, "short": 16, "java.lang.Short": 16, "byte": 8, "java.lang.Byte": 8,
-		"long": 64, "java.lang.Long": 64}[as], shown(tok); {
+	switch bits, short := bitsOf(as), shown(tok); {
 	case bits > 0:
 		if isText { // of 64 bits not every reader of JSON keeps the last
 			number, isNumber = json.Number(text), bits == 64
@@ -246,10 +256,16 @@ func (r *reader) raw(tok json.Token, depth int) (b []byte, err error) {
 	return []byte("null"), nil
 }
 
-// value writes a value of Hessian. One inside of itself is null there.
-func (w *writer) value(n *hessian.Value) error {
+// value writes a value of Hessian. One inside of itself is null there, or where types
+// are wanted an error.
+func (w *writer) value(n *hessian.Value, as string) error {
 	if len(w.b) > w.limit {
 		return ErrTooLarge
+	}
+	if w.types != nil {
+		if err := w.types.takes(n, as); err != nil {
+			return err
+		}
 	}
 	if w.depth > maxDepth { // by references, a value may be deeper than its bytes
 		return errors.New("nested too deep")
@@ -271,6 +287,9 @@ func (w *writer) value(n *hessian.Value) error {
 	case hessian.KindDate:
 		w.text(time.UnixMilli(n.Number).UTC().Format("2006-01-02T15:04:05.000Z07:00"))
 	default:
+		if w.busy[n] && w.types != nil {
+			return errors.New("a value inside of itself, which JSON cannot say")
+		}
 		if w.busy[n] {
 			w.b = append(w.b, "null"...)
 			return nil
@@ -280,7 +299,7 @@ func (w *writer) value(n *hessian.Value) error {
 		}
 		w.busy[n] = true
 		w.depth++
-		err := w.container(n)
+		err := w.container(n, as)
 		w.depth--
 		delete(w.busy, n)
 		return err
@@ -288,15 +307,19 @@ func (w *writer) value(n *hessian.Value) error {
 	return nil
 }
 
-func (w *writer) container(n *hessian.Value) error {
+func (w *writer) container(n *hessian.Value, as string) error {
 	if n.Kind == hessian.KindList {
 		w.b = append(w.b, '[')
+		element, array := strings.CutSuffix(as, "[]")
+		if !array {
+			element = object
+		}
 		for i, v := range n.Parts {
 			if i > 0 {
 				w.b = append(w.b, ',')
 			}
-			if err := w.value(v); err != nil {
-				return err
+			if err := w.value(v, element); err != nil {
+				return fmt.Errorf("[%d]: %w", i, err)
 			}
 		}
 		w.b = append(w.b, ']')
@@ -328,8 +351,8 @@ func (w *writer) container(n *hessian.Value) error {
 		}
 		w.text(name)
 		w.b = append(w.b, ':')
-		if err := w.value(v); err != nil {
-			return err
+		if err := w.value(v, w.member(as, name)); err != nil {
+			return fmt.Errorf("%.64q: %w", name, err)
 		}
 	}
 	w.b = append(w.b, '}')

@@ -393,19 +393,8 @@ func (c *Call) AppendResponse(dst, message []byte, limit int) ([]byte, error) {
 		return c.Method.Output.AppendJSON(dst, message, limit)
 	}
 	w := &writer{b: dst, limit: len(dst) + limit}
-	all, err := w.collect(c.Method.Output, message)
-	if err != nil {
+	if err := w.only(c.Method.Output, f, message); err != nil {
 		return nil, err
-	}
-	vs := all[f.index]
-	if len(vs) == 0 && !f.repeated {
-		vs = []value{{}}
-	}
-	if err = w.field(f, vs, 0); err == nil && len(w.b) > w.limit {
-		err = ErrTooLarge
-	}
-	if err != nil {
-		return nil, fmt.Errorf("write %s as JSON: %w", f.name, err)
 	}
 	return w.b, nil
 }

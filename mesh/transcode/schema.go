@@ -1,6 +1,6 @@
 // Package transcode writes what one protocol says in the words of another: JSON
 // over HTTP as messages of gRPC, by a set of descriptors, and as calls of SOFABolt,
-// by a small schema of classes.
+// by a small schema of classes; and calls of both as requests in JSON.
 //
 // It turns whole messages and moves none: who asks has the bytes and the
 // connections. Schemas come from whoever runs the proxy; messages come from
@@ -61,6 +61,8 @@ type Method struct {
 	Input, Output *Message
 	// Streams of several messages, from the client or from the server.
 	ClientStreams, ServerStreams bool
+
+	rules []*rule // by which it becomes a request, in their order
 }
 
 // Message is a type of message.
@@ -122,6 +124,7 @@ func Read(raw []byte) (*Schema, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read descriptors: %w", err)
 	}
+	s.bind()
 	return s, nil
 }
 

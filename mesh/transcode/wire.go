@@ -45,6 +45,11 @@ type writer struct {
 	depth int                     // of values of Hessian
 	read  int                     // values of lists, in all messages
 	busy  map[*hessian.Value]bool // being written: one inside of itself
+
+	// Of what clients say.
+	strict bool       // fields that the type does not have are refused, not left out
+	skip   [][]*field // of the message that is written next: said elsewhere
+	types  *Service   // values of Hessian are of these types; nil: of any
 }
 
 // value is one value of a field, as it came.
@@ -70,6 +75,9 @@ func (w *writer) collect(m *Message, raw []byte) ([][]value, error) {
 			return nil, errMessage
 		}
 		raw = rest[took:]
+		if f == nil && w.strict {
+			return nil, fmt.Errorf("field %d of %s is not in the schema", n, m.name[1:])
+		}
 		if f == nil {
 			continue
 		}
@@ -170,6 +178,8 @@ func (w *writer) message(m *Message, raw []byte, depth int) error {
 	if err != nil {
 		return err
 	}
+	skip := w.skip
+	w.skip = nil
 	if as := formOf(m.name); as.write != nil {
 		return as.write(w, m, all, depth)
 	}
@@ -177,9 +187,11 @@ func (w *writer) message(m *Message, raw []byte, depth int) error {
 	first := true
 	for i, vs := range all {
 		f := m.fields[i]
-		if len(vs) == 0 || !f.repeated && !f.explicit && vs[0].n == 0 && len(vs[0].b) == 0 {
+		inner, gone := below(skip, f)
+		if gone || f.absent(vs) {
 			continue
 		}
+		w.skip = inner
 		if !first {
 			w.b = append(w.b, ',')
 		}
@@ -192,6 +204,26 @@ func (w *writer) message(m *Message, raw []byte, depth int) error {
 	}
 	w.b = append(w.b, '}')
 	return nil
+}
+
+// absent says whether values of a field are as if it were not there.
+func (f *field) absent(vs []value) bool {
+	return len(vs) == 0 || !f.repeated && !f.explicit && vs[0].n == 0 && len(vs[0].b) == 0
+}
+
+// below is what paths that begin with a field say of what is in it; gone, that they
+// say all of it.
+func below(paths [][]*field, f *field) (inner [][]*field, gone bool) {
+	for _, p := range paths {
+		switch {
+		case p[0] != f:
+		case len(p) == 1:
+			return nil, true
+		default:
+			inner = append(inner, p[1:])
+		}
+	}
+	return inner, false
 }
 
 func (w *writer) field(f *field, vs []value, depth int) error {

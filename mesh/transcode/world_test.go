@@ -82,6 +82,12 @@ service { name: "Shop"
     options { [google.api.http] { get: "/v1/{text=shelves/*}/items/{self.i32}:read" additional_bindings { get: "/v1/all" response_body: "words" } } } }
   method { name: "Put" input_type: ".shop.v1.All" output_type: ".shop.v1.All"
     options { [google.api.http] { put: "/v1/items/{i64}" body: "self" additional_bindings { custom { kind: "MERGE" path: "/v1/files/{text=**}" } body: "*" } } } }
+  method { name: "Best" input_type: ".shop.v1.All" output_type: ".google.protobuf.Empty" options { [google.api.http] { get: "/v1/books/best" } } }
+  method { name: "Praise" input_type: ".shop.v1.All" output_type: ".shop.v1.All"
+    options { [google.api.http] { get: "/v1/books/{text}:praise" response_body: "self" } } }
+  method { name: "Book" input_type: ".shop.v1.All" output_type: ".shop.v1.All" options { [google.api.http] { get: "/v1/books/{text}" } } }
+  method { name: "Move" input_type: ".shop.v1.All" output_type: ".shop.v1.All"
+    options { [google.api.http] { patch: "/v1/moves/{self.text}/{raw}" body: "self" additional_bindings { post: "/v1/{self.text}/{right.text=a/**}" body: "*" } } } }
   method { name: "Watch" input_type: ".shop.v1.All" output_type: ".shop.v1.All" server_streaming: true }
 }
 `
