@@ -130,8 +130,10 @@ func TestExample(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(dir+"/shop.pb", set, 0o644); err != nil {
-		t.Fatal(err)
+	for _, name := range []string{"/shop.pb", "/bank.pb"} {
+		if err := os.WriteFile(dir+name, set, 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	c, err := Parse("proxy.yaml", dir, []byte(text))
 	if err != nil {
@@ -150,6 +152,7 @@ func TestExample(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(one("  - {prefix: /, respond: {status: 200}}")))
 	f.Add([]byte("version: 1\nlisteners:\n- {name: a, address: ':1', protocol: sni, names: [{names: [x], upstream: u}]}\nupstreams: [{name: u, endpoints: [{address: 'a:1'}]}]"))
+	f.Add([]byte("version: 1\nlisteners: [{name: a, address: ':1', protocol: bolt, calls: [{split: [], transcode: {to: json, bolt: {methods: [{name: m}]}}}]}]"))
 	f.Add([]byte("{version: 1, limits: {head: 1KiB}, hosts: [{names: ['*.a'], routes: [{regex: '(a)', redirect: {to: '$1'}}]}]}"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c, err := Parse("f", "/nonexistent", b)

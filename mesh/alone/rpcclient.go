@@ -200,6 +200,9 @@ func (x *rpcClient) serve(frame []byte, f *rpcFrame) error {
 	if t := c.world.traces; t != nil {
 		frame = x.followCall(t, c, frame, f)
 	}
+	if c.route.json != nil {
+		return x.toJSON(c, &e, frame)
+	}
 	return x.dispatch(c, frame)
 }
 
@@ -327,6 +330,9 @@ func (c *rpcUnderway) sent(n, status int, outcome balance.Outcome, why string) {
 	if c.at.e != nil {
 		c.at.Done(c.up.clock.Now(), outcome)
 		server = c.at.e.address
+	}
+	if c.asked != nil {
+		server = c.asked.address
 	}
 	if w.log != nil {
 		w.log.add(c.appendLine(nil, w.log.json, took, status, n, server, why))

@@ -31,16 +31,17 @@ const (
 	rpcLate
 	rpcBroken  // the connection ended before the answer
 	rpcUnclear // what it is for cannot be read
+	rpcFailed  // the server did what it should not, or says that it failed
 )
 
 // How each protocol says it.
 var (
-	boltFaults  = [...]bolt.Status{rpcNoRoute: bolt.NoProcessor, rpcNoServer: bolt.NoProcessor, rpcTooMany: bolt.Busy, rpcLate: bolt.Timeout, rpcBroken: bolt.Closed, rpcUnclear: bolt.CodecFailed}
-	dubboFaults = [...]dubbo.Status{rpcNoRoute: dubbo.ServiceNotFound, rpcNoServer: dubbo.ServerError, rpcTooMany: dubbo.Exhausted, rpcLate: dubbo.ServerTimeout, rpcBroken: dubbo.ServerError, rpcUnclear: dubbo.BadRequest}
+	boltFaults  = [...]bolt.Status{rpcNoRoute: bolt.NoProcessor, rpcNoServer: bolt.NoProcessor, rpcTooMany: bolt.Busy, rpcLate: bolt.Timeout, rpcBroken: bolt.Closed, rpcUnclear: bolt.CodecFailed, rpcFailed: bolt.ServerException}
+	dubboFaults = [...]dubbo.Status{rpcNoRoute: dubbo.ServiceNotFound, rpcNoServer: dubbo.ServerError, rpcTooMany: dubbo.Exhausted, rpcLate: dubbo.ServerTimeout, rpcBroken: dubbo.ServerError, rpcUnclear: dubbo.BadRequest, rpcFailed: dubbo.ServiceError}
 )
 
 // As HTTP would say it, for counters and the log.
-var rpcStatuses = [...]int{rpcNoRoute: 404, rpcNoServer: 503, rpcTooMany: 429, rpcLate: 504, rpcBroken: 502, rpcUnclear: 400}
+var rpcStatuses = [...]int{rpcNoRoute: 404, rpcNoServer: 503, rpcTooMany: 429, rpcLate: 504, rpcBroken: 502, rpcUnclear: 400, rpcFailed: 500}
 
 // rpcFrame is a whole frame of bolt or Dubbo.
 type rpcFrame struct {

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"hauberk.dev/mesh/balance"
+	"hauberk.dev/mesh/transcode"
 )
 
 // Call says where calls of bolt or Dubbo go. The first of a listener that matches
@@ -25,6 +26,11 @@ type Call struct {
 	Timeout  Duration `yaml:"timeout"`
 	Rate     *Rate    `yaml:"rate"`
 	Hash     string   `yaml:"hash"` // client
+
+	// Of calls of bolt that become requests in JSON.
+	Transcode *Transcode `yaml:"transcode"`
+	Host      string     `yaml:"host"`     // sent to the server; none: the upstream's name
+	Deadline  string     `yaml:"deadline"` // field that tells the server how many milliseconds are left
 }
 
 func (c *Call) defaults() {
@@ -45,6 +51,7 @@ type callRoute struct {
 	total   int
 	limit   *limiter
 	stats   *routeStats
+	json    *transcode.Service // nil: calls go on as they are
 }
 
 type headerRule struct {
@@ -184,6 +191,9 @@ func (w *world) calls(s *site, stats *stats) {
 		if c.Rate != nil {
 			r.limit = newLimiter(c.Rate)
 		}
+		if c.Transcode != nil {
+			r.json = c.Transcode.Bolt.service()
+		}
 		s.calls = append(s.calls, r)
 	}
 }
@@ -219,6 +229,13 @@ func (r *reading) calls(at string, l *Listener, c *Config, upstreams map[string]
 			r.rate(field, x.Rate)
 		}
 		names := r.shares(field, x.Upstream, x.Split, upstreams)
+		if x.Transcode != nil {
+			r.callsJSON(field, l, x, c, names)
+			continue
+		}
+		if x.Host != "" || x.Deadline != "" {
+			r.fault(field, "host and deadline go with transcode")
+		}
 		for _, u := range c.Upstreams {
 			if slices.Contains(names, u.Name) && u.Protocol != l.Protocol {
 				r.fault(field+".upstream", "%q speaks %s and the listener %s; write protocol: %s", u.Name, u.Protocol, l.Protocol, l.Protocol)

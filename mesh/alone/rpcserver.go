@@ -30,7 +30,8 @@ type rpcUnderway struct {
 	route  *callRoute
 	up     *upstream
 	at     chosen
-	frame  rpcFrame // without its bytes
+	asked  *endpoint // in JSON, in place of at
+	frame  rpcFrame  // without its bytes
 	began  time.Time
 	until  time.Time
 	name   []byte // of service and method, for the log

@@ -360,7 +360,9 @@ func (s *session) dispatch(site *site) {
 		s.file(a)
 	case a.route.Respond != nil:
 		s.respond(a)
-	case a.schema != nil && !s.grpc:
+	case a.schema != nil && a.toJSON && s.grpc:
+		s.callJSON(a)
+	case a.schema != nil && !a.toJSON && !s.grpc:
 		s.transcode(a)
 	case a.bolt != nil:
 		s.callBolt(a)

@@ -11,7 +11,8 @@ import (
 	"net"
 	"os"
 
-	"hauberk.dev/internal/unixsock"
+	"golang.org/x/sys/unix"
+
 	"hauberk.dev/mesh/handover"
 )
 
@@ -246,9 +247,9 @@ func (p *Proxy) begin(t *taken) {
 func (p *Proxy) listenTo(ctx context.Context, l *line) {
 	defer l.conn.Close()
 	defer context.AfterFunc(ctx, func() { l.conn.Close() })()
-	in := unixsock.NewInbox(maxParcel, maxParcelFiles)
+	b, oob := make([]byte, maxParcel), make([]byte, unix.CmsgSpace(4*maxParcelFiles))
 	for {
-		m, files, err := l.receive(in)
+		m, files, err := l.receive(b, oob)
 		if err != nil {
 			if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
 				p.log.Error("the process before hands on what cannot be read; the rest ends there", "err", err)

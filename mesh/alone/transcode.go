@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"hauberk.dev/mesh/balance"
@@ -16,19 +17,26 @@ import (
 	"hauberk.dev/mesh/transcode"
 )
 
-// Transcode has requests in JSON become calls of another protocol.
+// Transcode has requests in JSON become calls of another protocol, or calls requests.
 type Transcode struct {
 	// Descriptors is a file of protoc --descriptor_set_out --include_imports: its
 	// services are those of the upstream, which speaks gRPC.
 	Descriptors string `yaml:"descriptors"`
 	// Bolt is a service of the upstream, which speaks bolt.
 	Bolt *BoltService `yaml:"bolt"`
+	// To is json if it is the other way round: calls, of gRPC by a route and of bolt
+	// by a call of a listener, become requests in JSON.
+	To string `yaml:"to"`
+	// Path begins that of the requests which calls of bolt become: POST of path/METHOD.
+	Path string `yaml:"path"`
 }
 
 const (
 	maxCall    = 4 << 20 // bytes of a call's message, either way, as gRPC bounds them
 	maxAnswerJ = 16 << 20
 	maxSet     = 16 << 20 // bytes of descriptors
+
+	toJSON = "json" // Transcode.To
 )
 
 func (t *Transcode) schema() (*transcode.Schema, error) {
@@ -51,23 +59,36 @@ func (r *reading) transcode(at string, x *Route, c *Config) {
 	if x.Upstream == "" {
 		r.fault(at+".transcode", "goes with upstream")
 	}
-	t, want := x.Transcode, "grpc"
+	t, want := x.Transcode, []string{"grpc"}
+	r.oneOf(at+".transcode.to", t.To, "", toJSON)
+	if t.Path != "" {
+		r.fault(at+".transcode.path", "%q goes with calls of a listener of protocol bolt; paths of gRPC's methods are in its descriptors", t.Path)
+	}
+	if t.To == toJSON {
+		want = []string{"http", "http2"}
+	}
 	switch {
+	case t.To == toJSON && t.Bolt != nil:
+		r.fault(at+".transcode.bolt", "calls of bolt come to a listener of protocol bolt; write the transcode under one of its calls")
 	case (t.Descriptors == "") == (t.Bolt == nil):
 		r.fault(at+".transcode", "use one of descriptors and bolt")
 	case t.Bolt != nil:
-		want = "bolt"
+		want = []string{"bolt"}
 		if err := t.Bolt.service().Check(); err != nil {
 			r.fault(at+".transcode.bolt", "%v", err)
 		}
 	default:
-		if _, err := t.schema(); err != nil {
-			r.fault(at+".transcode.descriptors", "%v", err)
+		schema, err := t.schema()
+		if err == nil && t.To == toJSON {
+			err = schema.CheckRequests()
+		}
+		if err != nil {
+			r.fault(at+".transcode.descriptors", "%q: %v", t.Descriptors, err)
 		}
 	}
 	for _, u := range c.Upstreams {
-		if u.Name == x.Upstream && u.Protocol != want {
-			r.fault(at+".transcode", "upstream %q speaks %s; write protocol: %s", u.Name, u.Protocol, want)
+		if u.Name == x.Upstream && !slices.Contains(want, u.Protocol) {
+			r.fault(at+".transcode", "upstream %q speaks %s; write protocol: %s", u.Name, u.Protocol, strings.Join(want, " or "))
 		}
 	}
 	if x.Rewrite != "" || x.Mirror != nil || x.Retries != nil {
@@ -169,6 +190,9 @@ func (s *session) callFailed(err error) {
 // whole reads the body to its end. It answers what is too much, or too slow.
 func (s *session) whole(a *action) (body []byte, ok bool) {
 	limit := min(int64(a.route.Body), maxCall)
+	if s.grpc {
+		limit += grpcPrefix
+	}
 	if s.req.Expect && !s.body.Ended() {
 		s.conn.SetWriteDeadline(time.Now().Add(time.Duration(s.world.config.Limits.IdleTimeout)))
 		if s.out.write(continued) != nil || s.out.flush() != nil {
@@ -188,7 +212,7 @@ func (s *session) whole(a *action) (body []byte, ok bool) {
 		if body = append(body, data...); len(data) > 0 || s.body.Ended() {
 			continue
 		}
-		s.conn.SetReadDeadline(time.Now().Add(time.Duration(s.world.config.Limits.IdleTimeout)))
+		s.conn.SetReadDeadline(s.within(time.Now(), time.Duration(s.world.config.Limits.IdleTimeout)))
 		err = s.in.fill()
 		switch {
 		case err == io.EOF && s.body.End() == nil:
@@ -203,92 +227,44 @@ func (s *session) whole(a *action) (body []byte, ok bool) {
 	return body, true
 }
 
-// call sends a message, which has room for its prefix in front, to an endpoint of
-// the route's upstream; to another if it was not taken.
+// call sends a message, which has room for its prefix in front, with the fields of
+// the request.
 func (s *session) call(a *action, path string, message []byte) (answer []byte, err error) {
 	binary.BigEndian.PutUint32(message[1:], uint32(len(message)-grpcPrefix))
-	up := a.choose()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Duration(a.route.Timeout))
 	defer cancel()
-	s.asked = s.asked[:0]
-	for len(s.asked) < maxAttempts {
-		at, perr := up.pick(s.hash(a), s.asked)
-		if perr != nil {
-			return nil, errors.Join(err, perr)
-		}
-		s.server = at.e
-		var srv *server
-		srv, err = up.connect(ctx, at.e, s.header(), false, true)
-		if errors.Is(err, errBusy) {
-			at.Done(up.clock.Now(), balance.Cancelled)
-			return nil, err
-		}
-		if err != nil {
-			at.Done(up.clock.Now(), balance.Unreachable)
-			s.asked, err = append(s.asked, at.Host()), fmt.Errorf("%w: %w", errUnsent, err)
-			continue
-		}
-		at.e.requests.Add(1)
-		at.e.active.Add(1)
-		answer, err = s.unary(ctx, a, srv, path, message)
-		if err != nil && ctx.Err() != nil { // whichever side was the first to see that the time is over
-			err = errors.Join(err, ctx.Err())
-		}
-		at.e.active.Add(-1)
-		srv.close()
-		at.Done(up.clock.Now(), s.judged(srv, err))
-		if err == nil || !notTaken(err) {
-			return answer, err
-		}
-		s.asked = append(s.asked, at.Host())
-	}
-	return nil, err
-}
-
-// judged is what an error tells of an endpoint.
-func (s *session) judged(srv *server, err error) balance.Outcome {
-	var said *grpcError
-	switch {
-	case err == nil, errors.As(err, &said) && !failure(said.code):
-		return balance.Success
-	case errors.Is(err, errClient), notTaken(err):
-		return balance.Cancelled
-	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
-		srv.two.late(s.began)
-	}
-	srv.e.failures.Add(1)
-	return balance.Failure
-}
-
-// unary makes one call with the fields of the request.
-func (s *session) unary(ctx context.Context, a *action, srv *server, path string, message []byte) ([]byte, error) {
-	if s.two != nil {
-		s.two.wakes(srv.conn)
-		defer s.two.wakes(nil)
-	}
-	b := append(append([]byte("POST "), path...), " HTTP/1.1\r\nHost: "...)
+	head := append(append([]byte("POST "), path...), " HTTP/1.1\r\nHost: "...)
 	if a.route.Host != "" {
-		b = append(b, a.route.Host...)
+		head = append(head, a.route.Host...)
 	} else {
-		b = append(b, s.req.Host...)
+		head = append(head, s.req.Host...)
 	}
-	b = append(b, "\r\nContent-Type: application/grpc\r\nTE: trailers\r\n"...)
+	head, err = s.appendFields(append(head, "\r\nContent-Type: application/grpc\r\nTE: trailers\r\n"...), a)
+	if err != nil {
+		return nil, err
+	}
+	err = s.ask(ctx, a, func(srv *server) error {
+		defer srv.close()
+		answer, err = srv.unary(ctx, head, message)
+		return err
+	})
+	return answer, err
+}
+
+// appendFields appends the fields of the request that another protocol, or another
+// message, has room for, and those of the proxy and the route.
+func (s *session) appendFields(b []byte, a *action) ([]byte, error) {
 	lists, err := s.nominated(&s.req)
 	if err != nil {
 		return nil, err
 	}
 	for i := range s.req.Fields {
 		f := &s.req.Fields[i]
-		if !hopByHop(f.Name) && !forwarded(f.Name) && !ofMessage(f.Name) && !a.toServer.drops(f.Name) && !inList(lists, f.Name) && !s.retraced(f) {
+		if !hopByHop(f.Name) && !forwarded(f.Name) && !ofMessage(f.Name) && !a.toServer.drops(f.Name) && !inList(lists, f.Name) && !s.retraced(f) && !s.tells(a, f) {
 			b = appendRaw(b, f)
 		}
 	}
-	b = s.appendEdits(s.appendTrace(s.appendForwarded(b), a), &a.toServer)
-	answer, err := srv.unary(ctx, b, message)
-	if s.left() {
-		err = errClient
-	}
-	return answer, err
+	return s.appendEdits(s.appendTrace(s.appendForwarded(b), a), &a.toServer), nil
 }
 
 // ofMessage fields tell of the message that was, or are gRPC's own to write.
@@ -307,9 +283,9 @@ func (srv *server) unary(ctx context.Context, head, message []byte) ([]byte, err
 	if until, ok := ctx.Deadline(); ok {
 		srv.conn.SetDeadline(until)
 		// A little more, so that the server does not give up before its answer could come.
-		head = fmt.Appendf(head, "Grpc-Timeout: %dm\r\n", max(time.Until(until).Milliseconds(), 1)+slack)
+		head = fmt.Appendf(slices.Clip(head), "Grpc-Timeout: %dm\r\n", max(time.Until(until).Milliseconds(), 1)+slack)
 	}
-	head = append(strconv.AppendInt(append(head, "Content-Length: "...), int64(len(message)), 10), "\r\n\r\n"...)
+	head = append(strconv.AppendInt(append(slices.Clip(head), "Content-Length: "...), int64(len(message)), 10), "\r\n\r\n"...)
 	if _, err := srv.conn.Write(head); err != nil {
 		return nil, err
 	}

@@ -7,7 +7,6 @@ import (
 	"io"
 	"time"
 
-	"hauberk.dev/mesh/balance"
 	"hauberk.dev/mesh/bolt"
 	"hauberk.dev/mesh/transcode"
 )
@@ -21,8 +20,9 @@ type BoltService struct {
 
 // BoltMethod is a method and the types of its arguments.
 type BoltMethod struct {
-	Name string   `yaml:"name"`
-	Args []string `yaml:"args"`
+	Name    string   `yaml:"name"`
+	Args    []string `yaml:"args"`
+	Returns string   `yaml:"returns"` // void; none: what the JSON of the answer tells
 }
 
 // BoltField is a field of a class.
@@ -34,7 +34,7 @@ type BoltField struct {
 func (b *BoltService) service() *transcode.Service {
 	s := &transcode.Service{Name: b.Service, Classes: map[string][]transcode.Member{}}
 	for _, m := range b.Methods {
-		s.Methods = append(s.Methods, transcode.Signature{Name: m.Name, Args: m.Args})
+		s.Methods = append(s.Methods, transcode.Signature{Name: m.Name, Args: m.Args, Returns: m.Returns})
 	}
 	for name, fields := range b.Classes {
 		s.Classes[name] = nil
@@ -102,48 +102,17 @@ func lastSlash(path []byte) int {
 
 // boltAnswer sends a frame to an endpoint, and to another only if that could not be
 // reached.
-func (s *session) boltAnswer(ctx context.Context, a *action, frame []byte) (*bolt.Frame, error) {
-	up := a.choose()
-	s.asked = s.asked[:0]
-	var err error
-	for len(s.asked) < maxAttempts {
-		at, perr := up.pick(s.hash(a), s.asked)
-		if perr != nil {
-			return nil, errors.Join(err, perr)
-		}
-		s.server = at.e
-		var srv *server
-		srv, err = up.connect(ctx, at.e, s.header(), false, true)
-		if errors.Is(err, errBusy) {
-			at.Done(up.clock.Now(), balance.Cancelled)
-			return nil, err
-		}
-		if err != nil {
-			at.Done(up.clock.Now(), balance.Unreachable)
-			s.asked, err = append(s.asked, at.Host()), fmt.Errorf("%w: %w", errUnsent, err)
-			continue
-		}
-		at.e.requests.Add(1)
-		at.e.active.Add(1)
-		f, left, err := srv.exchangeBolt(ctx, frame)
-		at.e.active.Add(-1)
-		outcome := balance.Success
-		if err != nil || left {
+func (s *session) boltAnswer(ctx context.Context, a *action, frame []byte) (f *bolt.Frame, err error) {
+	err = s.ask(ctx, a, func(srv *server) error {
+		var left bool
+		if f, left, err = srv.exchangeBolt(ctx, frame); err != nil || left {
 			srv.close()
 		} else {
-			srv.keep(time.Now())
+			s.putAway(srv)
 		}
-		if err != nil {
-			outcome = balance.Failure
-			at.e.failures.Add(1)
-			if ctx.Err() != nil {
-				err = errors.Join(err, ctx.Err())
-			}
-		}
-		at.Done(up.clock.Now(), outcome)
-		return f, err
-	}
-	return nil, err
+		return err
+	})
+	return f, err
 }
 
 // exchangeBolt sends a frame and reads its answer, on a connection that carries one

@@ -93,6 +93,8 @@ type action struct {
 	global   [][]counted
 	schema   *transcode.Schema
 	bolt     *transcode.Service
+	toJSON   bool // calls become requests, by schema
+	loose    bool // paths, as those of the host
 	stats    *routeStats
 	hedge    *balance.Hedger // nil: nothing is asked twice
 
@@ -268,7 +270,7 @@ func (w *world) host(c *Host, stats *stats) error {
 		if err != nil {
 			return fmt.Errorf("host %s: route %d: %w", c.Names[0], i, err)
 		}
-		a.name = c.label(i)
+		a.name, a.loose = c.label(i), h.Loose
 		a.stats = stats.route(a.name)
 		if r.Hedge != nil {
 			if a.hedge, err = a.stats.hedger(r.Hedge); err != nil {
@@ -348,6 +350,7 @@ func (w *world) action(r *Route) (*action, error) {
 		if a.schema, err = r.Transcode.schema(); err != nil {
 			return nil, err
 		}
+		a.toJSON = r.Transcode.To == toJSON
 	}
 	if a.global, err = compileGlobal(r.GlobalRate); err != nil {
 		return nil, err

@@ -9,11 +9,12 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"hauberk.dev/internal/unixsock"
+	api "hauberk.dev/api/mesh"
 )
 
 const (
@@ -99,12 +100,13 @@ func parse(b []byte, files int) (*message, error) {
 type conn struct {
 	ctx    context.Context // of the conversation
 	socket *net.UnixConn
-	in     *unixsock.Inbox
+	body   []byte
+	oob    []byte
 	met    func(word) // told of each word before it is said and when it is heard; for tests
 }
 
 func newConn(ctx context.Context, socket *net.UnixConn) *conn {
-	return &conn{ctx: ctx, socket: socket, met: func(word) {}, in: unixsock.NewInbox(maxMessage, MaxFiles+1)}
+	return &conn{ctx: ctx, socket: socket, met: func(word) {}, body: make([]byte, maxMessage), oob: make([]byte, unix.CmsgSpace(4*(MaxFiles+2)))}
 }
 
 // during has the end of the context wake who waits, until stop is called.
@@ -119,13 +121,21 @@ func (c *conn) send(wait time.Duration, m *message, files ...*os.File) error {
 	if err == nil && len(b) > maxMessage {
 		err = fmt.Errorf("%d bytes, at most %d fit", len(b), maxMessage)
 	}
+	var oob []byte
+	if err == nil && len(files) > 0 {
+		var fds []int
+		if fds, err = api.Descriptors(files); err == nil {
+			oob = unix.UnixRights(fds...)
+		}
+	}
 	if err == nil {
 		c.met(m.Word)
 		c.socket.SetWriteDeadline(time.Now().Add(wait))
 		err = c.ctx.Err() // before this, or else the deadline is moved once more
 	}
 	if err == nil {
-		err = unixsock.Send(c.socket, b, files...)
+		_, _, err = c.socket.WriteMsgUnix(b, oob, nil)
+		runtime.KeepAlive(files)
 	}
 	if err != nil {
 		return fmt.Errorf("say %q: %w", m.Word, err)
@@ -139,12 +149,16 @@ func (c *conn) receive(wait time.Duration) (m *message, files []*os.File, err er
 	if err := c.ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	body, files, err := c.in.Receive(c.socket)
+	n, oobn, flags, _, err := c.socket.ReadMsgUnix(c.body, c.oob)
+	files = received(c.oob[:oobn])
 	switch {
-	case err == io.EOF:
+	case err != nil:
+	case n == 0:
 		err = errors.New("the other process is gone")
-	case err == nil:
-		if m, err = parse(body, len(files)); err == nil && m.Word == wordRefused {
+	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
+		err = errors.New("a message or its descriptors have no room")
+	default:
+		if m, err = parse(c.body[:n], len(files)); err == nil && m.Word == wordRefused {
 			err = fmt.Errorf("refused: %.1024q", m.Reason)
 		}
 	}
@@ -167,6 +181,23 @@ func (c *conn) expect(wait time.Duration, w word) (*message, error) {
 		return nil, fmt.Errorf("wait for %q: %w", w, err)
 	}
 	return m, nil
+}
+
+func received(oob []byte) (files []*os.File) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	for i := range messages {
+		fds, err := unix.ParseUnixRights(&messages[i])
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			files = append(files, os.NewFile(uintptr(fd), "handed over"))
+		}
+	}
+	return files
 }
 
 func closeAll(files []*os.File) {
