@@ -13,7 +13,10 @@ import (
 	"hauberk.dev/plan"
 )
 
-const modeAudit = "audit"
+const (
+	modeAudit     = "audit"
+	verbCallbacks = "callbacks"
+)
 
 // maxConditions bounds how many conditions are kept compiled.
 const maxConditions = 4096
@@ -67,11 +70,20 @@ func (w world) protect(s *plan.Service, policy key, a spec.AccessPolicy) {
 		}
 	}
 	allow, deny := w.rules(policy, "allow", a.Allow, issuers), w.rules(policy, "deny", a.Deny, issuers)
+	callbacks := w.rules(policy, verbCallbacks, callbackRules(a.Callbacks), issuers)
 	if a.Mode == modeAudit {
-		s.Trials = append(s.Trials, plan.Trial{Name: policy.Name, Allow: allow, Deny: deny, Faulty: len(allow) < len(a.Allow)})
+		s.Trials = append(s.Trials, plan.Trial{Name: policy.Name, Allow: allow, Deny: deny, Callbacks: callbacks, Faulty: len(allow) < len(a.Allow)})
 		return
 	}
-	s.Allow, s.Deny = append(s.Allow, allow...), append(s.Deny, deny...)
+	s.Allow, s.Deny, s.Callbacks = append(s.Allow, allow...), append(s.Deny, deny...), append(s.Callbacks, callbacks...)
+}
+
+// callbackRules are those for callbacks as rules with the fields that these have.
+func callbackRules(all []spec.AccessCallback) (rules []spec.AccessRule) {
+	for _, c := range all {
+		rules = append(rules, spec.AccessRule{From: c.From, Services: c.Services, Methods: c.Methods, When: c.When, Mode: c.Mode})
+	}
+	return rules
 }
 
 // rules are those of a policy as the mesh judges by them. What of a rule makes no
@@ -195,7 +207,7 @@ func (w world) accessFaults(k key, a spec.AccessPolicy) error {
 		}
 		issuers[i.Issuer] = i.Issuer
 	}
-	for verb, rules := range map[string][]spec.AccessRule{"allow": a.Allow, "deny": a.Deny} {
+	for verb, rules := range map[string][]spec.AccessRule{"allow": a.Allow, "deny": a.Deny, verbCallbacks: callbackRules(a.Callbacks)} {
 		for n, r := range rules {
 			if err := w.condition(&plan.Rule{}, r, issuers); err != nil {
 				held := "the rule allows nothing"

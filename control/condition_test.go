@@ -274,6 +274,31 @@ func TestAccessRules(t *testing.T) {
 	}
 }
 
+// TestCallbackRules: who may call back is apart from who may call, in a policy in
+// force and in one in audit, and what makes no sense is named.
+func TestCallbackRules(t *testing.T) {
+	w := bank()
+	k := key{"bank", "web"}
+	p := spec.AccessPolicy{Workload: "web", Callbacks: []spec.AccessCallback{{From: []string{"ledger"}, Services: []string{"org.bank.Back"}, Methods: []string{"done"}, Mode: modeAudit},
+		{From: []string{"*"}, When: "rpc.verb == 1"}}}
+	var s plan.Service
+	w.protect(&s, k, p)
+	if len(s.Allow)+len(s.Deny) != 0 || len(s.Callbacks) != 1 {
+		t.Fatalf("%+v", s)
+	}
+	if c := s.Callbacks[0]; c.Name != "web/callbacks[0]" || c.From[0] != w.caller("bank", "ledger") || c.Services[0] != "org.bank.Back" || c.Methods[0] != "done" || !c.Audit {
+		t.Errorf("%+v", c)
+	}
+	if err := w.accessFaults(k, p); err == nil || !strings.Contains(err.Error(), "spec.callbacks[1].when") || !strings.Contains(err.Error(), "the rule allows nothing") {
+		t.Errorf("%v", err)
+	}
+	p.Mode = modeAudit
+	s = plan.Service{}
+	if w.protect(&s, k, p); len(s.Callbacks) != 0 || len(s.Trials) != 1 || len(s.Trials[0].Callbacks) != 1 {
+		t.Errorf("in audit: %+v", s)
+	}
+}
+
 // TestObserveReachesPlans: what the control plane was told to have noted is in
 // every node's plan.
 func TestObserveReachesPlans(t *testing.T) {

@@ -17,6 +17,7 @@ const anonymous = "anonymous"
 type call struct {
 	caller string // SPIFFE id or anonymous
 	port   uint16
+	back   bool // the server asks, over a connection of its client; there is no port
 	// method and path of a request; on a port that does not speak HTTP, and
 	// before the request is known, http is false.
 	http         bool
@@ -64,7 +65,7 @@ type verdict struct {
 // decide applies the rules of a service: a deny that matches refuses, else an
 // allow that matches allows, else nothing does.
 func decide(s *service, c call) verdict {
-	if _, ok := s.ports[c.port]; !ok {
+	if _, ok := s.ports[c.port]; !ok && !c.back {
 		return verdict{reason: fmt.Sprintf("%s has no port %d", s, c.port)}
 	}
 	if s.conditions {
@@ -77,8 +78,9 @@ func decide(s *service, c call) verdict {
 			return verdict{rule: r.Name, reason: fmt.Sprintf("denied by %s%s", r.Name, c.found.why())}
 		}
 	}
-	for i := range s.Allow {
-		if r := &s.Allow[i]; !r.Audit && matches(r, c, false) {
+	allow := c.allowing(s.Allow, s.Callbacks)
+	for i := range allow {
+		if r := &allow[i]; !r.Audit && matches(r, c, false) {
 			v := verdict{allowed: true, rule: r.Name}
 			if s.trying {
 				v.trial = s.try(c)
@@ -86,10 +88,22 @@ func decide(s *service, c call) verdict {
 			return v
 		}
 	}
-	if len(s.Allow) == 0 {
+	switch {
+	case c.back:
+		return verdict{reason: fmt.Sprintf("no rule of %s allows callbacks of it: name it under callbacks in an AccessPolicy of that workload%s%s", s, c.found.why(), s.wouldAllow(c))}
+	case len(s.Allow) == 0:
 		return verdict{reason: fmt.Sprintf("%s has no rule that allows anybody", s)}
 	}
 	return verdict{reason: fmt.Sprintf("no rule of %s allows it%s%s", s, c.found.why(), s.wouldAllow(c))}
+}
+
+// allowing are the rules that may allow the call: those of callbacks are apart, so
+// that who may call a port may not call back, nor the other way round.
+func (c *call) allowing(allow, callbacks []plan.Rule) []plan.Rule {
+	if c.back {
+		return callbacks
+	}
+	return allow
 }
 
 // mayCall tells whether some request on a connection could be allowed.

@@ -33,8 +33,8 @@ type builtLink struct {
 // build makes anew what was held, and returns what sets it going. world tells
 // whether plan and sandboxes are to be made too.
 func (p *Proxy) build(load *handover.Load, world bool) (start func(), err error) {
-	if load.Version != handover.Version {
-		return nil, fmt.Errorf("build connections: version %d; want %d", load.Version, handover.Version)
+	if load.Version < handover.Oldest || load.Version > handover.Version {
+		return nil, fmt.Errorf("build connections: version %d; want %d to %d", load.Version, handover.Oldest, handover.Version)
 	}
 	b := &builder{p: p}
 	for n, i := range load.Items {
@@ -448,7 +448,8 @@ func (b *builder) departure(sb *sandbox, f *flow) error {
 		})
 		return nil
 	}
-	o := &outFlow{sb: sb, c: f.client, far: f.server, to: f.To, ev: f.Event, party: f.Party.party(), counts: f.Counts, service: f.Service}
+	o := &outFlow{sb: sb, c: f.client, far: f.server, to: f.To, ev: f.Event, party: f.Party.party(), counts: f.Counts, service: f.Service,
+		protocol: f.Protocol, back: f.Engine.Callbacks}
 	release := func() {}
 	if f.Kind == flowOut && !f.Gone {
 		l, stream, err := b.stream(&f.flowState)

@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"bytes"
-	"encoding/binary"
 	"fmt"
 
 	"hauberk.dev/mesh/bolt"
@@ -46,8 +45,11 @@ func (c *boltCodec) inspect(b []byte, size int) (kind rpcKind, answer bool, err 
 }
 
 func (c *boltCodec) asks(b []byte) bool {
-	at := int(b[0]) // the type stands after the version of protocol 2
-	return bolt.Type(b[at]) != bolt.Response && bolt.Command(binary.BigEndian.Uint16(b[at+1:])) == bolt.Call
+	if at := b[0]; bolt.Type(b[at]) == bolt.Response { // which stands after the version of protocol 2
+		return false
+	}
+	f := bolt.Parse(b, c.extent)
+	return f.Kind() == bolt.KindCall
 }
 
 func (c *boltCodec) target() (remote, error) {

@@ -45,16 +45,27 @@ func (s *service) prepare() error {
 		}
 		s.issuers[i.Name] = ready
 	}
-	lists := [][]plan.Rule{s.Allow, s.Deny}
+	lists, back := [][]plan.Rule{s.Allow, s.Deny}, [][]plan.Rule{s.Callbacks}
 	for i := range s.Trials {
-		lists = append(lists, s.Trials[i].Allow, s.Trials[i].Deny)
+		lists, back = append(lists, s.Trials[i].Allow, s.Trials[i].Deny), append(back, s.Trials[i].Callbacks)
 	}
 	s.trying = len(s.Trials) > 0
 	for n, rules := range lists {
-		for i := range rules {
-			if err := s.prepareRule(&rules[i], n < 2 && !rules[i].Audit); err != nil {
-				faults = append(faults, fmt.Errorf("rule %q: %w", rules[i].Name, err))
-			}
+		faults = append(faults, s.prepareRules(rules, n < 2))
+	}
+	remote := s.remote
+	for _, rules := range back {
+		faults = append(faults, s.prepareRules(rules, false))
+	}
+	s.remote = remote // callbacks are read in any case, and nothing else is for them
+	return errors.Join(faults...)
+}
+
+func (s *service) prepareRules(rules []plan.Rule, enforced bool) error {
+	var faults []error
+	for i := range rules {
+		if err := s.prepareRule(&rules[i], enforced && !rules[i].Audit); err != nil {
+			faults = append(faults, fmt.Errorf("rule %q: %w", rules[i].Name, err))
 		}
 	}
 	return errors.Join(faults...)
@@ -113,8 +124,14 @@ func (s *service) try(c call) string {
 				return t.Deny[k].Name
 			}
 		}
-		if (len(t.Allow) > 0 || t.Faulty) && !slices.ContainsFunc(t.Allow, func(r plan.Rule) bool { return matches(&r, c, false) }) {
-			return t.Name + "/allow"
+		// One that allows only calls would refuse callbacks; one for callbacks only
+		// says nothing of calls.
+		allow, verb, some := t.Allow, "/allow", len(t.Allow) > 0 || t.Faulty
+		if c.back {
+			allow, verb, some = t.Callbacks, "/callbacks", some || len(t.Callbacks) > 0
+		}
+		if some && !slices.ContainsFunc(allow, func(r plan.Rule) bool { return matches(&r, c, false) }) {
+			return t.Name + verb
 		}
 	}
 	return ""
@@ -125,14 +142,16 @@ func (s *service) wouldAllow(c call) string {
 	if !s.trying {
 		return ""
 	}
-	for i := range s.Allow {
-		if r := &s.Allow[i]; r.Audit && matches(r, c, false) {
+	allow := c.allowing(s.Allow, s.Callbacks)
+	for i := range allow {
+		if r := &allow[i]; r.Audit && matches(r, c, false) {
 			return fmt.Sprintf("; %s, which is in audit, would", r.Name)
 		}
 	}
 	for i := range s.Trials {
-		for k := range s.Trials[i].Allow {
-			if r := &s.Trials[i].Allow[k]; matches(r, c, false) {
+		allow := c.allowing(s.Trials[i].Allow, s.Trials[i].Callbacks)
+		for k := range allow {
+			if r := &allow[k]; matches(r, c, false) {
 				return fmt.Sprintf("; %s, which is in audit, would", r.Name)
 			}
 		}
@@ -473,19 +492,20 @@ func (a *arrival) call() call {
 }
 
 // tried tells of what a rule in audit would have refused.
-func (a *arrival) tried(v verdict, what string) {
+func (a *arrival) tried(v verdict, what string) { a.sb.tried(a.ev, v, what) }
+
+func (sb *sandbox) tried(ev api.Event, v verdict, what string) {
 	if v.trial == "" {
 		return
 	}
-	t := &a.sb.trials
+	t := &sb.trials
 	t.count.Add(1)
 	if !t.due(v.trial, time.Now()) {
 		return
 	}
-	ev := a.ev
-	ev.Kind, ev.Rule, ev.Instance = api.EventWouldDeny, v.trial, a.sb.facts.Load().Instance
+	ev.Kind, ev.Rule, ev.Instance = api.EventWouldDeny, v.trial, sb.facts.Load().Instance
 	ev.Reason = fmt.Sprintf("%s: allowed by %s, and %s would refuse it", what, v.rule, v.trial)
-	a.p.events.add(ev)
+	sb.p.events.add(ev)
 }
 
 func (a *arrival) triedRequest(v verdict, method, path string) {

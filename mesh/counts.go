@@ -36,6 +36,7 @@ type serviceCountsState struct {
 	Took        []uint64          `json:"took,omitempty"`
 	Micros      uint64            `json:"micros,omitempty"`
 	Callbacks   uint64            `json:"callbacks,omitempty"`
+	CalledBack  [2]uint64         `json:"calledBack,omitzero"` // allowed, denied
 }
 
 type boxCountsState struct {
@@ -97,6 +98,9 @@ func (p *Proxy) relearn(s *learntState) error {
 
 func (c *serviceCounts) state() serviceCountsState {
 	s := serviceCountsState{Connections: c.connections.Load(), Requests: map[string]uint64{}, Micros: c.micros.Load(), Callbacks: c.callbacks.Load()}
+	for i := range c.calledBack {
+		s.CalledBack[i] = c.calledBack[i].Load()
+	}
 	for i := range c.requests {
 		for j := range c.requests[i] {
 			for k := range c.requests[i][j] {
@@ -118,6 +122,9 @@ func (c *serviceCounts) restore(s serviceCountsState) error {
 	c.connections.Store(s.Connections)
 	c.micros.Store(s.Micros)
 	c.callbacks.Store(s.Callbacks)
+	for i := range c.calledBack {
+		c.calledBack[i].Store(s.CalledBack[i])
+	}
 	var unknown []error
 	for key, n := range s.Requests {
 		i, j, k, ok := countedPlace(key)

@@ -54,7 +54,8 @@ type flowState struct {
 }
 
 // engineState is where what passes the bytes of a flow stands. At most one field
-// is set; none means that it is not known yet what is spoken.
+// is set, and Callbacks beside Splice; none means that it is not known yet what is
+// spoken.
 type engineState struct {
 	Fresh  bool            `json:"fresh,omitempty"` // nothing has gone over the flow
 	Begun  []byte          `json:"begun,omitempty"` // read to find out what is spoken
@@ -62,6 +63,8 @@ type engineState struct {
 	HTTP   *exchangeState  `json:"http,omitempty"`
 	HTTP2  *exchange2State `json:"http2,omitempty"`
 	RPC    *rpcState       `json:"rpc,omitempty"`
+	// Callbacks is where the judging of what the server asks stands, nil without.
+	Callbacks *callbacksState `json:"callbacks,omitempty"`
 }
 
 // met tells whether the engine has a server.
@@ -148,8 +151,8 @@ func (a *arrival) flow(e *entry, engine engineState) *flow {
 
 // state is what is left of a frozen connection of a guest.
 func (f *outFlow) state(e *entry, h *halves) *flow {
-	s := &flow{flowState: flowState{Kind: flowEgress, Instance: f.sb.facts.Load().Instance, Service: f.service, To: f.to, Party: frozenParty(f.party), Event: f.ev,
-		Counts: countsOf(e), Engine: engineState{Splice: h}}, client: f.c, server: f.far}
+	s := &flow{flowState: flowState{Kind: flowEgress, Instance: f.sb.facts.Load().Instance, Service: f.service, Protocol: f.protocol, To: f.to, Party: frozenParty(f.party),
+		Event: f.ev, Counts: countsOf(e), Engine: engineState{Splice: h, Callbacks: f.back}}, client: f.c, server: f.far}
 	switch {
 	case f.stream != nil:
 		s.Kind, s.over, s.Stream = flowOut, f.stream.Conn(), f.stream.ID()
@@ -174,6 +177,9 @@ func (s *flowState) check() error {
 		return errors.New("flow with an engine that does not fit its sockets")
 	}
 	var err error
+	if c := s.Engine.Callbacks; c != nil {
+		err = c.check()
+	}
 	switch e := &s.Engine; {
 	case e.HTTP != nil:
 		err = e.HTTP.check()

@@ -26,6 +26,8 @@ func FuzzFlowState(f *testing.F) {
 		`{"kind":"in","link":1,"engine":{"http":{"asking":1,"request":{"framing":1,"left":5},"waiting":[{"method":"POST"}],"reply":2,"response":{"framing":2,"state":1,"left":3},"met":true,"server":"AAA="}},"server":{}}`,
 		`{"kind":"published","client":{},"server":{},"engine":{"http":{"asking":2,"waiting":[{"method":"GET","upgrade":true}],"met":true,"request":{},"response":{}}}}`,
 		`{"kind":"out","link":1,"client":{},"engine":{"splice":{"in":true}}}`,
+		`{"kind":"out","link":1,"protocol":"bolt","client":{},"engine":{"splice":{},"callbacks":{"held":"AQEAAQ==","head":"AQ==","rest":3,"answers":"AQ=="}}}`,
+		`{"kind":"out","link":1,"protocol":"dubbo","client":{},"engine":{"splice":{"out":true},"callbacks":{"left":7,"dropping":true,"lost":true}}}`,
 		`{"kind":"in","link":2,"protocol":"bolt","server":{},"engine":{"rpc":{"met":true,"requests":{"left":7,"sum":[7,1,2]},"replies":{"unread":"AQI=","left":3}}}}`,
 		`{"kind":"in","link":3,"protocol":"redis","server":{},"engine":{"rpc":{"met":true,"requests":{"left":7,"sum":[2,1,5]},"replies":{"left":3,"sum":[4,1,3]},"order":{"owed":2,"turns":[{"after":1,"text":"LQ=="},{"text":"LQ==","last":true}],"group":true,"closing":true}}}}`,
 		`{"kind":"in","gone":true,"engine":{"http":{"asking":6,"reply":4,"last":true,"request":{},"response":{}}}}`,
@@ -68,6 +70,13 @@ func resumeAny(s *flowState) {
 			x.server = deadSide{}
 		}
 		x.run(s.Engine.RPC)
+	case s.Engine.Callbacks != nil && callbackCodec(s.Protocol) != nil:
+		c := newCallbacks(s.Protocol, deadSide{}, deadSide{}, callbackRules{judge: func(rpcCodec) (fault, string) { return faultDenied, "no" },
+			reserve: func(int) bool { return true }, malformed: func(error) {}}, *s.Engine.Callbacks, false)
+		c.server.Write([]byte("\x01\x01\x00\x01"))
+		c.client.Write([]byte("\x01\x01\x00\x01"))
+		splice(e, c.client, c.server, halves{})
+		c.stop()
 	case s.Engine.Splice != nil:
 		splice(e, deadSide{}, deadSide{}, *s.Engine.Splice)
 	}

@@ -36,6 +36,8 @@ type serviceCounts struct {
 	took        [len(latencies) + 1]atomic.Uint64
 	micros      atomic.Uint64
 	callbacks   atomic.Uint64 // requests of the server, over connections of its clients
+	// calledBack are requests to the service over connections that it has made, by verdict.
+	calledBack [verdictDenied + 1]atomic.Uint64
 }
 
 // counted are the protocols by which requests are counted; the last stands for any other.
@@ -95,10 +97,18 @@ func (p *Proxy) Metrics() string {
 	for _, name := range names {
 		services[name].writeRequests(&b, name)
 	}
-	head("hauberk_mesh_callbacks_total", "counter", "Requests that servers made over connections of their clients. They are not judged.")
+	head("hauberk_mesh_callbacks_total", "counter", "Requests that servers made over connections of their clients, whose nodes judge them.")
 	for _, name := range names {
 		if n := services[name].callbacks.Load(); n > 0 {
 			fmt.Fprintf(&b, "hauberk_mesh_callbacks_total{service=%q} %d\n", name, n)
+		}
+	}
+	head("hauberk_mesh_callbacks_judged_total", "counter", "Requests to services over connections that they have made, by verdict.")
+	for _, name := range names {
+		for v := range services[name].calledBack {
+			if n := services[name].calledBack[v].Load(); n > 0 {
+				fmt.Fprintf(&b, "hauberk_mesh_callbacks_judged_total{service=%q,verdict=%q} %d\n", name, verdictNames[v], n)
+			}
 		}
 	}
 	head("hauberk_mesh_request_seconds", "histogram", "Time from the head of a request to its answer; of HTTP/2 to the head of that.")

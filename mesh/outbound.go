@@ -80,7 +80,9 @@ func (sb *sandbox) toService(c *wire.Conn, t target, ev api.Event) {
 		return
 	}
 	defer pick.Release()
-	f.stream, f.party.peerInstance = stream, endpointOf(pick.Host()).Instance
+	at := endpointOf(pick.Host())
+	f.stream, f.party.peerInstance = stream, at.Instance
+	f.protocol, f.back = t.port.Protocol, &callbacksState{Source: netip.AddrPortFrom(at.Address, t.port.Port)}
 	err = f.serve(halves{})
 	if errors.Is(err, wire.ErrFrozen) {
 		stream.Reset(hbone.CodeCancel) // nothing has been sent over it
@@ -107,11 +109,15 @@ type outFlow struct {
 	c       *wire.Conn
 	stream  *hbone.Stream // to a service
 	service string
-	far     *wire.Conn // or to the outside
-	to      netip.AddrPort
-	ev      api.Event
-	party   party
-	counts  counts
+	// protocol is what is spoken to the service, and back where the judging of what
+	// it asks stands; nil is not judged, as of a version that did not.
+	protocol string
+	back     *callbacksState
+	far      *wire.Conn // or to the outside
+	to       netip.AddrPort
+	ev       api.Event
+	party    party
+	counts   counts
 }
 
 func (f *outFlow) entry() *entry {
@@ -153,7 +159,18 @@ func (f *outFlow) serve(h halves) error {
 }
 
 func (f *outFlow) move(e *entry, h halves) {
-	frozen := splice(e, tcpSide{f.c}, f.peer(), h)
+	client, server := side(tcpSide{f.c}), f.peer()
+	back := f.callbacks(h)
+	if back != nil {
+		client, server = back.client, back.server
+	}
+	frozen := splice(e, client, server, h)
+	if back != nil {
+		back.stop()
+		source := f.back.Source
+		f.back = back.state()
+		f.back.Source = source
+	}
 	f.sb.p.registry.remove(e)
 	if frozen == nil {
 		f.sb.ended(e)

@@ -106,13 +106,13 @@ func pump(e *entry, from, to side, count *atomic.Uint64) ending {
 }
 
 func move(e *entry, from, to side, count *atomic.Uint64) error {
-	if s, ok := from.(streamSide); ok {
+	if s, ok := from.(io.WriterTo); ok {
 		_, err := s.WriteTo(&counter{e, to, count})
 		return err
 	}
 	b := buffers.Get().(*buffer)
 	defer buffers.Put(b)
-	stream, framed := to.(streamSide)
+	stream, framed := to.(framedWriter)
 	for {
 		n, err := from.Read(b[hbone.Headroom:])
 		if n > 0 {

@@ -42,8 +42,8 @@ type rpcCodec interface {
 	// inspect reads the frame of size bytes that begins with b. answer tells
 	// whether its sender waits for one.
 	inspect(b []byte, size int) (kind rpcKind, answer bool, err error)
-	// asks tells whether the frame that begins with b, of which measure knows the
-	// size, is a request. It is asked of what servers say.
+	// asks tells whether the frame that begins with b, of which measure has just told
+	// the size, is a request. It is asked of what servers say.
 	asks(b []byte) bool
 	// target tells what the request is for.
 	target() (remote, error)
@@ -493,17 +493,18 @@ func (a *arrival) serveRPC(e *entry, key, protocol string, from *rpcState) *rpcS
 	return x.run(from)
 }
 
-// calledBack counts what a server asks over the connection of its client, and tells
-// of the first: rules say who may call the server, and nobody judges these.
+// calledBack counts what a server asks over the connection of its client. The node
+// of a client in the mesh judges it; where the client is outside nobody does, and
+// the first is told.
 func (a *arrival) calledBack(told *atomic.Bool) func() {
 	return func() {
 		a.sight.counts.callbacks.Add(1)
-		if told.Swap(true) {
+		if a.who.peerIdentity != anonymous || told.Swap(true) {
 			return
 		}
 		ev := a.ev
 		ev.Kind, ev.Instance = api.EventFinding, a.sb.facts.Load().Instance
-		ev.Reason = "the server makes requests over the connection of its client; they pass and are not judged"
+		ev.Reason = "the server makes requests over the connection of its client, which is outside the mesh; they pass and are not judged"
 		a.p.events.add(ev)
 	}
 }

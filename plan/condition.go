@@ -47,6 +47,8 @@ type Trial struct {
 	Name  string `json:"name"`
 	Allow []Rule `json:"allow,omitempty"`
 	Deny  []Rule `json:"deny,omitempty"`
+	// Callbacks as those of a Service.
+	Callbacks []Rule `json:"callbacks,omitempty"`
 	// Faulty says that rules of Allow are left out, for they make no sense: they
 	// would allow nothing.
 	Faulty bool `json:"faulty,omitempty"`

@@ -43,6 +43,11 @@ type Service struct {
 	// call arrives. Deny beats allow; nothing allowed means nobody may call.
 	Allow []Rule `json:"allow,omitempty"`
 	Deny  []Rule `json:"deny,omitempty"`
+	// Callbacks are who may ask the service over connections that it has made: of
+	// SOFABolt and Dubbo, whose servers may. They are applied at the service's own
+	// node. Deny holds for them too, but for rules with ports; Allow does not.
+	// Ports, Paths, Headers and Token of these have no meaning.
+	Callbacks []Rule `json:"callbacks,omitempty"`
 	// Trials are policies that refuse nothing yet.
 	Trials []Trial `json:"trials,omitempty"`
 	// Issuers of the tokens that rules ask for.

@@ -15,6 +15,12 @@ type AccessPolicy struct {
 	// +optional
 	// +kubebuilder:validation:MaxItems=256
 	Allow []AccessRule `json:"allow,omitempty"`
+	// Callbacks are who may ask the workload over connections that it has made
+	// itself, as servers of SOFABolt and Dubbo may. Without a match that is
+	// refused: Allow does not hold for it. Deny rules without ports do.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	Callbacks []AccessCallback `json:"callbacks,omitempty"`
 	// Mode enforce does what the rules say. In audit the policy allows and
 	// refuses nothing: what it would refuse, were it the only one that allows, is
 	// told and counted.
@@ -132,6 +138,42 @@ type AccessRule struct {
 	When string `json:"when,omitempty"`
 	// Mode audit tries the rule out: one that denies only tells what it would
 	// refuse, one that allows allows nothing.
+	// +optional
+	// +kubebuilder:validation:Enum=enforce;audit
+	Mode string `json:"mode,omitempty"`
+}
+
+// AccessCallback matches a request of a server over a connection of its client,
+// when each of its present fields does.
+type AccessCallback struct {
+	// From lists servers: "workload", "workload.namespace", a full SPIFFE id, or
+	// "*" (any identity).
+	// +kubebuilder:validation:MinItems=1
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=2048
+	From []string `json:"from"`
+	// Services are interfaces that the workload implements, as in AccessRule. A
+	// request of which the interface cannot be read matches only without.
+	// +optional
+	// +kubebuilder:validation:MaxItems=64
+	// +kubebuilder:validation:items:Pattern=`^[^*\s]*\*?$`
+	// +kubebuilder:validation:items:MinLength=1
+	// +kubebuilder:validation:items:MaxLength=512
+	Services []string `json:"services,omitempty"`
+	// Methods of them.
+	// +optional
+	// +kubebuilder:validation:MaxItems=32
+	// +kubebuilder:validation:items:Pattern=`^[A-Za-z_$][A-Za-z0-9_$|.-]{0,127}$`
+	Methods []string `json:"methods,omitempty"`
+	// When is a condition in CEL over source.identity, source.address, rpc.service,
+	// rpc.version, rpc.group and rpc.method. If it cannot be decided, the rule does
+	// not allow.
+	// +optional
+	// +kubebuilder:validation:MaxLength=4096
+	When string `json:"when,omitempty"`
+	// Mode audit tries the rule out: it allows nothing, and a refusal says that it
+	// would.
 	// +optional
 	// +kubebuilder:validation:Enum=enforce;audit
 	Mode string `json:"mode,omitempty"`

@@ -171,6 +171,7 @@ type Frame struct {
 	Class    []byte
 	Header   Header
 	Content  []byte // as much of it as is there
+	Empty    bool   // it has neither class nor header nor content, there or to come
 }
 
 // Parse cuts up the frame that begins with b and goes as far as x says. Of class and
@@ -206,6 +207,7 @@ func Parse(b []byte, x Extent) Frame {
 		end -= crcLen
 	}
 	f.Content = b[head:max(head, min(end, len(b)))]
+	f.Empty = end == x.Head && len(rest) == 0 && x.Head <= len(b)
 	return f
 }
 

@@ -35,7 +35,7 @@ func (f *Frame) Kind() Kind {
 		return KindOther
 	case f.Command == Heartbeat:
 		return KindAlive
-	case f.Command == GoAway && len(f.Class)+len(f.Header)+len(f.Content) == 0:
+	case f.Command == GoAway && f.Empty:
 		return KindOther
 	}
 	return KindCall

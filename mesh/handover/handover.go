@@ -26,9 +26,11 @@ import (
 // own version and takes from those it still reads.
 //
 //	1  2026-11: first.
+//	2  2026-11: a connection of a guest to a service may stand within a request of
+//	   its server, of which some is held or the rest is to be dropped.
 const (
-	Version = 1
-	oldest  = 1 // that is still taken
+	Version = 2
+	Oldest  = 1 // that is still taken
 )
 
 // Bounds of a load.

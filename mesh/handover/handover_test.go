@@ -149,7 +149,7 @@ func TestRefused(t *testing.T) {
 	}{
 		{"hold", func() (*Load, error) { return nil, errors.New("one does not stop") }, nil, "one does not stop", "one does not stop", 1, 0},
 		{"build", small, func(*Load) (func(), error) { return nil, errors.New("no such thing") }, "no such thing", "no such thing", 1, 1},
-		{"version", func() (*Load, error) { return &Load{Version: Version + 1}, nil }, nil, "of version 2, and 1 was agreed", "refused", 1, 1},
+		{"version", func() (*Load, error) { return &Load{Version: Version + 1}, nil }, nil, fmt.Sprintf("of version %d, and %d was agreed", Version+1, Version), "refused", 1, 1},
 		{"kind", func() (*Load, error) { return &Load{Version: Version, Items: []Item{{}}}, nil }, nil, "out of bounds", "refused", 1, 1},
 		{"files", func() (*Load, error) {
 			return &Load{Version: Version, Items: []Item{{Kind: "k", Files: make([]*os.File, MaxFiles+1)}}}, nil
@@ -181,8 +181,8 @@ func TestRefused(t *testing.T) {
 // Nothing is held for who does not speak as one of ours does.
 func TestStrangers(t *testing.T) {
 	for name, hello := range map[string]string{
-		"newer":   `{"version":2,"word":"hello","oldest":2,"newest":3}`,
-		"older":   `{"version":0,"word":"hello"}`,
+		"newer":   fmt.Sprintf(`{"version":%d,"word":"hello","oldest":%[1]d,"newest":%d}`, Version+1, Version+2),
+		"older":   fmt.Sprintf(`{"version":%d,"word":"hello","oldest":1,"newest":%[1]d}`, Version-1),
 		"word":    `{"version":1,"word":"go"}`,
 		"field":   `{"version":1,"word":"hello","oldest":1,"newest":1,"more":1}`,
 		"nothing": ``,

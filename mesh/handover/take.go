@@ -31,15 +31,15 @@ func (t *taker) conversation(load *Load) (start func(), err error) {
 	if err := trusted(t.socket); err != nil {
 		return nil, err
 	}
-	if err := t.send(t.patience, &message{Word: wordHello, Oldest: oldest, Newest: Version}); err != nil {
+	if err := t.send(t.patience, &message{Word: wordHello, Oldest: Oldest, Newest: Version}); err != nil {
 		return nil, err
 	}
 	m, err := t.expect(t.patience, wordWelcome)
 	if err != nil {
 		return nil, err
 	}
-	if m.Version < oldest || m.Version > Version {
-		return nil, fmt.Errorf("version %d is not taken, %d to %d are", m.Version, oldest, Version)
+	if m.Version < Oldest || m.Version > Version {
+		return nil, fmt.Errorf("version %d is not taken, %d to %d are", m.Version, Oldest, Version)
 	}
 	load.Version = m.Version
 	if err := t.load(load); err != nil {
