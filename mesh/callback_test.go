@@ -49,7 +49,9 @@ const backService = "org.bank.Back"
 
 func callbackProtocols() []callbackProtocol {
 	return []callbackProtocol{
-		{"bolt", "12200", func(id uint32, method string) []byte { return boltCall(id, backService+":1.0", method, id%2 == 1, "\x90") }, beat,
+		{"bolt", "12200", func(id uint32, method string) []byte {
+			return boltCall(id, backService+":1.0", method, id%2 == 1, "\x90")
+		}, beat,
 			func(r io.Reader) (uint64, bool, bool, error) {
 				f, err := readBolt(r)
 				return uint64(f.ID), f.Type != bolt.Response, f.Type == bolt.Response && f.Status == bolt.OK, err
