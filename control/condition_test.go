@@ -175,6 +175,25 @@ func TestConditionsEnd(t *testing.T) {
 	if ok, err := evaluate(t, e, known{}); err == nil {
 		t.Errorf("a million steps: %v", ok)
 	}
+	doubled := `[[1, 1]]` + strings.Repeat(`.map(a, [a, a])`, 30)
+	long := `["` + strings.Repeat("x", 1000) + `"]` + strings.Repeat(`.map(a, a + a)`, 6)
+	for name, text := range map[string]string{
+		"a list that holds itself twice, and again": doubled + `.all(x, x == x)`,
+		"and is looked for":                         doubled + `.all(x, x in [x])`,
+		"long strings":                              long + `.all(a, ` + list + `.all(b, ` + list + `.all(c, a + "b" != a + "c")))`,
+		"long strings and a pattern":                long + `.all(a, ` + list + `.all(b, a.matches("(x|xx|x?y){300}z") || b == 1))`,
+	} {
+		e, err := compileCondition(text, false)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if ok, err := evaluate(t, e, known{}); err == nil || !strings.Contains(err.Error(), "over 10000 steps") {
+			t.Errorf("%s: %v, %v", name, ok, err)
+		}
+	}
+	if _, err := compileCondition(`source.identity.matches("(abcdefgh){600}")`, false); err == nil || !strings.Contains(err.Error(), "over 4096 parts") {
+		t.Errorf("a pattern of 5000 parts: %v", err)
+	}
 	for _, text := range []string{`list || true`, `true || list`} {
 		text = strings.Replace(text, "list", list+`.exists(a, `+list+`.exists(b, `+list+`.exists(c, a + b + c == 7)))`, 1)
 		e, err := compileCondition(text, false)

@@ -15,6 +15,7 @@ import (
 
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/internal/condition"
+	"hauberk.dev/internal/token"
 	"hauberk.dev/mesh/hbone"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/http2"
@@ -263,7 +264,8 @@ type found struct {
 	now     time.Time
 	headers map[string]any
 	tokens  map[string]proof // by name of the issuer
-	unclear string           // why the last condition could not be told
+	claims  map[*token.Token]any
+	unclear string // why the last condition could not be told
 }
 
 func find(s *service, c call) *found { return &found{s: s, c: c, now: time.Now()} }
@@ -388,7 +390,13 @@ func (f facts) Fact(variable string) (any, error) {
 		if err != nil {
 			return nil, err
 		}
-		return plainValue(t.Claims), nil
+		if f.claims[t] == nil { // made once, however often it is read
+			if f.claims == nil {
+				f.claims = map[*token.Token]any{}
+			}
+			f.claims[t] = plainValue(t.Claims)
+		}
+		return f.claims[t], nil
 	}
 	return nil, fmt.Errorf("%s is not known", variable)
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"regexp/syntax"
 	"strconv"
 	"strings"
 )
@@ -21,6 +22,14 @@ const (
 	maxDepth = 64
 	maxSteps = 10_000
 	maxText  = 64 << 10 // bytes of a string that is put together
+
+	// maxPattern bounds the parts of a regular expression, its repetitions counted
+	// out: what it costs to keep, and to match.
+	maxPattern = 4096
+	// A step is one part of a condition, or so much of a value that it looks at.
+	textStep  = 256     // bytes of a string
+	listStep  = 16      // elements of a list or map
+	matchStep = 4 << 10 // bytes of a string times parts of the pattern
 )
 
 // Expr is an expression as it is written down: Op says what it is, and forms
@@ -58,6 +67,7 @@ type node struct {
 	accu    string
 	value   any
 	pattern *regexp.Regexp
+	parts   int // of the pattern
 	args    []node
 }
 
@@ -142,11 +152,39 @@ func (m *maker) node(e *Expr, locals []string, depth int) (n node, err error) {
 		if n.args[1].op != opValue || !ok {
 			return n, errors.New("matches takes a pattern that stands in the condition, not one of the request")
 		}
-		if n.pattern, err = regexp.Compile(text); err != nil {
+		if err = n.matches(text); err != nil {
 			return n, fmt.Errorf("matches: %w", err)
 		}
 	}
 	return n, nil
+}
+
+// matches makes a pattern ready, if it is not too large.
+func (n *node) matches(text string) error {
+	tree, err := syntax.Parse(text, syntax.Perl)
+	if err != nil {
+		return err
+	}
+	if n.parts = parts(tree); n.parts > maxPattern {
+		return fmt.Errorf("%.60q has over %d parts, its repetitions counted out", text, maxPattern)
+	}
+	n.pattern, err = regexp.Compile(text)
+	return err
+}
+
+// parts are about the instructions that a regular expression is made of.
+func parts(re *syntax.Regexp) int {
+	n := 1
+	if re.Op == syntax.OpLiteral {
+		n = len(re.Rune)
+	}
+	for _, sub := range re.Sub {
+		n += parts(sub)
+	}
+	if re.Op == syntax.OpRepeat {
+		n *= max(re.Min, re.Max, 1)
+	}
+	return min(n, maxPattern+1)
 }
 
 func (m *maker) variable(n node, locals []string) (node, error) {
@@ -215,9 +253,32 @@ type run struct {
 
 var errSteps = fmt.Errorf("it takes over %d steps", maxSteps)
 
+// afford takes steps for what is looked at.
+func (r *run) afford(steps int) error {
+	if r.steps -= steps; r.steps < 0 {
+		return errSteps
+	}
+	return nil
+}
+
+// weight is how many steps it takes to look at values, without what is in them.
+func weight(values ...any) (n int) {
+	for _, v := range values {
+		switch v := v.(type) {
+		case string:
+			n += len(v) / textStep
+		case []any:
+			n += len(v) / listStep
+		case map[string]any:
+			n += len(v) / listStep
+		}
+	}
+	return n
+}
+
 func (r *run) eval(n *node, s *scope) (any, error) {
-	if r.steps--; r.steps < 0 {
-		return nil, errSteps
+	if err := r.afford(1); err != nil {
+		return nil, err
 	}
 	switch n.op {
 	case opValue:
@@ -262,11 +323,11 @@ func (r *run) eval(n *node, s *scope) (any, error) {
 		}
 		args = append(args, v)
 	}
-	return apply(n, args)
+	return r.apply(n, args)
 }
 
 // apply is for what needs the values of all its arguments.
-func apply(n *node, args []any) (any, error) {
+func (r *run) apply(n *node, args []any) (any, error) {
 	switch n.op {
 	case opList:
 		return append([]any{}, args...), nil
@@ -289,9 +350,19 @@ func apply(n *node, args []any) (any, error) {
 		if !ok {
 			return nil, errKind
 		}
+		if err := r.afford(len(text) * n.parts / matchStep); err != nil {
+			return nil, err
+		}
 		return n.pattern.MatchString(text), nil
 	}
-	return functions[n.name].f(args)
+	if err := r.afford(weight(args...)); err != nil {
+		return nil, err
+	}
+	v, err := functions[n.name].f(r, args)
+	if r.steps < 0 { // what it was looking at did not end
+		return nil, errSteps
+	}
+	return v, err
 }
 
 // overrun lets the end of patience through where errors count as a value.
@@ -408,8 +479,8 @@ func (r *run) step(n *node, s *scope, pending error) (any, error) {
 	if pending == nil {
 		return r.eval(n, s)
 	}
-	if r.steps--; r.steps < 0 {
-		return nil, errSteps
+	if err := r.afford(1); err != nil {
+		return nil, err
 	}
 	if n.op != opAnd && n.op != opOr {
 		return nil, pending
@@ -433,10 +504,10 @@ var errKind = errors.New("no such overload: a value is of another type")
 // functions by the name that CEL's checker gives them.
 var functions = map[string]struct {
 	args int
-	f    func([]any) (any, error)
+	f    func(*run, []any) (any, error)
 }{
-	"_==_": {2, func(a []any) (any, error) { return equal(a[0], a[1]), nil }},
-	"_!=_": {2, func(a []any) (any, error) { return !equal(a[0], a[1]), nil }},
+	"_==_": {2, func(r *run, a []any) (any, error) { return r.equal(a[0], a[1]), nil }},
+	"_!=_": {2, func(r *run, a []any) (any, error) { return !r.equal(a[0], a[1]), nil }},
 	"_<_":  {2, compares(func(c int) bool { return c < 0 })},
 	"_<=_": {2, compares(func(c int) bool { return c <= 0 })},
 	"_>_":  {2, compares(func(c int) bool { return c > 0 })},
@@ -444,6 +515,6 @@ var functions = map[string]struct {
 	"@in":  {2, in}, "_[_]": {2, index}, "size": {1, size},
 	"_+_": {2, plus}, "_-_": {2, arithmetic}, "_*_": {2, times}, "_/_": {2, divide}, "_%_": {2, modulo}, "-_": {1, negate},
 	"startsWith": {2, texts(strings.HasPrefix)}, "endsWith": {2, texts(strings.HasSuffix)}, "contains": {2, texts(strings.Contains)},
-	"matches": {2, func([]any) (any, error) { return nil, errKind }}, // its pattern is ready, and stands in the node
-	"string":  {1, toText}, "int": {1, toInt}, "double": {1, toDouble}, "dyn": {1, func(a []any) (any, error) { return a[0], nil }},
+	"matches": {2, func(*run, []any) (any, error) { return nil, errKind }}, // its pattern is ready, and stands in the node
+	"string":  {1, toText}, "int": {1, toInt}, "double": {1, toDouble}, "dyn": {1, func(_ *run, a []any) (any, error) { return a[0], nil }},
 }

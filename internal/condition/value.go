@@ -11,8 +11,12 @@ import (
 )
 
 // equal compares values: numbers by value whatever their type, other values of
-// different types are not equal.
-func equal(a, b any) bool {
+// different types are not equal. Each element is a step: lists may hold the same
+// list again and again. Without steps left it is false.
+func (r *run) equal(a, b any) bool {
+	if r.afford(1+weight(a)) != nil {
+		return false
+	}
 	switch x := a.(type) {
 	case nil:
 		return b == nil
@@ -31,7 +35,7 @@ func equal(a, b any) bool {
 			return false
 		}
 		for i := range x {
-			if !equal(x[i], y[i]) {
+			if !r.equal(x[i], y[i]) {
 				return false
 			}
 		}
@@ -42,7 +46,7 @@ func equal(a, b any) bool {
 			return false
 		}
 		for k, v := range x {
-			if w, ok := y[k]; !ok || !equal(v, w) {
+			if w, ok := y[k]; !ok || !r.equal(v, w) {
 				return false
 			}
 		}
@@ -107,8 +111,8 @@ func mixed(i int64, f float64) (int, bool) {
 	return cmp.Compare(0, f-whole), true
 }
 
-func compares(holds func(int) bool) func([]any) (any, error) {
-	return func(a []any) (any, error) {
+func compares(holds func(int) bool) func(*run, []any) (any, error) {
+	return func(_ *run, a []any) (any, error) {
 		c, ok := order(a[0], a[1])
 		if !ok {
 			if isNaN(a[0]) && isNumber(a[1]) || isNaN(a[1]) && isNumber(a[0]) {
@@ -133,11 +137,11 @@ func isNumber(v any) bool {
 	return false
 }
 
-func in(a []any) (any, error) {
+func in(r *run, a []any) (any, error) {
 	switch set := a[1].(type) {
 	case []any:
 		for _, v := range set {
-			if equal(a[0], v) {
+			if r.equal(a[0], v) {
 				return true, nil
 			}
 		}
@@ -153,7 +157,7 @@ func in(a []any) (any, error) {
 	return nil, errKind
 }
 
-func index(a []any) (any, error) {
+func index(_ *run, a []any) (any, error) {
 	switch of := a[0].(type) {
 	case map[string]any:
 		name, ok := a[1].(string)
@@ -181,7 +185,7 @@ func index(a []any) (any, error) {
 	return nil, errKind
 }
 
-func size(a []any) (any, error) {
+func size(_ *run, a []any) (any, error) {
 	switch v := a[0].(type) {
 	case string:
 		return int64(utf8.RuneCountInString(v)), nil
@@ -193,8 +197,8 @@ func size(a []any) (any, error) {
 	return nil, errKind
 }
 
-func texts(f func(s, t string) bool) func([]any) (any, error) {
-	return func(a []any) (any, error) {
+func texts(f func(s, t string) bool) func(*run, []any) (any, error) {
+	return func(_ *run, a []any) (any, error) {
 		s, ok1 := a[0].(string)
 		t, ok2 := a[1].(string)
 		if !ok1 || !ok2 {
@@ -207,7 +211,7 @@ func texts(f func(s, t string) bool) func([]any) (any, error) {
 var errOverflow = errors.New("integer overflow")
 
 // plus adds numbers of one type and joins strings or lists.
-func plus(a []any) (any, error) {
+func plus(_ *run, a []any) (any, error) {
 	switch x := a[0].(type) {
 	case string:
 		if y, ok := a[1].(string); ok {
@@ -238,7 +242,7 @@ func plus(a []any) (any, error) {
 	return nil, errKind
 }
 
-func arithmetic(a []any) (any, error) {
+func arithmetic(_ *run, a []any) (any, error) {
 	switch x := a[0].(type) {
 	case float64:
 		if y, ok := a[1].(float64); ok {
@@ -255,7 +259,7 @@ func arithmetic(a []any) (any, error) {
 	return nil, errKind
 }
 
-func times(a []any) (any, error) {
+func times(_ *run, a []any) (any, error) {
 	switch x := a[0].(type) {
 	case float64:
 		if y, ok := a[1].(float64); ok {
@@ -273,7 +277,7 @@ func times(a []any) (any, error) {
 	return nil, errKind
 }
 
-func divide(a []any) (any, error) {
+func divide(_ *run, a []any) (any, error) {
 	switch x := a[0].(type) {
 	case float64:
 		if y, ok := a[1].(float64); ok {
@@ -293,7 +297,7 @@ func divide(a []any) (any, error) {
 	return nil, errKind
 }
 
-func modulo(a []any) (any, error) {
+func modulo(_ *run, a []any) (any, error) {
 	x, ok1 := a[0].(int64)
 	y, ok2 := a[1].(int64)
 	switch {
@@ -307,7 +311,7 @@ func modulo(a []any) (any, error) {
 	return x % y, nil
 }
 
-func negate(a []any) (any, error) {
+func negate(_ *run, a []any) (any, error) {
 	switch x := a[0].(type) {
 	case float64:
 		return -x, nil
@@ -320,7 +324,7 @@ func negate(a []any) (any, error) {
 	return nil, errKind
 }
 
-func toText(a []any) (any, error) {
+func toText(_ *run, a []any) (any, error) {
 	switch v := a[0].(type) {
 	case string:
 		return v, nil
@@ -334,7 +338,7 @@ func toText(a []any) (any, error) {
 	return nil, errKind
 }
 
-func toInt(a []any) (any, error) {
+func toInt(_ *run, a []any) (any, error) {
 	switch v := a[0].(type) {
 	case int64:
 		return v, nil
@@ -350,7 +354,7 @@ func toInt(a []any) (any, error) {
 	return nil, errKind
 }
 
-func toDouble(a []any) (any, error) {
+func toDouble(_ *run, a []any) (any, error) {
 	switch v := a[0].(type) {
 	case float64:
 		return v, nil
