@@ -2,11 +2,13 @@ package mesh
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -107,6 +109,7 @@ type exchange struct {
 	// judge returns status 0 if the request may pass, else what to answer.
 	judge     func(*http1.Head) (status int, r refusal)
 	malformed func(error)
+	way       *way // nil judges nothing again
 
 	server   side
 	in       *http1.Reader // of the client
@@ -115,7 +118,7 @@ type exchange struct {
 	out      *bufio.Writer // to the client
 	settled  sync.Cond     // under mu: under way has fallen, or over or still is set
 	mu       sync.Mutex
-	under    int // requests passed on whose responses are not complete
+	under    []http1.Head // requests passed on whose responses are not complete; a tunnel's stays
 	over     bool
 	still    bool // frozen
 	stop     chan struct{}
@@ -127,6 +130,41 @@ type exchange struct {
 	// Where the two goroutines stand.
 	asking  askingAt
 	replies replyingAt
+}
+
+// way judges requests under way anew.
+type way struct {
+	// letters tells whether some rule reads fields, which are then kept.
+	letters func() bool
+	// stale tells whether there has been another plan since a request was judged.
+	stale func() bool
+	// allows tells whether the plan of the moment allows a request under way.
+	allows func(*http1.Head) bool
+}
+
+// allowedStill tells whether all requests under way are allowed.
+func (x *exchange) allowedStill() bool {
+	if x.way == nil {
+		return true
+	}
+	x.mu.Lock()
+	all := slices.Clone(x.under)
+	x.mu.Unlock()
+	for i := range all {
+		if all[i].Target != "" && !x.way.allows(&all[i]) { // a state of another version has no target
+			return false
+		}
+	}
+	return true
+}
+
+// keep is what is kept of the head of a request under way.
+func (x *exchange) keep(h *http1.Head) http1.Head {
+	kept := *h
+	if kept.Raw = nil; x.way != nil && x.way.letters() {
+		kept.Raw = bytes.Clone(h.Raw)
+	}
+	return kept
 }
 
 // request is one under way.
@@ -154,7 +192,10 @@ func (x *exchange) run(from *exchangeState) *exchangeState {
 	if from != nil {
 		x.resume(from)
 	}
-	err := x.requests()
+	err := errForbidden
+	if from == nil || x.allowedStill() { // by a plan that has come meanwhile
+		err = x.requests()
+	}
 	if err == io.EOF || err == errOver {
 		err = x.leave()
 	} else if !errors.Is(err, wire.ErrFrozen) {
@@ -276,8 +317,11 @@ func (x *exchange) one(h *http1.Head) error {
 	if h.Upgrade && h.Framing == http1.NoBody {
 		req.upgrade = make(chan bool, 1)
 	}
-	if err := x.begin(req); err != nil {
+	if err := x.begin(req, h); err != nil {
 		return err
+	}
+	if x.way != nil && x.way.stale() && !x.way.allows(h) { // whoever looked for it has not seen it
+		return errForbidden
 	}
 	x.asking = askingAt{how: askingBody, close: h.Close, req: req}
 	return x.passed(x.in.Forward(x.entry.watch.late(x.server, h, &req.asked), h))
@@ -365,7 +409,8 @@ func (x *exchange) awaitTunnel() error {
 }
 
 // begin notes a request under way. It fails when there are no more responses.
-func (x *exchange) begin(r request) error {
+func (x *exchange) begin(r request, h *http1.Head) error {
+	kept := x.keep(h)
 	x.mu.Lock()
 	if x.still || x.over {
 		defer x.mu.Unlock()
@@ -374,7 +419,7 @@ func (x *exchange) begin(r request) error {
 		}
 		return errOver
 	}
-	x.under++
+	x.under = append(x.under, kept)
 	x.mu.Unlock()
 	select {
 	case x.waiting <- r:
@@ -384,7 +429,7 @@ func (x *exchange) begin(r request) error {
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.under--
+	x.under = x.under[:len(x.under)-1]
 	if x.still {
 		return wire.ErrFrozen
 	}
@@ -396,10 +441,10 @@ func (x *exchange) begin(r request) error {
 func (x *exchange) settle() bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	for x.under > 0 && !x.over && !x.still {
+	for len(x.under) > 0 && !x.over && !x.still {
 		x.settled.Wait()
 	}
-	return x.under == 0 || x.over
+	return len(x.under) == 0 || x.over
 }
 
 // local gives the proxy's own answer, after the responses before it.
@@ -516,7 +561,7 @@ func (x *exchange) complete() {
 	x.replies = replyingAt{served: x.replies.served}
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.under--
+	x.under = slices.Delete(x.under, 0, 1)
 	x.settled.Broadcast()
 }
 
@@ -526,7 +571,7 @@ func (x *exchange) complete() {
 func (x *exchange) unasked() bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.over = x.under == 0
+	x.over = len(x.under) == 0
 	return x.over
 }
 

@@ -68,16 +68,29 @@ type exchangeState struct {
 	Met    bool   `json:"met,omitempty"`
 	Server []byte `json:"server,omitempty"`
 	Tunnel bool   `json:"tunnel,omitempty"`
+	// Granted is what the tunnel was asked for by.
+	Granted *frozenRequest `json:"granted,omitempty"`
 }
 
 type frozenRequest struct {
 	Method  string     `json:"method"`
 	Upgrade bool       `json:"upgrade,omitempty"`
 	Note    *noteState `json:"note,omitempty"`
+	// What rules may read of it, if the plan changes.
+	Target string `json:"target,omitempty"`
+	Host   string `json:"host,omitempty"`
+	Head   []byte `json:"head,omitempty"`
+}
+
+// judged adds what rules may read.
+func (f *frozenRequest) judged(h *http1.Head) { f.Target, f.Host, f.Head = h.Target, h.Host, h.Raw }
+
+func (f *frozenRequest) way() http1.Head {
+	return http1.Head{Method: f.Method, Target: f.Target, Host: f.Host, Raw: f.Head}
 }
 
 func frozenRequestOf(r request) frozenRequest {
-	return frozenRequest{r.method, r.upgrade != nil, r.note.state()}
+	return frozenRequest{Method: r.method, Upgrade: r.upgrade != nil, Note: r.note.state()}
 }
 
 // check refuses what no exchange can have come to.
@@ -155,6 +168,13 @@ func (x *exchange) state() *exchangeState {
 	for req := range x.waiting {
 		s.Waiting = append(s.Waiting, frozenRequestOf(req))
 	}
+	for i := range min(len(s.Waiting), len(x.under)) { // in the same order
+		s.Waiting[i].judged(&x.under[i])
+	}
+	if x.tunnel && len(x.under) > 0 {
+		s.Granted = &frozenRequest{Method: x.under[0].Method}
+		s.Granted.judged(&x.under[0])
+	}
 	return s
 }
 
@@ -170,13 +190,18 @@ func (x *exchange) resume(s *exchangeState) {
 	if x.server == nil {
 		return
 	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if s.Granted != nil {
+		x.under = append(x.under, s.Granted.way())
+	}
 	for i, w := range s.Waiting {
 		req := request{method: w.Method, note: w.Note.note()}
 		if w.Upgrade {
 			req.upgrade = make(chan bool, 1)
 			x.asking.req = req // of which there is one, the last
 		}
-		x.under++
+		x.under = append(x.under, w.way())
 		if i == 0 && (s.Reply == replyingHead || s.Reply == replyingBody) {
 			x.replies.req = req
 		} else {

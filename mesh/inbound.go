@@ -263,19 +263,35 @@ type arrival struct {
 	guest  atomic.Pointer[wire.Conn]
 	others []*wire.Conn // to the guest, when HTTP/2 was frozen
 	early  *early       // to the guest, before it is needed
-	// streams is set once HTTP/2 is spoken.
-	streams atomic.Pointer[exchange2]
+	// streams is set once HTTP/2 is spoken, exchange once HTTP/1 is.
+	streams  atomic.Pointer[exchange2]
+	exchange atomic.Pointer[exchange]
 	// engine is what passes the bytes, if it waits for more than the connections.
 	engine atomic.Pointer[func()]
 }
 
 // allowedStill lets a connection stay whose requests are judged one by one; one
-// of HTTP/2 ends those under way that a new plan forbids.
+// of HTTP/2 ends those under way that a new plan forbids, one of HTTP/1 with them.
 func (a *arrival) allowedStill(d *directory) bool {
 	if x := a.streams.Load(); x != nil {
 		x.judgeAgain(d)
 	}
-	return true
+	x := a.exchange.Load()
+	return x == nil || x.allowedStill()
+}
+
+// allowsStill judges a request under way by the plan of the moment.
+func (a *arrival) allowsStill(h *http1.Head) bool {
+	v := verdict{reason: "the service is no longer in the plan"}
+	if s := a.p.directory.Load().services[a.key]; s != nil {
+		c := a.call()
+		c.letter.one = h
+		v, _ = decideRequest(s, c, h)
+	}
+	if !v.allowed {
+		a.denied(verdict{rule: v.rule, reason: said(h.Method, h.Target) + " under way: " + v.reason})
+	}
+	return v.allowed
 }
 
 // sever stops both sides. A stream stops with its flow's mark, or with the
@@ -523,6 +539,7 @@ func (a *arrival) denied(v verdict) {
 // serveHTTP judges each request by the plan of the moment.
 func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeState) *exchangeState {
 	var tried *http1.Head
+	var by *directory // that has judged last
 	x := &exchange{
 		entry:  e,
 		sight:  a.sight,
@@ -536,7 +553,8 @@ func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeSta
 				Hint: "hauberk why " + a.sb.facts.Load().Instance}
 			v := verdict{reason: "the service is no longer in the plan"}
 			status = 403
-			if s := a.p.directory.Load().services[key]; s != nil {
+			by = a.p.directory.Load()
+			if s := by.services[key]; s != nil {
 				c := a.call()
 				c.letter.one = h
 				v, status = decideRequest(s, c, h)
@@ -560,6 +578,11 @@ func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeSta
 			ev.Kind, ev.Reason = api.EventBadRequest, err.Error()
 			a.sb.refuse(ev)
 		},
+		way: &way{
+			letters: func() bool { s := a.p.directory.Load().services[key]; return s != nil && s.letters },
+			stale:   func() bool { return by != a.p.directory.Load() },
+			allows:  a.allowsStill,
+		},
 	}
 	x.start()
 	freeze := x.freeze
@@ -570,5 +593,6 @@ func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeSta
 	if from != nil && from.Met {
 		x.server = &begunSide{tcpSide{a.guest.Load()}, from.Server}
 	}
+	a.exchange.Store(x)
 	return x.run(from)
 }
