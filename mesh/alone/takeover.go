@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/mesh/handover"
 )
 
