@@ -32,12 +32,13 @@ type analysis struct {
 	mu       sync.Mutex
 	begun    time.Time
 	services map[string]*inspect.Service // by key
+	kept     map[string]*inspect.Service // what a node has kept of those of the next plan
 	mirrors  map[string]*mirror          // by where they go
 	copies   map[string]string           // where those of a service go
 }
 
 func newAnalysis() analysis {
-	return analysis{begun: time.Now(), services: map[string]*inspect.Service{}, mirrors: map[string]*mirror{}, copies: map[string]string{}}
+	return analysis{begun: time.Now(), services: map[string]*inspect.Service{}, kept: map[string]*inspect.Service{}, mirrors: map[string]*mirror{}, copies: map[string]string{}}
 }
 
 func (n *analysis) now() time.Duration { return time.Since(n.begun) }
@@ -77,17 +78,69 @@ func (n *analysis) follow(p *Proxy, d *directory) {
 		}
 		c, _ := inspectConfig(s.Inspect) // checked with the plan
 		if s.inspected = n.services[key]; s.inspected == nil {
-			s.inspected = inspect.New(c)
+			s.inspected = n.beginLocked(p, key)
 			n.services[key] = s.inspected
-		} else {
-			s.inspected.Configure(c)
 		}
+		s.inspected.Configure(c)
 		n.copies[key] = s.Inspect.Mirror
 	}
+	clear(n.kept)
 	n.mirrorsLocked(p, d)
 	maps.DeleteFunc(n.services, func(key string, _ *inspect.Service) bool {
-		return d.services[key] == nil || d.services[key].Inspect == nil
+		gone := d.services[key] == nil || d.services[key].Inspect == nil
+		if gone {
+			p.log.Info("what is normal is forgotten: the plan does not have it looked at any more", "service", key)
+		}
+		return gone
 	})
+}
+
+// beginLocked goes on from what was kept of a service, or begins to learn.
+func (n *analysis) beginLocked(p *Proxy, key string) *inspect.Service {
+	s := n.kept[key]
+	if s == nil {
+		s = inspect.New(inspect.Config{})
+		s.Begin(time.Now())
+	}
+	since, requests := s.Learnt()
+	p.log.Info("what is normal is learnt", "service", key, "since", since, "requests", requests)
+	return s
+}
+
+// goOn takes what a node has kept of the requests to a service: for the next plan
+// if they are not looked at yet, at once if they are for less long.
+func (n *analysis) goOn(key string, schema []byte) error {
+	s := inspect.New(inspect.Config{})
+	if err := s.Import(schema); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	now := n.services[key]
+	if now == nil {
+		n.kept[key] = s
+		return nil
+	}
+	kept, _ := s.Learnt()
+	if since, _ := now.Learnt(); kept.Before(since) {
+		return now.Import(schema)
+	}
+	return nil
+}
+
+// learnt is what has been learnt of a service, for a node to keep.
+func (n *analysis) learnt(key string) (*api.Learnt, error) {
+	out := &api.Learnt{Service: key}
+	s := n.known()[key]
+	if s == nil {
+		return out, nil
+	}
+	b, err := s.Export()
+	if err == nil && len(b) > api.MaxLearnt {
+		err = fmt.Errorf("what was learnt is %d bytes; at most %d can be kept", len(b), api.MaxLearnt)
+	}
+	out.Schema = b
+	return out, err
 }
 
 // known is what is known, by service.
@@ -105,6 +158,7 @@ func (n *analysis) stats() map[string]api.Analysis {
 		c := &s.Counts
 		a := api.Analysis{Requests: c.Requests.Load(), Bytes: c.Bytes.Load(), Found: map[string]uint64{}, Done: map[string]uint64{},
 			RoutesOver: c.RoutesOver.Load(), CallersOver: c.CallersOver.Load(), FieldsOver: c.FieldsOver.Load()}
+		a.Since, a.Learnt = s.Learnt()
 		if m := n.mirrors[n.copies[key]]; m != nil {
 			a.Mirrored, a.MirrorMissed = m.sent.Load(), m.missed.Load()
 		}

@@ -67,6 +67,10 @@ func (c *control) handle(ctx context.Context, m *api.Message, files []*os.File) 
 		reply.Tapped, err = c.p.tap(m.Instance, m.Tap)
 	case api.KindCarried:
 		reply.Connections = c.p.carried.strange(m.Connections)
+	case api.KindLearnt:
+		reply.Learnt, err = c.p.analysis.learnt(m.Learnt.Service)
+	case api.KindRelearn:
+		err = c.p.analysis.goOn(m.Learnt.Service, m.Learnt.Schema)
 	case api.KindPing:
 	default:
 		err = fmt.Errorf("a node does not ask for %q", m.Kind)

@@ -115,6 +115,7 @@ func (p *Proxy) Metrics() string {
 	for _, name := range names {
 		services[name].writeTimes(&b, name)
 	}
+	p.writeLearnt(&b, head)
 	p.writeSandboxes(&b, head)
 	head("hauberk_mesh_events_lost_total", "counter", "Events that were not told for want of room.")
 	fmt.Fprintf(&b, "hauberk_mesh_events_lost_total %d\n", p.events.total.Load())
@@ -151,6 +152,19 @@ func (c *serviceCounts) writeTimes(b *strings.Builder, service string) {
 	total += c.took[len(latencies)].Load()
 	fmt.Fprintf(b, "hauberk_mesh_request_seconds_bucket{service=%q,le=\"+Inf\"} %d\n", service, total)
 	fmt.Fprintf(b, "hauberk_mesh_request_seconds_sum{service=%q} %g\nhauberk_mesh_request_seconds_count{service=%q} %d\n", service, float64(c.micros.Load())/1e6, service, total)
+}
+
+func (p *Proxy) writeLearnt(b *strings.Builder, head func(name, kind, help string)) {
+	all := p.analysis.stats()
+	names := slices.Sorted(maps.Keys(all))
+	head("hauberk_mesh_learnt_since_seconds", "gauge", "Since when what is normal of requests is learnt, as a time of Unix.")
+	for _, name := range names {
+		fmt.Fprintf(b, "hauberk_mesh_learnt_since_seconds{service=%q} %d\n", name, all[name].Since.Unix())
+	}
+	head("hauberk_mesh_learnt_requests", "gauge", "Requests from which it is.")
+	for _, name := range names {
+		fmt.Fprintf(b, "hauberk_mesh_learnt_requests{service=%q} %d\n", name, all[name].Learnt)
+	}
 }
 
 func (p *Proxy) writeSandboxes(b *strings.Builder, head func(name, kind, help string)) {

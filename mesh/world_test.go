@@ -115,6 +115,7 @@ type world struct {
 	plan    plan.Mesh
 	stop    context.CancelFunc
 	done    chan error
+	learnt  map[string][]byte // given to a new proxy
 
 	mu     sync.Mutex
 	events []api.Event
@@ -209,6 +210,11 @@ func (w *world) connect() {
 	}
 	for _, b := range w.boxes {
 		if err := w.link.AddSandbox(ctx, b.Sandbox, b.files[0], b.files[1], b.files[2]); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	for service, schema := range w.learnt {
+		if err := w.link.Relearn(ctx, service, schema); err != nil {
 			w.t.Fatal(err)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -39,6 +40,8 @@ type meshPart struct {
 	published map[uint16]link.Published // by port of the node
 	dirty     chan struct{}             // capacity 1: the plan is to be sent
 	accused   map[string]time.Time      // instances, and when
+
+	normals *normals
 }
 
 type meshSandbox struct {
@@ -55,7 +58,9 @@ type meshSandbox struct {
 }
 
 func newMeshPart(n *Node) *meshPart {
-	return &meshPart{n: n, sandboxes: map[string]*meshSandbox{}, published: map[uint16]link.Published{}, dirty: make(chan struct{}, 1)}
+	m := &meshPart{n: n, sandboxes: map[string]*meshSandbox{}, published: map[uint16]link.Published{}, dirty: make(chan struct{}, 1)}
+	m.normals = newNormals(filepath.Join(n.conf.State, "learnt"), n.slog, m.learntAnew)
+	return m
 }
 
 // run keeps a link to the mesh until ctx ends.
@@ -98,15 +103,28 @@ func (m *meshPart) session(ctx context.Context) error {
 		m.link = nil
 		m.mu.Unlock()
 	}()
+	keeping, stop := context.WithCancel(ctx)
+	var keeps sync.WaitGroup
+	keeps.Go(func() { m.normals.run(keeping, l.Done(), l) })
+	defer keeps.Wait()
+	defer stop()
 	for {
 		select {
 		case <-ctx.Done():
+			keeps.Wait()
+			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), meshTime)
+			defer cancel()
+			m.normals.keep(last, l)
 			return nil
 		case <-l.Done():
 			return errors.New("ended; dialling again")
 		case <-m.dirty:
 			if err := m.sayPlan(ctx, l); err != nil {
-				m.n.note(fmt.Errorf("send plan to the mesh: %w", err))
+				err = fmt.Errorf("send plan to the mesh: %w", err)
+				if !m.normals.gave(l) {
+					return err
+				}
+				m.n.note(err)
 			}
 		}
 	}
@@ -155,7 +173,8 @@ func (m *meshPart) sayGateway(ctx context.Context, l *link.Link) error {
 	return l.SetGateway(ctx, m.gateway)
 }
 
-// sayPlan sends the published ports and the plan. A port that cannot be opened
+// sayPlan sends the published ports and the plan, before the first of a link what
+// was learnt of the workloads in it. A port that cannot be opened
 // keeps back neither the plan nor the other ports.
 func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
 	ctx, cancel := context.WithTimeout(ctx, meshTime)
@@ -168,6 +187,9 @@ func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
 	}
 	published, failed := m.publishLocked(p)
 	m.mu.Unlock()
+	if err := m.normals.give(ctx, l); err != nil {
+		return err
+	}
 	if err := l.SetPublish(ctx, published); err != nil {
 		return err
 	}
@@ -328,6 +350,11 @@ func (m *meshPart) fenced() map[string]*meshSandbox {
 func (m *meshPart) setPlan(p plan.Mesh) {
 	m.mu.Lock()
 	same := m.plan != nil && m.plan.Generation == p.Generation
+	m.mu.Unlock()
+	if !same {
+		m.normals.follow(p) // before it is said
+	}
+	m.mu.Lock()
 	m.plan = &p
 	m.mu.Unlock()
 	if !same {
@@ -395,6 +422,20 @@ func (m *meshPart) sockets(instance string, count int) ([]*os.File, error) {
 		return nil, fmt.Errorf("open sockets for %s: no such sandbox", instance)
 	}
 	return s.ns.Dialers(count)
+}
+
+// learntAnew tells of a workload whose normal is learnt anew although it was kept:
+// until that is done, less is found.
+func (m *meshPart) learntAnew(service, why string) {
+	for id, s := range m.fenced() {
+		if s.plan.Namespace+"/"+s.plan.Service != service {
+			continue
+		}
+		if a, ok := m.n.find(id); ok {
+			m.n.violation(a, wire.Report{Severity: spec.SeverityWarning, Cause: "mesh", Rule: "LearntAnew", Denied: true,
+				Detail: "what is normal of the requests to " + service + " was kept, but cannot be gone on from, and is learnt anew: " + why})
+		}
+	}
 }
 
 // event passes on what the mesh saw. Its words are the proxy's and are only

@@ -206,6 +206,7 @@ func (n *Node) serveMetrics(ctx context.Context) error {
 		w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 		n.metrics.WriteTo(w) // a peer that left is told nothing
 		n.views.WriteTo(w)
+		n.mesh.normals.WriteTo(w)
 	})
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 64 << 10}
 	return run.HTTP("metrics", srv, ln, time.Second).Run(ctx)

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"hauberk.dev/plan"
@@ -51,6 +52,8 @@ const (
 	KindPing    Kind = "ping"
 	KindTap     Kind = "tap"     // answered with what passed since the last one
 	KindCarried Kind = "carried" // answered with those of Connections that are not the proxy's
+	KindLearnt  Kind = "learnt"  // answered with what was Learnt of a service's requests
+	KindRelearn Kind = "relearn" // gives back what was Learnt, before the plan
 
 	KindCSR     Kind = "csr"     // answered with a Certificate
 	KindSockets Kind = "sockets" // answered with Count files
@@ -84,6 +87,18 @@ type Message struct {
 	Tap         uint64        `json:"tap,omitempty"` // who taps, chosen by the asker
 	Tapped      *Tapped       `json:"tapped,omitempty"`
 	Connections []Connection  `json:"connections,omitempty"`
+	Learnt      *Learnt       `json:"learnt,omitempty"`
+}
+
+// MaxLearnt is how long the schema of one service may be, in bytes.
+const MaxLearnt = 12 << 20
+
+// Learnt is what a proxy has learnt of the requests to a service: an exported
+// schema (mesh/inspect), which the node keeps and does not read. In the question it
+// is empty, and in the answer too if nothing is known.
+type Learnt struct {
+	Service string `json:"service"` // "namespace/name"
+	Schema  []byte `json:"schema,omitempty"`
 }
 
 // MaxConnections bounds what one message asks of.
@@ -191,6 +206,11 @@ type Stats struct {
 
 // Analysis counts what was looked at and what was found.
 type Analysis struct {
+	// Since when what is normal is learnt, in this process or those before it, and
+	// from how many requests.
+	Since  time.Time `json:"since,omitzero"`
+	Learnt uint64    `json:"learnt,omitempty"`
+
 	Requests uint64 `json:"requests"`
 	Bytes    uint64 `json:"bytes"` // of bodies
 	// Found, by the name of the finding, and Done, by that of the action.
@@ -329,6 +349,10 @@ func (m *Message) check(files int) error {
 		}
 	case KindCut:
 		ok = m.Epoch != nil
+	case KindLearnt:
+		ok = m.Learnt != nil && isService(m.Learnt.Service) && len(m.Learnt.Schema) == 0
+	case KindRelearn:
+		ok = m.Learnt != nil && isService(m.Learnt.Service) && len(m.Learnt.Schema) > 0 && len(m.Learnt.Schema) <= MaxLearnt
 	case KindStats, KindPing:
 	case KindCSR:
 		ok = isName(m.Instance) && len(m.CSR) > 0 && len(m.CSR) <= 8<<10
@@ -352,6 +376,11 @@ func (m *Message) check(files int) error {
 		return fmt.Errorf("%d files, want %d", files, want)
 	}
 	return nil
+}
+
+func isService(s string) bool {
+	namespace, name, ok := strings.Cut(s, "/")
+	return ok && isName(namespace) && isName(name)
 }
 
 func isName(s string) bool {

@@ -26,6 +26,8 @@ const (
 	maxSegments  = 16
 	maxMethod    = 64
 	maxPath      = 16 << 10
+	maxCall      = 1 << 10 // bytes of a path that is kept as it is, of an RPC service
+	maxCaller    = 2 << 10 // bytes of a caller's name, as SPIFFE has it
 	maxPathField = 128     // bytes of the name of a field
 	maxDepth     = 32      // of JSON
 	maxValue     = 4 << 10 // bytes of one value that are read
@@ -57,6 +59,7 @@ type Service struct {
 	Counts Counts
 
 	mu      sync.RWMutex
+	since   time.Time // when learning began
 	root    node
 	routes  int
 	total   atomic.Uint64 // requests

@@ -337,8 +337,8 @@ func TestExport(t *testing.T) {
 	if v := q.Judge(c); v.Names() != "new-method" {
 		t.Errorf("a new method: %q", v.Names())
 	}
-	for _, bad := range []string{"", "{}", `{"version":2}`, `{"version":1,"other":1}`, string(b) + "x", string(b[:len(b)/2]),
-		strings.Replace(string(b), `"types": "`, `"types": "x`, 1), strings.Replace(string(b), `"mean": `, `"mean": -1`, 1)} {
+	for _, bad := range []string{"", "{}", `{"version":3}`, `{"version":1,"other":1}`, string(b) + "x", string(b[:len(b)/2]),
+		strings.Replace(string(b), `"types":"`, `"types":"x`, 1), strings.Replace(string(b), `"mean":`, `"mean":-1`, 1)} {
 		if err := fresh.Import([]byte(bad)); err == nil {
 			t.Errorf("%.80q was taken", bad)
 		}
@@ -346,6 +346,83 @@ func TestExport(t *testing.T) {
 	if still, _ := fresh.Export(); len(still) < len(b) {
 		t.Error("what was refused has changed something")
 	}
+}
+
+// TestExportNames: an argument is known again whatever bytes its name is of.
+func TestExportNames(t *testing.T) {
+	s, q := New(Config{Observe: 1, Learn: 5}), &Query{}
+	c := s.Caller(who, 0)
+	odd := func(s *Service, c *Caller, name string) Verdict {
+		q.Begin(s, 80, time.Hour)
+		Target(q, "POST", "/a")
+		q.Body(JSON, []byte(`{"`+name+`":1}`), -1)
+		return q.Judge(c)
+	}
+	for range 10 {
+		for _, name := range []string{"\xff\xfe", "a\x01", "ä<b", "\u2028"} {
+			odd(s, c, name)
+		}
+	}
+	s.Begin(time.Date(2026, 11, 2, 3, 4, 5, 6, time.UTC))
+	b, err := s.Export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fresh := New(Config{Observe: 1, Learn: 5})
+	fresh.Begin(time.Now())
+	if err := fresh.Import(b); err != nil {
+		t.Fatal(err)
+	}
+	if since, n := fresh.Learnt(); !since.Equal(time.Date(2026, 11, 2, 3, 4, 5, 6, time.UTC)) || n != 40 {
+		t.Errorf("learnt since %v from %d requests", since, n)
+	}
+	c = fresh.Caller(who, 0)
+	for _, name := range []string{"\xff\xfe", "a\x01", "ä<b", "\u2028"} {
+		if v := odd(fresh, c, name); v.Action != None {
+			t.Errorf("%q: %v", name, &v)
+		}
+	}
+	if v := odd(fresh, c, "\xff\xfd"); v.Names() != "new-argument" {
+		t.Errorf("another one: %v", &v)
+	}
+}
+
+// TestExportBound: whoever may call cannot make what is learnt too large to keep.
+func TestExportBound(t *testing.T) {
+	s, q := New(Config{Observe: 1, Learn: 1 << 30}), &Query{}
+	c := make([]*Caller, MaxSeen)
+	for i := range c {
+		c[i] = s.Caller(CallerKey{Identity: fmt.Sprintf("spiffe://bank.example/ns/%060d/sa/%060d", i, i)}, 0)
+	}
+	for r := range MaxRoutes {
+		path := fmt.Sprintf("%s%03d", strings.Repeat(`"`, maxCall-3), r)
+		for i := range c {
+			q.Begin(s, 80, 0)
+			q.named("CALL", []byte(path))
+			for n := range MaxFields {
+				if i > 0 {
+					break // they are the same
+				}
+				from := len(q.name)
+				q.name = append(q.name, strings.Repeat("\x01", maxPathField-3)+fmt.Sprintf("%03d", n)...)
+				q.argument(from, 1<<len(typeNames)-1)
+			}
+			q.Body(Bytes, nil, int64(1)<<(i%40))
+			q.Judge(c[i])
+		}
+	}
+	b, err := s.Export()
+	if err != nil || s.routes != MaxRoutes || len(b) > 12<<20 {
+		t.Errorf("%d bytes of %d routes: %v", len(b), s.routes, err)
+	}
+	if err := New(Config{}).Import(b); err != nil {
+		t.Error(err)
+	}
+	q.Begin(s, 80, 0)
+	if q.named("CALL", []byte(strings.Repeat("a", maxCall+1))); q.route != nil {
+		t.Error("a long name is kept")
+	}
+	t.Logf("%d bytes", len(b))
 }
 
 func TestSizes(t *testing.T) {

@@ -107,7 +107,7 @@ func (q *Query) fresh(method, path string, pathKnown bool) {
 	if q.conf.Frozen || q.found != 0 {
 		return // what holds an attack teaches nothing
 	}
-	if !printable(method, maxMethod) || !printable(path, maxPath) {
+	if !printable(method, maxMethod) || !printable(path, maxPath) || path[0] != '/' && len(path) > maxCall {
 		s.Counts.RoutesOver.Add(1)
 		return
 	}

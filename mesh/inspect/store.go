@@ -9,19 +9,23 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"time"
+	"unicode"
 )
 
 // Version of what Export writes. It rises with every change that an older
 // reader would misread.
 //
-//	1  2026-11: first.
-const Version = 1
+//	1  2026-11: first; still read.
+//	2  2026-11: since when it was learnt; hashes of names that are not text.
+const Version = 2
 
 // MaxSchema is how long an exported schema may be.
 const MaxSchema = 16 << 20
 
 type schema struct {
 	Version  int                   `json:"version"`
+	Since    time.Time             `json:"since,omitzero"`
 	Requests uint64                `json:"requests"`
 	Routes   []routeSchema         `json:"routes"`
 	Callers  map[string]baseSchema `json:"callers,omitempty"`
@@ -49,6 +53,7 @@ type fieldSchema struct {
 	Name  string `json:"name"`
 	Types string `json:"types"`
 	Count uint64 `json:"count"`
+	Hash  uint64 `json:"hash,omitempty"` // of the name as it came, where Name is not that
 }
 
 type averageSchema struct {
@@ -67,23 +72,47 @@ func (a averageSchema) average() average {
 	return average{a.Mean, a.Variance, min(a.Count, steady)}
 }
 
-// Export writes down what is known, so that it outlives this process.
-func (s *Service) Export() ([]byte, error) {
+// Begin says since when what is normal is learnt: from New on, unless Import takes
+// over what was learnt for longer.
+func (s *Service) Begin(at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.since = at.UTC().Round(0)
+}
+
+// Learnt is since when what is normal is learnt, and from how many requests.
+func (s *Service) Learnt() (since time.Time, requests uint64) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	out := schema{Version: Version, Requests: s.total.Load(), Callers: map[string]baseSchema{}, Typical: baseSchema{s.typical.average.schema(), s.typical.most}}
+	return s.since, s.total.Load()
+}
+
+// Export writes down what is known, so that it outlives this process: names of
+// routes, callers and arguments, types, counts and sizes, and no value. Requests
+// go on meanwhile.
+func (s *Service) Export() ([]byte, error) {
+	out := schema{Version: Version, Callers: map[string]baseSchema{}}
+	var routes []*route
+	s.mu.RLock()
+	out.Since, out.Requests, out.Typical = s.since, s.total.Load(), baseSchema{s.typical.average.schema(), s.typical.most}
 	for name, b := range s.normal {
 		out.Callers[name] = baseSchema{b.average.schema(), b.most}
 	}
-	s.root.each(func(r *route) { out.Routes = append(out.Routes, r.schema()) })
+	s.root.each(func(r *route) { routes = append(routes, r) })
+	s.mu.RUnlock()
+	for _, r := range routes {
+		out.Routes = append(out.Routes, r.schema())
+	}
 	slices.SortFunc(out.Routes, func(a, b routeSchema) int {
 		return cmp.Or(strings.Compare(a.Path, b.Path), strings.Compare(a.Method, b.Method))
 	})
-	b, err := json.MarshalIndent(out, "", " ")
-	if err != nil {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(out); err != nil {
 		return nil, fmt.Errorf("export schema: %w", err)
 	}
-	return b, nil
+	return b.Bytes(), nil
 }
 
 func (n *node) each(f func(*route)) {
@@ -112,11 +141,27 @@ func (r *route) schema() routeSchema {
 	for name, n := range r.callers {
 		out.Callers[name] = n
 	}
-	for _, f := range r.fields {
-		out.Fields = append(out.Fields, fieldSchema{strings.ToValidUTF8(f.name, "\uFFFD"), f.types.String(), f.count})
+	for h, f := range r.fields {
+		one := fieldSchema{Name: legible(f.name), Types: f.types.String(), Count: f.count}
+		if hash([]byte(one.Name)) != h {
+			one.Hash = h
+		}
+		out.Fields = append(out.Fields, one)
 	}
-	slices.SortFunc(out.Fields, func(a, b fieldSchema) int { return strings.Compare(a.Name, b.Name) })
+	slices.SortFunc(out.Fields, func(a, b fieldSchema) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), cmp.Compare(a.Hash, b.Hash))
+	})
 	return out
+}
+
+// legible is a name without what JSON would make much longer.
+func legible(name string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || r == '\u2028' || r == '\u2029' {
+			return '?'
+		}
+		return r
+	}, strings.ToValidUTF8(name, "?"))
 }
 
 // Import takes over what Export has written, in place of what is known. A schema
@@ -134,8 +179,8 @@ func (s *Service) Import(b []byte) error {
 	if _, err := d.Token(); err != io.EOF {
 		return fmt.Errorf("import schema: something follows it")
 	}
-	if in.Version != Version {
-		return fmt.Errorf("import schema: version %d; %d is read", in.Version, Version)
+	if in.Version != Version && in.Version != 1 {
+		return fmt.Errorf("import schema: version %d; 1 to %d are read", in.Version, Version)
 	}
 	if len(in.Routes) > MaxRoutes || len(in.Callers) > MaxCallers {
 		return fmt.Errorf("import schema: %d routes and %d callers; at most %d and %d", len(in.Routes), len(in.Callers), MaxRoutes, MaxCallers)
@@ -147,8 +192,8 @@ func (s *Service) Import(b []byte) error {
 		}
 	}
 	for name, b := range in.Callers {
-		if !b.sound() {
-			return fmt.Errorf("import schema: caller %.128q: a number is none", name)
+		if len(name) > maxCaller || !b.sound() {
+			return fmt.Errorf("import schema: caller %.128q: a number is none, or the name is too long", name)
 		}
 		fresh.normal[name] = &baseline{b.average(), b.Most}
 	}
@@ -158,6 +203,9 @@ func (s *Service) Import(b []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.root, s.routes, s.normal, s.typical = fresh.root, fresh.routes, fresh.normal, baseline{in.Typical.average(), in.Typical.Most}
+	if !in.Since.IsZero() {
+		s.since = in.Since
+	}
 	s.total.Store(in.Requests)
 	return nil
 }
@@ -192,6 +240,9 @@ func (s *Service) take(in *routeSchema) error {
 		r.sizes.total += uint64(n)
 	}
 	for name, n := range in.Callers {
+		if len(name) > maxCaller {
+			return fmt.Errorf("a caller's name of %d bytes", len(name))
+		}
 		r.callers[name] = n
 	}
 	for _, f := range in.Fields {
@@ -199,7 +250,11 @@ func (s *Service) take(in *routeSchema) error {
 		if err != nil || len(f.Name) > 4*maxPathField {
 			return fmt.Errorf("field %.128q with types %.64q", f.Name, f.Types)
 		}
-		r.fields[hash([]byte(f.Name))] = &field{f.Name, t, f.Count}
+		h := f.Hash
+		if h == 0 {
+			h = hash([]byte(f.Name))
+		}
+		r.fields[h] = &field{f.Name, t, f.Count}
 	}
 	return nil
 }

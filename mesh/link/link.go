@@ -16,8 +16,8 @@ import (
 
 const (
 	callTimeout = 10 * time.Second
-	maxRequests = 64      // of the proxy, handled at once
-	maxLarge    = 8 << 20 // bytes taken from the proxy in one message (Stats)
+	maxRequests = 64       // of the proxy, handled at once
+	maxLarge    = 17 << 20 // bytes taken from the proxy in one message (MaxLearnt in base64, Stats)
 )
 
 // Handlers is what the node does for its proxy. All may be called at once and
@@ -216,6 +216,30 @@ func (l *Link) Carried(ctx context.Context, instance string, all []api.Connectio
 		return nil, fmt.Errorf("ask for %d connections of %q: %w", len(all), instance, err)
 	}
 	return reply.Connections, nil
+}
+
+// Learnt asks for what the proxy has learnt of the requests to a service, nil if
+// that is nothing. Its bytes are the proxy's, and only for Relearn.
+func (l *Link) Learnt(ctx context.Context, service string) ([]byte, error) {
+	reply, err := l.call(ctx, &api.Message{Kind: api.KindLearnt, Learnt: &api.Learnt{Service: service}})
+	if err == nil && (reply.Learnt == nil || reply.Learnt.Service != service || len(reply.Learnt.Schema) > api.MaxLearnt) {
+		err = errors.New("the proxy's answer makes no sense")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask for what was learnt of %q: %w", service, err)
+	}
+	return reply.Learnt.Schema, nil
+}
+
+// Relearn gives the proxy what one before it had learnt of the requests to a
+// service. It goes on from that with the next plan, and before if it has
+// learnt for less long itself. A RefusedError says that it does not.
+func (l *Link) Relearn(ctx context.Context, service string, schema []byte) error {
+	_, err := l.call(ctx, &api.Message{Kind: api.KindRelearn, Learnt: &api.Learnt{Service: service, Schema: schema}})
+	if err != nil {
+		return fmt.Errorf("give what was learnt of %q to mesh: %w", service, err)
+	}
+	return nil
 }
 
 // Ping asks for a sign of life.
