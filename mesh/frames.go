@@ -27,6 +27,7 @@ type frames struct {
 	codec   rpcCodec
 	reserve func(int) bool
 	blind   bool // frames pass without being looked at
+	whole   bool // frames that fit the small buffer are waited for to their end
 
 	pooled *[frameBuffer]byte
 	buf    []byte
@@ -97,6 +98,9 @@ func (s *frames) next(deep bool) (b []byte, size int, err error) {
 	if err == nil && look > frameHold && look > len(b) && !s.hold(look) {
 		// Others hold too much: the frame is judged by its head.
 		size, look, err = s.codec.measure(b, false)
+	}
+	if s.whole && size <= frameBuffer {
+		look = max(look, size)
 	}
 	switch {
 	case err != nil:

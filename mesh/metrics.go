@@ -123,6 +123,8 @@ func (p *Proxy) Metrics() string {
 	fmt.Fprintf(&b, "hauberk_mesh_log_dropped_total %d\n", o.log.dropped.Load())
 	head("hauberk_mesh_log_records_total", "counter", "Requests that the collector of the log was told of, and those that it was not.")
 	fmt.Fprintf(&b, "hauberk_mesh_log_records_total{outcome=\"sent\"} %d\nhauberk_mesh_log_records_total{outcome=\"dropped\"} %d\n", o.recorded.Load(), o.unrecorded.Load())
+	head("hauberk_mesh_untraced_total", "counter", "Calls of bolt and Dubbo whose trace could not be carried on, or not be told of with their answer.")
+	fmt.Fprintf(&b, "hauberk_mesh_untraced_total %d\n", o.untraced.Load())
 	if n := o.now.Load(); n != nil && n.exporter != nil {
 		sent, dropped := n.exporter.Counts()
 		head("hauberk_mesh_spans_total", "counter", "Spans that were told to the collector, and those that were not.")

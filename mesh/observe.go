@@ -65,6 +65,8 @@ type observer struct {
 	log      requestLog
 
 	recorded, unrecorded atomic.Uint64 // requests that a collector was told of, or not
+	untraced             atomic.Uint64 // calls whose trace could not be carried on, or not told of
+	waiting              atomic.Int64  // calls that are followed to their answer
 }
 
 // noting is what a plan wants to be noted.
@@ -266,6 +268,12 @@ type sight struct {
 	protocol string
 
 	now note // of the request of HTTP/1 that is being judged
+
+	// Of the call that is being judged, what it is for and the verdict.
+	call    call
+	verdict verdict
+	calls   calls
+	room    []byte // for a frame that is made longer
 }
 
 // note is what is kept of a request until it is answered.
@@ -351,10 +359,14 @@ func (s *sight) passed(h *http1.Head) note {
 // say in whether it is sampled: that costs us, not them.
 func (s *sight) next(r *trace.Reader, t *plan.Traces) trace.Context {
 	c := r.Next(t.PerMille)
+	s.believe(&c, t)
+	return c
+}
+
+func (s *sight) believe(c *trace.Context, t *plan.Traces) {
 	if c.Parent != [8]byte{} && s.a.who.peerIdentity == anonymous {
 		c.Sampled = trace.Sample(t.PerMille)
 	}
-	return c
 }
 
 func (s *sight) tracing() *plan.Traces {
@@ -474,25 +486,15 @@ func (s *sight) answered2(q *asked, status int, fields []http2.Field) {
 	}
 }
 
-// judged notes a request of an RPC protocol, of which the answer is not read.
+// judged keeps the verdict on a request of an RPC protocol, and notes one that was
+// refused.
 func (s *sight) judged(codec rpcCodec, c call, v verdict) {
 	if s == nil {
 		return
 	}
-	verdict := verdictAllowed
-	if !v.allowed {
-		verdict = verdictDenied
+	if s.call, s.verdict = c, v; !v.allowed {
+		s.fails(codec, verdictDenied, v.reason)
 	}
-	s.counts.count(s.protocol, 0, "", verdict, 0)
-	if s.o.taps.Load() == 0 && !s.logs() {
-		return
-	}
-	if !c.rpc {
-		c.remote, _ = codec.target() // empty if it cannot be told
-	}
-	method, path := c.remote.method, c.remote.service
-	n := &note{begin: time.Now(), method: string(method[:min(len(method), maxMethod)]), path: string(path[:min(len(path), maxTapPath)]), rule: v.rule}
-	s.tell(n, s.request(n, verdict, 0, "", 0, v.reason))
 }
 
 func (s *sight) logs() bool {
@@ -537,13 +539,19 @@ func (s *sight) tell(n *note, r api.Request) {
 				{"hauberk.service", r.Service}, {"hauberk.instance", r.Instance}, {"hauberk.peer", r.Peer}, {"hauberk.verdict", r.Verdict}, {"hauberk.rule", r.Rule},
 				{"sofa.trace_id", n.trace.SofaTrace}, {"sofa.rpc_id", n.trace.SofaSpan}}})
 	}
+	s.log(n, r)
+}
+
+// log tells who has requests logged or taps them.
+func (s *sight) log(n *note, r api.Request) {
+	now := s.o.now.Load()
 	if now != nil && now.Log != "" {
 		s.o.log.add(s.a.p, now.Log, &r)
 	}
 	if now != nil && now.records != nil {
 		record(now.records, n, &r)
 	}
-	if tapped {
+	if s.o.taps.Load() > 0 {
 		r.Header = n.header
 		s.o.tapped(r)
 	}

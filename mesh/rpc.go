@@ -89,6 +89,7 @@ type rpcExchange struct {
 	judge       func(rpcCodec) (fault, string)
 	reserve     func(bytes int) bool
 	malformed   func(error)
+	sight       *sight      // nil notes nothing
 	called      func()      // tells of a request of the server, if not nil
 	toldOf      atomic.Bool // that it has asked, in a hand-over before too
 
@@ -96,6 +97,8 @@ type rpcExchange struct {
 	in     *frames
 	order  *order // of the answers, nil if they have ids
 	answer []byte
+	traced bool          // the codec carries traces
+	longer []byte        // what goes on in place of the frame decided on, if not nil
 	mu     sync.Mutex    // held while a frame is written to the client
 	done   chan struct{} // the responses' goroutine has ended
 
@@ -117,11 +120,17 @@ type rpcState struct {
 	// Called tells that the server has asked something, and that this was told.
 	Called bool        `json:"called,omitempty"`
 	Order  *orderState `json:"order,omitempty"`
+	// Calls that wait to be told of with their answers. A process that does not know
+	// them loses that, and nothing else.
+	Calls map[uint64]*noteState `json:"calls,omitempty"`
 }
 
 func (s *rpcState) check() error {
 	if !s.Met && (s.Over || s.Requests.Left > 0 && !s.Requests.Dropping) {
 		return errors.New("exchange with a frame under way and no server")
+	}
+	if len(s.Calls) > maxCalls {
+		return fmt.Errorf("exchange with %d calls; want at most %d", len(s.Calls), maxCalls)
 	}
 	return errors.Join(s.Requests.check(), s.Replies.check(), s.Order.check())
 }
@@ -133,6 +142,7 @@ func (x *rpcExchange) run(from *rpcState) *rpcState {
 	if c, ok := codec.(orderedCodec); ok {
 		x.order = &order{codec: c}
 	}
+	_, x.traced = codec.(tracedCodec)
 	x.in = newFrames(&countingReader{x.entry, x.client, &x.entry.received}, codec, x.reserve)
 	defer x.in.free()
 	if from != nil {
@@ -248,6 +258,7 @@ func (x *rpcExchange) buffered() error {
 			x.in.discard()
 			return nil
 		}
+		x.in.whole = x.traced && x.sight.traces()
 		b, size, err := x.in.next(x.deep())
 		if err != nil {
 			return errors.Join(x.flush(), err)
@@ -257,9 +268,13 @@ func (x *rpcExchange) buffered() error {
 		}
 		pass, err := x.one(b, size)
 		if err != nil {
-			return err
+			return errors.Join(x.flush(), err)
 		}
-		if !pass {
+		if x.longer != nil {
+			if err := x.replace(size); err != nil {
+				return err
+			}
+		} else if !pass {
 			if err := x.flush(); err != nil {
 				return err
 			}
@@ -271,6 +286,17 @@ func (x *rpcExchange) buffered() error {
 			return errors.Join(x.flush(), err)
 		}
 	}
+}
+
+// replace sends a longer frame in place of the one of size bytes, which is there.
+func (x *rpcExchange) replace(size int) error {
+	err := x.flush()
+	if err == nil {
+		_, err = x.server.Write(x.longer)
+	}
+	x.longer = nil
+	x.in.drop(size)
+	return err
 }
 
 // one decides on one frame, and answers it if it goes no further.
@@ -291,6 +317,7 @@ func (x *rpcExchange) one(b []byte, size int) (pass bool, err error) {
 		if err := x.connect(); errors.Is(err, wire.ErrFrozen) {
 			return false, err
 		} else if err != nil {
+			x.sight.fails(codec, verdictFailed, err.Error())
 			x.answer = codec.refuse(x.answer, faultUnreachable, err.Error())
 			break
 		}
@@ -301,13 +328,15 @@ func (x *rpcExchange) one(b []byte, size int) (pass bool, err error) {
 			}
 		}
 		if text := x.entry.watch.call(codec, size); text != "" {
+			x.sight.fails(codec, verdictDenied, "found out of the ordinary")
 			x.answer = codec.refuse(x.answer, faultShed, text)
 			break
 		}
 		if x.order != nil {
 			x.order.passed()
 		}
-		return true, nil
+		x.longer, err = x.sight.passes(codec, b, size, answer)
+		return true, err
 	case rpcMore:
 		return x.order.codec.passes(), nil
 	default:
@@ -435,6 +464,9 @@ func (x *rpcExchange) copy(in *frames, out io.Writer) error {
 				if x.called != nil && in.codec.asks(b) {
 					x.called()
 				}
+				if x.sight != nil {
+					x.sight.answer(in.codec, b)
+				}
 				err = in.pass(size)
 			}
 			if fault = err; size == 0 {
@@ -486,11 +518,22 @@ func (a *arrival) serveRPC(e *entry, key, protocol string, from *rpcState) *rpcS
 			a.sb.refuse(ev)
 		},
 	}
-	x.called = a.calledBack(&x.toldOf)
+	x.called, x.sight = a.calledBack(&x.toldOf), a.sight
 	if from != nil && from.Met {
 		x.server = tcpSide{a.guest.Load()}
 	}
-	return x.run(from)
+	if from != nil && a.sight != nil {
+		a.sight.hold(from.Calls)
+	}
+	state := x.run(from)
+	switch {
+	case a.sight == nil:
+	case state == nil:
+		a.sight.gone()
+	default:
+		state.Calls = a.sight.held()
+	}
+	return state
 }
 
 // calledBack counts what a server asks over the connection of its client. The node

@@ -492,14 +492,16 @@ func TestExchangeNoAllocation(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := &arrival{p: New(Options{}), port: 1, who: party{peerIdentity: spiffe("web")}}
+	a.p.observer.follow(a.p, &plan.Observe{}) // and no traces
 	for protocol, frame := range map[string][]byte{"bolt": boltCall(1, sofaService, "get", true, ""), "dubbo": dubboCall(1, "com.test.S", "g", "get")} {
+		a.sight = &sight{a: a, o: &a.p.observer, counts: &serviceCounts{}, protocol: protocol}
 		run := func(n int) func() {
 			return func() {
 				x := &rpcExchange{
 					entry: &entry{}, client: &endless{frame: frame, left: n}, protocol: protocol, dial: func() (side, error) { return &endless{}, nil },
 					deep: func() bool { return true }, maybe: func() bool { return true }, reserve: a.p.reserve,
 					judge:     func(c rpcCodec) (fault, string) { return a.judgeRPC(d.services["bank/s"], c) },
-					malformed: func(err error) { t.Error(err) },
+					malformed: func(err error) { t.Error(err) }, sight: a.sight,
 				}
 				x.run(nil)
 			}

@@ -120,6 +120,10 @@ func Parse(b []byte, size int) Frame {
 	return f
 }
 
+// IsAnswer tells whether the frame that begins with b is the answer to a call. Its
+// header must be there.
+func IsAnswer(b []byte) bool { return b[2]&(flagRequest|flagEvent) == 0 }
+
 // UnclearError is a request of which one cannot say for sure what it is for.
 type UnclearError struct{ Why string }
 
