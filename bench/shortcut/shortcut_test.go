@@ -27,7 +27,7 @@ func TestPlain(t *testing.T) {
 		"spliced": `"hello"`, "passed": `"before after"; "answer"`, "moved": "all in order", "taken away": `"before"`, "afterwards": `"before"; "after"`,
 	}
 	for _, tr := range traits {
-		if got, err := tr.see(w, over(ln)); err != nil || got != want[tr.name] {
+		if got, err := tr.over(w, over(ln)); err != nil || got != want[tr.name] {
 			t.Errorf("%s: %s, %v, want %s", tr.what, got, err, want[tr.name])
 		}
 		// What is said in favour of a socket pair, and the one thing against it.
@@ -35,7 +35,7 @@ func TestPlain(t *testing.T) {
 		if tr.name == "severed" {
 			pair = `"secret", then its end; "", then its end`
 		}
-		if got, err := tr.see(w, unixPair); err != nil || got != pair && got != none {
+		if got, err := tr.over(w, unixPair); err != nil || got != pair && got != none {
 			t.Errorf("socket pair: %s: %s, %v, want %s", tr.what, got, err, pair)
 		}
 		delete(want, tr.name)
@@ -67,10 +67,10 @@ func TestShortcuts(t *testing.T) {
 		t.Fatal(err)
 	}
 	for ln, want := range map[net.Listener]string{w.plain: `"hello", 5 counted`, w.short: `"hello", 0 counted`} {
-		if got, err := counted(w, over(ln)); err != nil || got != want {
+		if got, err := (trait{sent: "hello", see: counted}).over(w, over(ln)); err != nil || got != want {
 			t.Errorf("%s, %v, want %s", got, err, want)
 		}
-		if got, err := bothWays(w, over(ln)); err != nil || got != "as sent" {
+		if got, err := (trait{see: bothWays}).over(w, over(ln)); err != nil || got != "as sent" {
 			t.Errorf("%s, %v", got, err)
 		}
 	}

@@ -21,33 +21,48 @@ const (
 	still    = 300 * time.Millisecond // in which nothing moved
 )
 
-// trait is something that a proxy relies on. see says what became of it, in words
-// that are equal where the behaviour is.
+// trait is something that a proxy relies on. see is given a connection over which
+// sent is on its way from a to b, and says what became of it, in words that are equal
+// where the behaviour is.
 type trait struct {
 	name string
 	what string
-	see  func(w *world, open opener) (string, error)
+	sent string
+	see  func(w *world, p pair) (string, error)
 }
 
 var traits = []trait{
-	{"counted", "bytes are TCP's: counted by the kernel", counted},
-	{"both ways", "a megabyte each way at once, in pieces of all sizes", bothWays},
-	{"early", "what was sent before the far end was there comes first (TCP_DEFER_ACCEPT)", early},
-	{"pending", "unread, and asked how much (FIONREAD)", pending},
-	{"back pressure", "a writer whose reader sleeps, small buffers: stops after", backPressure},
-	{"half close", "half close: answer after the end of the question", halfClose},
-	{"reset", "reset by the writer: the reader sees", reset},
-	{"closed unread", "the reader closes with bytes unread: the writer sees", closedUnread},
-	{"severed", "cut by revocation with bytes unread: the cut end reads; the other sees", severed},
-	{"spliced", "splice(2): bytes come", spliced},
-	{"passed", "descriptor passed to another holder with bytes unread", passed},
-	{"moved", "frozen and moved 100 times while numbers flow (mesh/wire)", moved},
-	{"taken away", "shortcuts taken away with bytes unread: the reader sees", takenAway},
-	{"afterwards", "what is sent after that", afterwards},
+	{"counted", "bytes are TCP's: counted by the kernel", "hello", counted},
+	{"both ways", "a megabyte each way at once, in pieces of all sizes", "", bothWays},
+	{"early", "what was sent before the far end was there comes first (TCP_DEFER_ACCEPT)", "", early},
+	{"pending", "unread, and asked how much (FIONREAD)", "hello", pending},
+	{"back pressure", "a writer whose reader sleeps, small buffers: stops after", "", backPressure},
+	{"half close", "half close: answer after the end of the question", "question", halfClose},
+	{"reset", "reset by the writer: the reader sees", "bytes", reset},
+	{"closed unread", "the reader closes with bytes unread: the writer sees", "payment", closedUnread},
+	{"severed", "cut by revocation with bytes unread: the cut end reads; the other sees", "secret", severed},
+	{"spliced", "splice(2): bytes come", "", spliced},
+	{"passed", "descriptor passed to another holder with bytes unread", "before", passed},
+	{"moved", "frozen and moved 100 times while numbers flow (mesh/wire)", "", moved},
+	{"taken away", "shortcuts taken away with bytes unread: the reader sees", "before", takenAway},
+	{"afterwards", "what is sent after that", "before", afterwards},
 }
 
 // none is what became of a trait that the kind of connection does not have.
 const none = "-"
+
+// over opens a connection of a kind and says what becomes of the trait.
+func (t trait) over(w *world, open opener) (string, error) {
+	p, err := open()
+	if err != nil {
+		return "", err
+	}
+	defer p.Close()
+	if _, err := p.a.Write([]byte(t.sent)); err != nil {
+		return "", err
+	}
+	return t.see(w, p)
+}
 
 // compare sees all traits of all kinds of connection.
 func (w *world) compare(out io.Writer) error {
@@ -57,7 +72,7 @@ func (w *world) compare(out io.Writer) error {
 		}
 		var saw []string
 		for _, kind := range []opener{over(w.plain), over(w.short), unixPair} {
-			one, err := t.see(w, kind)
+			one, err := t.over(w, kind)
 			if err != nil {
 				return fmt.Errorf("%s: %w, after %q", t.what, err, saw)
 			}
@@ -93,15 +108,7 @@ func said(got string, err error) string {
 	return fmt.Sprintf("%q, then %v", got, err)
 }
 
-func counted(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("hello")); err != nil {
-		return "", err
-	}
+func counted(_ *world, p pair) (string, error) {
 	got := pieces(p.b, 5)
 	tcp, ok := p.b.(*net.TCPConn)
 	if !ok {
@@ -111,12 +118,7 @@ func counted(_ *world, open opener) (string, error) {
 	return fmt.Sprintf("%s, %d counted", got, n), err
 }
 
-func bothWays(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
+func bothWays(_ *world, p pair) (string, error) {
 	want := make([]byte, 1<<20)
 	for i := range want {
 		want[i] = byte(i * i >> 7)
@@ -144,11 +146,7 @@ func bothWays(_ *world, open opener) (string, error) {
 }
 
 // early has the accepted socket come into being with its first byte.
-func early(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
+func early(_ *world, p pair) (string, error) {
 	p.Close()
 	if p.ln == nil {
 		return none, nil
@@ -190,15 +188,7 @@ func deferred(ln net.Listener) (_ string, err error) {
 	return pieces(b, 10), nil
 }
 
-func pending(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("hello")); err != nil {
-		return "", err
-	}
+func pending(_ *world, p pair) (string, error) {
 	n, err := unread(p.b)
 	return fmt.Sprint(n), err
 }
@@ -206,12 +196,7 @@ func pending(_ *world, open opener) (string, error) {
 // mostQueued bounds what backPressure makes the kernel hold.
 const mostQueued = 64 << 20
 
-func backPressure(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
+func backPressure(_ *world, p pair) (string, error) {
 	if err := errors.Join(p.a.SetWriteBuffer(64<<10), p.b.SetReadBuffer(64<<10)); err != nil {
 		return "", err
 	}
@@ -235,15 +220,7 @@ func backPressure(_ *world, open opener) (string, error) {
 	return fmt.Sprintf("%d MiB", sum>>20), nil
 }
 
-func halfClose(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("question")); err != nil {
-		return "", err
-	}
+func halfClose(_ *world, p pair) (string, error) {
 	if err := p.a.CloseWrite(); err != nil {
 		return "", err
 	}
@@ -255,15 +232,7 @@ func halfClose(_ *world, open opener) (string, error) {
 	return question + "; " + pieces(p.a, 7), nil
 }
 
-func reset(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("bytes")); err != nil {
-		return "", err
-	}
+func reset(_ *world, p pair) (string, error) {
 	tcp, ok := p.a.(*net.TCPConn)
 	if !ok {
 		return none, nil
@@ -275,28 +244,12 @@ func reset(_ *world, open opener) (string, error) {
 	return pieces(p.b, 6), nil
 }
 
-func closedUnread(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("payment")); err != nil {
-		return "", err
-	}
+func closedUnread(_ *world, p pair) (string, error) {
 	p.b.Close()
 	return pieces(p.a, 1), nil
 }
 
-func severed(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("secret")); err != nil {
-		return "", err
-	}
+func severed(_ *world, p pair) (string, error) {
 	if err := sever(p.b); err != nil {
 		return "", err
 	}
@@ -304,12 +257,7 @@ func severed(_ *world, open opener) (string, error) {
 }
 
 // spliced moves by the call that net takes for two TCP connections.
-func spliced(w *world, open opener) (string, error) {
-	from, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer from.Close()
+func spliced(w *world, from pair) (string, error) {
 	to, err := over(w.plain)()
 	if err != nil {
 		return "", err
@@ -322,15 +270,7 @@ func spliced(w *world, open opener) (string, error) {
 	return pieces(to.b, 5), nil
 }
 
-func passed(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("before")); err != nil {
-		return "", err
-	}
+func passed(_ *world, p pair) (string, error) {
 	other, err := pass(p.b)
 	if err != nil {
 		return "", err
@@ -349,15 +289,9 @@ func passed(_ *world, open opener) (string, error) {
 
 // moved has one end frozen at any moment, its descriptor passed on and resumed, while
 // the other sends numbers.
-func moved(_ *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.a.Close()
+func moved(_ *world, p pair) (string, error) {
 	tcp, ok := p.b.(*net.TCPConn)
 	if !ok {
-		p.b.Close()
 		return none, nil // mesh/wire knows nothing else
 	}
 	const numbers = 200000
@@ -408,30 +342,14 @@ func moved(_ *world, open opener) (string, error) {
 	return "all in order", nil
 }
 
-func takenAway(w *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("before")); err != nil {
-		return "", err
-	}
+func takenAway(w *world, p pair) (string, error) {
 	if err := w.forget(); err != nil {
 		return "", err
 	}
 	return pieces(p.b, 6), nil
 }
 
-func afterwards(w *world, open opener) (string, error) {
-	p, err := open()
-	if err != nil {
-		return "", err
-	}
-	defer p.Close()
-	if _, err := p.a.Write([]byte("before")); err != nil {
-		return "", err
-	}
+func afterwards(w *world, p pair) (string, error) {
 	got := pieces(p.b, 6)
 	if err := w.forget(); err != nil {
 		return "", err
