@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +22,7 @@ import (
 	"hauberk.dev/mesh"
 	"hauberk.dev/mesh/link"
 	"hauberk.dev/plan"
+	"hauberk.dev/test/cgroup"
 )
 
 // hostRole makes TestHostProcesses play a part of itself in a cgroup of its own.
@@ -79,37 +79,6 @@ func sendTo(kind, to string) error {
 	return err
 }
 
-// hostCgroup makes a cgroup of its own for a part of the test.
-func hostCgroup(t *testing.T, name string) string {
-	t.Helper()
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(mounts)) {
-		f := strings.Fields(line)
-		if len(f) < 3 || f[2] != "cgroup2" {
-			continue
-		}
-		path := filepath.Join(f[1], fmt.Sprintf("hauberk-host-%d-%s", os.Getpid(), name))
-		if err := os.Mkdir(path, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			err := os.Remove(path)
-			for end := time.Now().Add(time.Minute); err != nil && time.Now().Before(end); err = os.Remove(path) {
-				time.Sleep(10 * time.Millisecond) // what ended in it is on its way
-			}
-			if err != nil {
-				t.Error(err)
-			}
-		})
-		return path
-	}
-	t.Skip("no cgroup v2 is mounted")
-	return ""
-}
-
 // moveInto moves this program into a cgroup while the test lasts, as what it opens
 // belongs there.
 func moveInto(t *testing.T, path string) {
@@ -133,19 +102,10 @@ func moveInto(t *testing.T, path string) {
 	t.Cleanup(func() { move(home) })
 }
 
-// inCgroup is this program, playing a part in a cgroup and a namespace.
+// inCgroup is this program, playing a part in a cgroup.
 func inCgroup(t *testing.T, path, role, with string) *exec.Cmd {
 	t.Helper()
-	dir, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dir.Close() })
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^TestHostProcesses$")
-	cmd.Env = append(os.Environ(), hostRole+"="+role+" "+with)
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
-	cmd.Stderr = os.Stderr
-	return cmd
+	return cgroup.Command(t, path, hostRole+"="+role+" "+with, "-test.run", "^TestHostProcesses$")
 }
 
 // TestHostProcesses has processes without a machine of their own call out of
@@ -173,7 +133,7 @@ func TestHostProcesses(t *testing.T) {
 		}
 	}()
 
-	app, own := hostCgroup(t, "app"), hostCgroup(t, "node")
+	app, own := cgroup.New(t, "app"), cgroup.New(t, "node")
 	moveInto(t, own)
 	events := make(chan api.Event, 64)
 	l := hostProxy(t, host, inCgroup(t, own, "proxy", filepath.Join(dir, "m")), filepath.Join(dir, "m"), events)

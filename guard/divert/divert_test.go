@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hauberk.dev/test/cgroup"
 )
 
 // role makes this program play a part in a cgroup of its own.
@@ -157,53 +159,10 @@ func peer(c net.Conn) (text string) {
 	return text
 }
 
-// cgroup makes one of its own for the test.
-func cgroup(t *testing.T, name string) string {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("loading programs into a kernel needs root")
-	}
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(mounts)) {
-		f := strings.Fields(line)
-		if len(f) < 3 || f[2] != "cgroup2" {
-			continue
-		}
-		path := filepath.Join(f[1], fmt.Sprintf("hauberk-divert-%d-%s", os.Getpid(), name))
-		if err := os.Mkdir(path, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			err := os.Remove(path)
-			for end := time.Now().Add(time.Minute); err != nil && time.Now().Before(end); err = os.Remove(path) {
-				time.Sleep(10 * time.Millisecond) // what ended in it is on its way
-			}
-			if err != nil {
-				t.Error(err)
-			}
-		})
-		return path
-	}
-	t.Skip("no cgroup v2 is mounted")
-	return ""
-}
-
 // play starts this program in a cgroup.
-func play(t *testing.T, path, part string) *exec.Cmd {
+func play(t *testing.T, dir, part string) *exec.Cmd {
 	t.Helper()
-	dir, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { dir.Close() })
-	cmd := exec.CommandContext(t.Context(), os.Args[0])
-	cmd.Env = append(os.Environ(), role+"="+part)
-	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd())}
-	cmd.Stderr = os.Stderr
-	return cmd
+	return cgroup.Command(t, dir, role+"="+part)
 }
 
 // proxy starts one without rights at an address, in its cgroup.
@@ -232,7 +191,7 @@ func proxy(t *testing.T, path, at string) netip.AddrPort {
 
 // TestDivert has processes of a cgroup dial, and others beside them.
 func TestDivert(t *testing.T) {
-	app, other, mesh := cgroup(t, "app"), cgroup(t, "other"), cgroup(t, "mesh")
+	app, other, mesh := cgroup.New(t, "app"), cgroup.New(t, "other"), cgroup.New(t, "mesh")
 	listener := proxy(t, mesh, "127.77.0.5:0")
 	outside := proxy(t, other, "127.0.0.1:0") // somebody's own server
 	d, err := Attach(Options{Cgroup: app, Opener: mesh, Listener: listener, Source: netip.MustParseAddr("127.88.0.5")})
@@ -285,7 +244,7 @@ func TestDivert(t *testing.T) {
 // TestPinned ends the process that has diverted, has another divert elsewhere,
 // and takes the diversion away.
 func TestPinned(t *testing.T) {
-	app, mesh := cgroup(t, "app"), cgroup(t, "mesh")
+	app, mesh := cgroup.New(t, "app"), cgroup.New(t, "mesh")
 	kept := t.TempDir()
 	if err := unix.Mount("bpf", kept, "bpf", 0, ""); err != nil {
 		t.Fatal(err)

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"hauberk.dev/internal/netns"
+	"hauberk.dev/test/cgroup"
 )
 
 // playSocket takes one socket through steps, as nobody, and says what came of each.
@@ -109,8 +110,8 @@ type pair struct {
 
 func newPair(t *testing.T, listener string) *pair {
 	t.Helper()
-	p := &pair{a: cgroup(t, "a"), b: cgroup(t, "b"), out: cgroup(t, "out")}
-	mesh := cgroup(t, "mesh")
+	p := &pair{a: cgroup.New(t, "a"), b: cgroup.New(t, "b"), out: cgroup.New(t, "out")}
+	mesh := cgroup.New(t, "mesh")
 	p.listenA, p.listenB = proxy(t, mesh, "127.77.0.5:0"+listener), proxy(t, mesh, "127.77.0.6:0"+listener)
 	for _, o := range []Options{
 		{Cgroup: p.a, Opener: mesh, Listener: p.listenA, Source: netip.MustParseAddr("127.88.0.5")},
@@ -126,9 +127,9 @@ func newPair(t *testing.T, listener string) *pair {
 }
 
 // steps takes a socket through steps in a cgroup.
-func steps(t *testing.T, cgroup, all string) string {
+func steps(t *testing.T, dir, all string) string {
 	t.Helper()
-	said, err := play(t, cgroup, "socket "+all).Output()
+	said, err := play(t, dir, "socket "+all).Output()
 	if err != nil {
 		t.Fatalf("%s: %v: %s", all, err, said)
 	}
@@ -193,7 +194,7 @@ func TestOtherInstance(t *testing.T) {
 // TestNothingComesIn has a server of the cgroup called and sent to from another
 // machine, before it is diverted and after.
 func TestNothingComesIn(t *testing.T) {
-	app, other, mesh := cgroup(t, "app"), cgroup(t, "other"), cgroup(t, "mesh")
+	app, other, mesh := cgroup.New(t, "app"), cgroup.New(t, "other"), cgroup.New(t, "mesh")
 	here, outside := namespaces(t)
 	cmd := play(t, app, "server")
 	in, err1 := cmd.StdinPipe()
