@@ -26,6 +26,7 @@ import (
 	"hauberk.dev/internal/netns"
 	"hauberk.dev/mesh/link"
 	"hauberk.dev/plan"
+	"hauberk.dev/test/succession"
 )
 
 const domain = "test.local"
@@ -107,7 +108,7 @@ type world struct {
 	path    string
 	options Options
 	proxy   *Proxy
-	line    *succession // if the proxy is another process
+	line    *succession.Line // if the proxy is another process
 	link    *link.Link
 	gateway netip.AddrPort
 	door    *os.File
@@ -146,7 +147,7 @@ func newWorldWith(t testing.TB, o Options, process bool) *world {
 	}
 	ln.Close()
 	if process {
-		w.line = newSuccession(t, w.dir)
+		w.line = succession.Start(t, w.dir)
 	} else {
 		w.startProxy()
 	}
@@ -168,7 +169,7 @@ func (w *world) startProxy() {
 
 func (w *world) stopProxy() {
 	if w.line != nil {
-		w.line.end()
+		w.line.End()
 		return
 	}
 	w.stop()

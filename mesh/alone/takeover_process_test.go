@@ -2,7 +2,6 @@ package alone
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -13,13 +12,12 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -31,47 +29,27 @@ import (
 
 	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/mesh/handover"
+	"hauberk.dev/test/succession"
 )
 
-// roleEnv makes the test's program a proxy of its own: "first" or "next", which
-// takes the place of the one that is there. dieEnv has it killed on the way.
-const (
-	roleEnv = "HAUBERK_TEST_ALONE"
-	dirEnv  = "HAUBERK_TEST_ALONE_DIR"
-	dieEnv  = "HAUBERK_TEST_ALONE_DIES"
-)
+func TestMain(m *testing.M) { succession.Main(m, playProxy) }
 
-func TestMain(m *testing.M) {
-	if role := os.Getenv(roleEnv); role != "" {
-		if err := proxyMain(role, os.Getenv(dirEnv), os.Getenv(dieEnv)); err != nil {
-			fmt.Fprintln(os.Stderr, role, os.Getpid(), err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
-
-// proxyMain does what hauberk-mesh -c does.
-func proxyMain(role, dir, dies string) error {
+// playProxy does what hauberk-mesh -c does.
+func playProxy(ctx context.Context, part succession.Part) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("pid", os.Getpid())
-	c, err := Load(filepath.Join(dir, "proxy.yaml"))
+	c, err := Load(filepath.Join(part.Dir, "proxy.yaml"))
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go func() { // with the test
-		os.Stdin.Read(make([]byte, 1))
-		cancel()
-	}()
-	path := filepath.Join(dir, "next")
-	if dies != "" {
-		return dieOnTheWay(ctx, path, c, log, dies)
+	path := filepath.Join(part.Dir, "next")
+	if part.Dies > 0 {
+		return dieOnTheWay(ctx, path, c, log, part)
 	}
 	var p *Proxy
 	var door *net.UnixListener
-	if role == "next" {
+	if !part.First {
 		p, door, err = TakeOver(ctx, path, c, log)
 	} else if door, err = unixsock.Listen(path); err == nil {
 		p, err = Open(c, log)
@@ -79,7 +57,7 @@ func proxyMain(role, dir, dies string) error {
 	if err != nil {
 		return err
 	}
-	words := []string{"serving"}
+	var words []string
 	for _, l := range c.Listeners {
 		words = append(words, l.Name, p.Address(l.Name).String())
 	}
@@ -91,18 +69,14 @@ func proxyMain(role, dir, dies string) error {
 	return errors.Join(err, <-given)
 }
 
-// dieOnTheWay takes over and kills itself so many microseconds after it has begun to
-// ask, but before it has answered.
-func dieOnTheWay(ctx context.Context, path string, c *Config, log *slog.Logger, dies string) error {
-	after, err := strconv.Atoi(dies)
-	if err != nil {
-		return err
-	}
+// dieOnTheWay takes over and is killed some time after it has begun to ask, but before
+// it has answered.
+func dieOnTheWay(ctx context.Context, path string, c *Config, log *slog.Logger, part succession.Part) error {
 	p, err := prepare(c, log)
 	if err != nil {
 		return err
 	}
-	time.AfterFunc(time.Duration(after)*time.Microsecond, func() { syscall.Kill(os.Getpid(), syscall.SIGKILL) })
+	part.Doom()
 	return handover.Take(ctx, path, func(load *handover.Load) (func(), error) {
 		t, err := p.unpack(load)
 		if err == nil {
@@ -113,108 +87,19 @@ func dieOnTheWay(ctx context.Context, path string, c *Config, log *slog.Logger, 
 	})
 }
 
-// succession is the proxies that follow each other, each a process.
-type succession struct {
-	t         *testing.T
-	dir       string
-	now       *exec.Cmd
-	in, hold  *os.File // the end of hold ends the proxies
-	addresses map[string]string
-
-	mu   sync.Mutex
-	logs bytes.Buffer
-}
-
-func (s *succession) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.logs.Write(b)
-}
-
-// start starts a proxy and waits until it serves.
-func (s *succession) start(role, dies string) (*exec.Cmd, error) {
-	exe, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	c := exec.Command(exe)
-	c.Env = append(os.Environ(), roleEnv+"="+role, dirEnv+"="+s.dir, dieEnv+"="+dies)
-	c.Stderr, c.Stdin = s, s.in
-	out, err := c.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := c.Start(); err != nil {
-		return nil, err
-	}
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if words := strings.Fields(line); err == nil && len(words) > 1 {
-		now := map[string]string{}
-		for i := 1; i+1 < len(words); i += 2 {
-			now[words[i]] = words[i+1]
-		}
-		if s.addresses == nil {
-			s.addresses = now
-		}
-		if fmt.Sprint(now) != fmt.Sprint(s.addresses) {
-			err = fmt.Errorf("it serves %v, and the first %v", now, s.addresses)
-		}
-	}
-	return c, err
-}
-
-// next has a new proxy take the place of the one there is, which then ends.
-func (s *succession) next() {
-	s.t.Helper()
-	c, err := s.start("next", "")
-	if err != nil {
-		s.t.Fatalf("the next proxy does not serve: %v\n%s", err, s.logs.String())
-	}
-	before := s.now
-	s.now = c
-	if err := before.Wait(); err != nil {
-		s.t.Errorf("the proxy before ended: %v", err)
-	}
-}
-
-// fail has a new proxy try, and die.
-func (s *succession) fail() {
-	s.t.Helper()
-	c, err := s.start("next", strconv.Itoa(1+rand.IntN(20_000)))
-	if err == nil {
-		s.t.Fatal("a proxy that was to be killed serves")
-	}
-	if err := c.Wait(); err == nil || c.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-		s.t.Errorf("a proxy that was to be killed ended with %v", err)
-	}
-}
-
-func newSuccession(t *testing.T, dir, text string) *succession {
+// beginSuccession starts the first proxy, and says where each listener is.
+func beginSuccession(t *testing.T, dir, text string) (s *succession.Line, addresses map[string]string) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, "proxy.yaml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s := &succession{t: t, dir: dir}
-	var err error
-	if s.in, s.hold, err = os.Pipe(); err != nil {
-		t.Fatal(err)
+	s = succession.Start(t, dir)
+	t.Cleanup(s.End)
+	addresses = map[string]string{}
+	for words := range slices.Chunk(strings.Fields(s.Serves), 2) {
+		addresses[words[0]] = words[1]
 	}
-	t.Cleanup(func() {
-		s.hold.Close()
-		if s.now != nil {
-			if err := s.now.Wait(); err != nil {
-				t.Errorf("the last proxy ended: %v", err)
-			}
-		}
-		s.in.Close()
-		if t.Failed() {
-			t.Logf("proxies:\n%s", s.logs.String())
-		}
-	})
-	if s.now, err = s.start("first", ""); err != nil {
-		t.Fatalf("%v\n%s", err, s.logs.String())
-	}
-	return s
+	return s, addresses
 }
 
 // callers ask all the time, each one request after the other, until they are told to
@@ -324,7 +209,7 @@ func TestSuccession(t *testing.T) {
 		w.Write(b)
 	})
 	rpc, udp := newRPCOrigin(t, "o", false), newEcho(t, "127.0.0.1:0", "u")
-	s := newSuccession(t, dir, fmt.Sprintf(`version: 1
+	s, addresses := beginSuccession(t, dir, fmt.Sprintf(`version: 1
 admin: admin
 limits: {drain_timeout: 1h, stop_timeout: 2s}
 listeners:
@@ -346,7 +231,7 @@ upstreams:
 - {name: rpc, protocol: bolt, endpoints: [%s]}
 `, strings.TrimPrefix(up, "http://"), echoGRPC(t), echoTCP(t), udp.address(), endpointsOf(rpc)))
 	c := &callers{t: t, stop: make(chan struct{})}
-	c.begin(s)
+	c.begin(addresses)
 	c.progress(3)
 	turns := []bool{false, true, false, true, false}
 	if v := os.Getenv("HAUBERK_TEST_UPGRADES"); v != "" { // more of them, for who has the time
@@ -360,9 +245,9 @@ upstreams:
 	for i, dies := range turns {
 		began := time.Now()
 		if dies {
-			s.fail()
+			s.Fail(20 * time.Millisecond)
 		} else {
-			s.next()
+			s.Next()
 		}
 		t.Logf("%d: dies %v, %v; %d requests of HTTP", i+1, dies, time.Since(began).Round(time.Millisecond), c.counted.Load())
 		c.progress(3)
@@ -388,27 +273,27 @@ upstreams:
 }
 
 // begin starts the callers.
-func (c *callers) begin(s *succession) {
+func (c *callers) begin(addresses map[string]string) {
 	t := c.t
 	relaxed := &tls.Config{InsecureSkipVerify: true, ServerName: "h"} // who serves is not what is tested
 	for range 3 {
-		plain := &asker{dial: func() (net.Conn, error) { return net.Dial("tcp", s.addresses["web"]) }}
+		plain := &asker{dial: func() (net.Conn, error) { return net.Dial("tcp", addresses["web"]) }}
 		c.add("http/1", true, func(n int) error {
 			if plain.made > 1 {
 				return errors.New("a connection that could have moved was ended")
 			}
 			return plain.ask(n)
 		})
-		secure := &asker{dial: func() (net.Conn, error) { return tls.Dial("tcp", s.addresses["tls"], relaxed) }}
+		secure := &asker{dial: func() (net.Conn, error) { return tls.Dial("tcp", addresses["tls"], relaxed) }}
 		c.add("https", true, secure.ask)
-		c.add("tcp", false, newLines(t, s.addresses["bytes"]))
-		c.add("bolt", false, newBolts(t, s.addresses["rpc"]))
-		c.add("udp", false, newPings(t, s.addresses["udp"]))
+		c.add("tcp", false, newLines(t, addresses["bytes"]))
+		c.add("bolt", false, newBolts(t, addresses["rpc"]))
+		c.add("udp", false, newPings(t, addresses["udp"]))
 	}
 	tr := &http.Transport{TLSClientConfig: relaxed.Clone(), ForceAttemptHTTP2: true}
 	t.Cleanup(tr.CloseIdleConnections)
 	two := &http.Client{Transport: tr, Timeout: patience}
-	conn, err := grpc.NewClient("passthrough:///"+s.addresses["tls"], grpc.WithTransportCredentials(credentials.NewTLS(relaxed.Clone())))
+	conn, err := grpc.NewClient("passthrough:///"+addresses["tls"], grpc.WithTransportCredentials(credentials.NewTLS(relaxed.Clone())))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,7 +301,7 @@ func (c *callers) begin(s *succession) {
 	for i := range 3 {
 		c.add("http/2", true, func(n int) error {
 			body := strings.Repeat("x", n*97%3000)
-			req, err := http.NewRequest("POST", "https://"+s.addresses["tls"]+"/", strings.NewReader(body))
+			req, err := http.NewRequest("POST", "https://"+addresses["tls"]+"/", strings.NewReader(body))
 			if err != nil {
 				return err
 			}
