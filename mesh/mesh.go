@@ -5,12 +5,13 @@
 // sandbox's own identity, to the proxy of the node that runs an endpoint; one
 // to a listed destination outside goes there; any other is refused. Where
 // connections arrive, the access rules of the service are applied to the
-// identity the caller has proved: per request where the port speaks HTTP, else
-// per connection. A peer without an identity gets nothing.
+// identity the caller has proved: per request where the port speaks HTTP, SOFABolt,
+// Dubbo or Redis, else per connection. A peer without an identity gets nothing.
 //
 // The package opens no socket in a sandbox, signs nothing and stores nothing:
-// sockets and certificates come from the node over the link (api/mesh), keys
-// are made here and never leave the process.
+// sockets and certificates come from the node over the link (api/mesh). Private keys
+// are made here and never leave the process; the secrets of live connections go to
+// the process that takes its place (mesh/handover), and nowhere else.
 package mesh
 
 import (

@@ -1,5 +1,5 @@
 // Package loopback finds where programs that are measured may listen, and keeps
-// others away from there.
+// others away from there. It opens nothing that is measured.
 package loopback
 
 import (

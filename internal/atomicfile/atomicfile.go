@@ -1,5 +1,7 @@
 // Package atomicfile replaces files so that a reader, and a machine that lost
 // power, sees the old content or the new, never a part.
+//
+// It keeps no two writers apart: of both, the last counts.
 package atomicfile
 
 import (

@@ -1,4 +1,7 @@
-// Package overdue lets a program that does not end say why.
+// Package overdue lets a program that does not end in time say why: what each of its
+// goroutines is doing.
+//
+// It ends nothing; that is for whoever is told.
 package overdue
 
 import (

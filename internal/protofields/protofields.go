@@ -1,5 +1,8 @@
 // Package protofields reads messages of protobuf field by field, where the
 // package that defines them would bring too much along.
+//
+// It knows no message: which field is which, and what is out of bounds, is for who
+// reads.
 package protofields
 
 import (

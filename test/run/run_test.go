@@ -1,5 +1,5 @@
 // Package run_test runs sandboxes by hand as people do: with the programs, from
-// pipes and on a terminal.
+// pipes and on a terminal. What a sandbox is made of is tested where it is made.
 package run_test
 
 import (
