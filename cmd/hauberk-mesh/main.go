@@ -79,19 +79,11 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	})
 	defer inTime()
 	if *admin != "" {
-		metrics, err := unixsock.ListenStream(*admin)
-		if err != nil && *take == "" {
+		stop, err := serveAdmin(ctx, log, p, *admin, *take != "")
+		if err != nil {
 			return errors.Join(err, ln.Close())
 		}
-		var stop context.CancelFunc
-		ctx, stop = context.WithCancel(ctx)
-		served := make(chan error, 1)
-		if err == nil {
-			go func() { served <- p.ServeAdmin(ctx, metrics) }()
-		} else {
-			go func() { served <- serveAdminLater(ctx, log, p, *admin) }()
-		}
-		defer func() { stop(); <-served }()
+		defer stop()
 	}
 	if next == nil {
 		return p.Run(ctx, ln)
@@ -99,6 +91,23 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	given := make(chan error, 1)
 	go func() { given <- p.GiveOver(ctx, next) }()
 	return errors.Join(p.Run(ctx, ln), <-given)
+}
+
+// serveAdmin serves the socket for administrators until stop is called: at once or,
+// where another process may have it still, once it can.
+func serveAdmin(ctx context.Context, log *slog.Logger, p *mesh.Proxy, path string, later bool) (stop func(), err error) {
+	metrics, err := unixsock.ListenStream(path)
+	if err != nil && !later {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	served := make(chan error, 1)
+	if err == nil {
+		go func() { served <- p.ServeAdmin(ctx, metrics) }()
+	} else {
+		go func() { served <- serveAdminLater(ctx, log, p, path) }()
+	}
+	return func() { cancel(); <-served }, nil
 }
 
 // serveAdminLater opens the socket for administrators once the process whose place
