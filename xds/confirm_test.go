@@ -18,6 +18,7 @@ import (
 	"hauberk.dev/plan"
 	"hauberk.dev/xds"
 	"hauberk.dev/xds/envoy"
+	"hauberk.dev/xds/xdstest"
 )
 
 // acked counts the answers of a kind that refuse nothing.
@@ -80,9 +81,9 @@ func refusing(name string) func(*plan.Proxy) error {
 }
 
 func static(name string, port uint32) *cluster.Cluster {
-	c := edsCluster(name)
+	c := xdstest.Cluster(name)
 	c.ClusterDiscoveryType, c.EdsClusterConfig = nil, nil
-	c.LoadAssignment = endpoints(name, port)
+	c.LoadAssignment = xdstest.Endpoints(name, port)
 	return c
 }
 
@@ -93,10 +94,10 @@ func TestConfirmNamed(t *testing.T) {
 	w, j := newWorld(t), &judge{}
 	p := w.run(j.options)
 	w.set("1", static("a", 1))
-	until(t, "the first cluster", func() bool { return slices.Equal(j.clusters(), []string{"a"}) })
+	xdstest.Until(t, "the first cluster", func() bool { return slices.Equal(j.clusters(), []string{"a"}) })
 	j.set(refusing("bad"))
 	w.set("2", static("a", 2), static("bad", 3), static("c", 4))
-	until(t, "the NACK", func() bool { return len(w.refusals()) == 1 })
+	xdstest.Until(t, "the NACK", func() bool { return len(w.refusals()) == 1 })
 	if got := w.refusals()[0]; got != `clusters "bad": the proxy has no such thing` {
 		t.Errorf("NACK says %q", got)
 	}
@@ -108,8 +109,8 @@ func TestConfirmNamed(t *testing.T) {
 	}
 	j.set(nil)
 	w.set("3", static("a", 2), static("bad", 5), static("c", 4))
-	until(t, "the mended one", func() bool { return slices.Equal(j.clusters(), []string{"a", "bad", "c"}) })
-	until(t, "no refusal to be left", func() bool { return len(p.Status().Refused) == 0 })
+	xdstest.Until(t, "the mended one", func() bool { return slices.Equal(j.clusters(), []string{"a", "bad", "c"}) })
+	xdstest.Until(t, "no refusal to be left", func() bool { return len(p.Status().Refused) == 0 })
 }
 
 // TestConfirmUndoesAll proves that a response whose culprit nobody knows is as if
@@ -117,8 +118,8 @@ func TestConfirmNamed(t *testing.T) {
 func TestConfirmUndoesAll(t *testing.T) {
 	w, j := newWorld(t), &judge{}
 	p := w.run(j.options)
-	w.set("1", edsCluster("a"), endpoints("a", 1), httpListener(t, "l", 80, "r"), routes("r", "a"))
-	until(t, "everything", func() bool { return p.Status().Digest == w.digest() })
+	w.set("1", xdstest.Cluster("a"), xdstest.Endpoints("a", 1), xdstest.Listener(t, "l", 80, "r"), routes("r", "a"))
+	xdstest.Until(t, "everything", func() bool { return p.Status().Digest == w.digest() })
 	before := p.Status().Digest
 	j.set(func(p *plan.Proxy) error {
 		for _, c := range p.Clusters {
@@ -128,14 +129,14 @@ func TestConfirmUndoesAll(t *testing.T) {
 		}
 		return nil
 	})
-	w.set("2", static("a", 9), static("b", 2), endpoints("a", 1), httpListener(t, "l", 80, "r"), routes("r", "a"))
-	until(t, "the NACK", func() bool { return slices.Contains(w.refusals(), "something is wrong") })
+	w.set("2", static("a", 9), static("b", 2), xdstest.Endpoints("a", 1), xdstest.Listener(t, "l", 80, "r"), routes("r", "a"))
+	xdstest.Until(t, "the NACK", func() bool { return slices.Contains(w.refusals(), "something is wrong") })
 	if s := p.Status(); s.Digest != before || s.Resources["clusters"] != 1 || s.Resources["endpoints"] != 1 {
 		t.Errorf("status is %+v, want digest %s", s, before)
 	}
 	j.set(nil)
-	w.set("3", edsCluster("a"), endpoints("a", 1, 2), httpListener(t, "l", 80, "r"), routes("r", "a"))
-	until(t, "the next version", func() bool { return p.Status().Digest == w.digest() })
+	w.set("3", xdstest.Cluster("a"), xdstest.Endpoints("a", 1, 2), xdstest.Listener(t, "l", 80, "r"), routes("r", "a"))
+	xdstest.Until(t, "the next version", func() bool { return p.Status().Digest == w.digest() })
 	if got := p.Status(); len(got.Refused) != 0 {
 		t.Errorf("refused is %q", got.Refused)
 	}
@@ -147,8 +148,8 @@ func TestConfirmWaits(t *testing.T) {
 	var tries atomic.Int32
 	j.set(func(p *plan.Proxy) error { tries.Add(1); return errors.New("the proxy is away") })
 	p := w.run(j.options)
-	w.set("1", static("a", 1), httpListener(t, "l", 80, "r"), routes("r", "a"))
-	until(t, "some tries", func() bool { return tries.Load() > 5 })
+	w.set("1", static("a", 1), xdstest.Listener(t, "l", 80, "r"), routes("r", "a"))
+	xdstest.Until(t, "some tries", func() bool { return tries.Load() > 5 })
 	if w.acked(envoy.Listeners) != 0 {
 		t.Error("listeners are acknowledged, and not in force")
 	}
@@ -156,10 +157,10 @@ func TestConfirmWaits(t *testing.T) {
 		t.Errorf("status is %+v", s)
 	}
 	w.stop() // the stream ends meanwhile, and the next one is answered
-	until(t, "the client to notice", func() bool { return !p.Status().Connected })
+	xdstest.Until(t, "the client to notice", func() bool { return !p.Status().Connected })
 	j.set(nil)
 	w.start()
-	until(t, "all to be in force", func() bool { return p.Status().Digest == w.digest() })
+	xdstest.Until(t, "all to be in force", func() bool { return p.Status().Digest == w.digest() })
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if len(j.last.Listeners) != 1 {
@@ -202,7 +203,7 @@ func TestNoStreamAllowed(t *testing.T) {
 	w := &world{t: t, socket: socket}
 	p := w.run(func(o *xds.Options) { o.OpenTimeout = 20 * time.Millisecond })
 	defer p.stop()
-	until(t, "the reason, more than once", func() bool {
+	xdstest.Until(t, "the reason, more than once", func() bool {
 		s := p.Status()
 		return s.Attempts > 1 && strings.Contains(s.Error, "lets none begin within 20ms")
 	})

@@ -18,6 +18,7 @@ import (
 
 	"hauberk.dev/xds"
 	"hauberk.dev/xds/envoy"
+	"hauberk.dev/xds/xdstest"
 )
 
 // script is a server that says what a test wants and hands on what it hears.
@@ -72,7 +73,7 @@ func hostile(t *testing.T) (*world, *script) {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	w := &world{t: t, socket: filepath.Join(dir, "s")}
 	s := &script{streams: make(chan *talk, 100)}
-	w.stop = serve(t, w.socket, s)
+	_, w.stop = xdstest.Serve(t, "unix", w.socket, s)
 	t.Cleanup(w.stop)
 	return w, s
 }
@@ -118,7 +119,7 @@ func response(kind envoy.Kind, nonce string, rs ...*discovery.Resource) *discove
 
 func item(t *testing.T, name, version string, m proto.Message) *discovery.Resource {
 	t.Helper()
-	return &discovery.Resource{Name: name, Version: version, Resource: wrap(t, m)}
+	return &discovery.Resource{Name: name, Version: version, Resource: xdstest.Any(t, m)}
 }
 
 // TestHostileResources sends, beside a good cluster each, what a server must
@@ -127,7 +128,7 @@ func TestHostileResources(t *testing.T) {
 	w, s := hostile(t)
 	p := w.run()
 	k := s.next(t)
-	static := edsCluster("x")
+	static := xdstest.Cluster("x")
 	long := strings.Repeat("n", 100_000)
 	for i, c := range []struct {
 		bad  []*discovery.Resource
@@ -138,21 +139,21 @@ func TestHostileResources(t *testing.T) {
 		{[]*discovery.Resource{{Name: "x"}}, `clusters "x": resource: missing`},
 		{[]*discovery.Resource{nil, {}}, `clusters "": name:`},
 		{[]*discovery.Resource{item(t, "y", "1", static)}, `clusters "y": name: "x": the response calls it "y"`},
-		{[]*discovery.Resource{item(t, long, "1", edsCluster(long))}, `name: 100000 bytes: more than 1024`},
+		{[]*discovery.Resource{item(t, long, "1", xdstest.Cluster(long))}, `name: 100000 bytes: more than 1024`},
 		{[]*discovery.Resource{item(t, "x", long, static)}, `clusters "x": version: 100000 bytes`},
-		{[]*discovery.Resource{item(t, "*", "1", edsCluster("*"))}, `clusters "*": name: "*": is no name`},
-		{[]*discovery.Resource{item(t, "a\nb", "1", edsCluster("a\nb"))}, `not plain text`},
+		{[]*discovery.Resource{item(t, "*", "1", xdstest.Cluster("*"))}, `clusters "*": name: "*": is no name`},
+		{[]*discovery.Resource{item(t, "a\nb", "1", xdstest.Cluster("a\nb"))}, `not plain text`},
 		{[]*discovery.Resource{item(t, "x", "1", static), item(t, "x", "2", static)}, `clusters "x": name: more than once in one response`},
-		{[]*discovery.Resource{{Name: "x", Aliases: []string{"z"}, Resource: wrap(t, static)}}, `clusters "x": aliases: "z"`},
-		{[]*discovery.Resource{{Name: "x", Ttl: durationpb.New(time.Second), Resource: wrap(t, static)}}, `clusters "x": ttl: 1s`},
+		{[]*discovery.Resource{{Name: "x", Aliases: []string{"z"}, Resource: xdstest.Any(t, static)}}, `clusters "x": aliases: "z"`},
+		{[]*discovery.Resource{{Name: "x", Ttl: durationpb.New(time.Second), Resource: xdstest.Any(t, static)}}, `clusters "x": ttl: 1s`},
 	} {
 		good := fmt.Sprintf("good-%d", i)
 		nonce := fmt.Sprint(i)
-		answer := k.say(response(envoy.Clusters, nonce, append(c.bad, item(t, good, "1", edsCluster(good)))...))
+		answer := k.say(response(envoy.Clusters, nonce, append(c.bad, item(t, good, "1", xdstest.Cluster(good)))...))
 		if got := answer.GetErrorDetail().GetMessage(); !strings.Contains(got, c.want) || len(got) > 8<<10 {
 			t.Errorf("%d: NACK says %.300q, want %q", i, got, c.want)
 		}
-		until(t, "the good one", func() bool { return p.Status().Resources["clusters"] == i+1 })
+		xdstest.Until(t, "the good one", func() bool { return p.Status().Resources["clusters"] == i+1 })
 	}
 	if got := p.Status().Nacks; got != 12 {
 		t.Errorf("%d NACKs", got)
@@ -164,7 +165,7 @@ func TestHostileResponses(t *testing.T) {
 	w, s := hostile(t)
 	p := w.run(func(o *xds.Options) { o.MaxMessage, o.MaxResources = 1<<20, 100 })
 	k := s.next(t)
-	if a := k.say(response(envoy.Clusters, "1", item(t, "a", "1", edsCluster("a")))); a.ErrorDetail != nil {
+	if a := k.say(response(envoy.Clusters, "1", item(t, "a", "1", xdstest.Cluster("a")))); a.ErrorDetail != nil {
 		t.Fatal(a.ErrorDetail)
 	}
 	// Of a kind that nobody asked for, known or not.
@@ -176,14 +177,14 @@ func TestHostileResponses(t *testing.T) {
 	}
 	// The same nonce and the same resources again change nothing.
 	for range 3 {
-		if a := k.say(response(envoy.Clusters, "1", item(t, "a", "1", edsCluster("a")))); a.ErrorDetail != nil {
+		if a := k.say(response(envoy.Clusters, "1", item(t, "a", "1", xdstest.Cluster("a")))); a.ErrorDetail != nil {
 			t.Error(a.ErrorDetail)
 		}
 	}
 	// More than is held, in one response and over several.
 	var many []*discovery.Resource
 	for _, n := range names("m", 101) {
-		many = append(many, item(t, n, "1", edsCluster(n)))
+		many = append(many, item(t, n, "1", xdstest.Cluster(n)))
 	}
 	if got := k.say(response(envoy.Clusters, "3", many...)).GetErrorDetail().GetMessage(); !strings.Contains(got, "101 in one response") {
 		t.Errorf("NACK says %q", got)
@@ -201,7 +202,7 @@ func TestHostileResponses(t *testing.T) {
 	if a := k.say(removal); a.ErrorDetail != nil {
 		t.Error(a.ErrorDetail)
 	}
-	until(t, "one to be removed", func() bool { return p.Status().Resources["clusters"] == 99 })
+	xdstest.Until(t, "one to be removed", func() bool { return p.Status().Resources["clusters"] == 99 })
 
 	// No nonce, or one that is too long: there is no answer to it, so the
 	// stream ends, and what was accepted stays.
@@ -242,7 +243,7 @@ func TestHostileFlood(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	until(t, "all to be refused", func() bool { return p.Status().Nacks == 2000 })
+	xdstest.Until(t, "all to be refused", func() bool { return p.Status().Nacks == 2000 })
 	if grown := int64(heap()) - int64(before); grown > 16<<20 {
 		t.Errorf("%d bytes more in use after 40 MB of refused resources", grown)
 	}
@@ -293,15 +294,15 @@ func TestEndsAhead(t *testing.T) {
 		k := s.next(t)
 		last.Store(k)
 		for i, n := range names("c", 50) {
-			k.stream.Send(response(envoy.Clusters, fmt.Sprint(i), item(t, n, "1", edsCluster(n))))
+			k.stream.Send(response(envoy.Clusters, fmt.Sprint(i), item(t, n, "1", xdstest.Cluster(n))))
 		}
 		close(k.end)
 	}
 	k := s.next(t)
 	k.say(response(envoy.Listeners, "1"))
-	k.say(response(envoy.Clusters, "2", item(t, "a", "1", edsCluster("a"))))
-	k.say(response(envoy.Endpoints, "3", item(t, "a", "1", endpoints("a", 1))))
-	until(t, "what the last stream says", func() bool { return slices.Equal(p.ports("a"), []uint16{1}) })
+	k.say(response(envoy.Clusters, "2", item(t, "a", "1", xdstest.Cluster("a"))))
+	k.say(response(envoy.Endpoints, "3", item(t, "a", "1", xdstest.Endpoints("a", 1))))
+	xdstest.Until(t, "what the last stream says", func() bool { return slices.Equal(p.ports("a"), []uint16{1}) })
 	if n := p.Status().Resources["clusters"]; n < 2 {
 		t.Errorf("%d clusters are held: nothing of the streams that ended", n)
 	}
@@ -314,14 +315,14 @@ func TestRemovedIsKnown(t *testing.T) {
 	p := w.run()
 	k := s.next(t)
 	k.say(response(envoy.Listeners, "1"))
-	k.say(response(envoy.Clusters, "2", item(t, "a", "1", edsCluster("a"))))
-	until(t, "the cluster to wait", func() bool { return len(p.Status().Waiting) == 1 })
+	k.say(response(envoy.Clusters, "2", item(t, "a", "1", xdstest.Cluster("a"))))
+	xdstest.Until(t, "the cluster to wait", func() bool { return len(p.Status().Waiting) == 1 })
 	gone := response(envoy.Endpoints, "3")
 	gone.RemovedResources = []string{"a"}
 	k.say(gone)
-	until(t, "an empty cluster", func() bool { _, ok := p.cluster("a"); return ok })
-	k.say(response(envoy.Endpoints, "4", item(t, "a", "1", endpoints("a", 1)), item(t, "other", "1", endpoints("other", 1))))
-	until(t, "its endpoints", func() bool { return slices.Equal(p.ports("a"), []uint16{1}) })
+	xdstest.Until(t, "an empty cluster", func() bool { _, ok := p.cluster("a"); return ok })
+	k.say(response(envoy.Endpoints, "4", item(t, "a", "1", xdstest.Endpoints("a", 1)), item(t, "other", "1", xdstest.Endpoints("other", 1))))
+	xdstest.Until(t, "its endpoints", func() bool { return slices.Equal(p.ports("a"), []uint16{1}) })
 	if got := p.Status().Resources["endpoints"]; got != 1 {
 		t.Errorf("%d endpoints are held, of which one was asked for", got)
 	}

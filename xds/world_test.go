@@ -3,7 +3,6 @@ package xds_test
 import (
 	"context"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -11,39 +10,21 @@ import (
 	"testing"
 	"time"
 
-	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
-	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
-	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
-	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
-	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/v3"
-	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/server/v3"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/anypb"
 
 	"hauberk.dev/plan"
 	"hauberk.dev/xds"
 	"hauberk.dev/xds/envoy"
+	"hauberk.dev/xds/xdstest"
 )
 
 const node = "proxy-1"
-
-// until polls for a condition, with a bound that a loaded machine meets.
-func until(t *testing.T, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(60 * time.Second); !cond(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-	}
-}
 
 // world is go-control-plane's own server, which notes what is said.
 type world struct {
@@ -94,31 +75,11 @@ func (w *world) start() {
 			}
 		},
 	})
-	wait := serve(w.t, w.socket, ads)
+	_, wait := xdstest.Serve(w.t, "unix", w.socket, ads)
 	w.stop = sync.OnceFunc(func() {
 		cancel()
 		wait()
 	})
-}
-
-// serve serves ADS on a socket until stop is called.
-func serve(t *testing.T, socket string, ads discovery.AggregatedDiscoveryServiceServer) (stop func()) {
-	t.Helper()
-	ln, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := grpc.NewServer()
-	discovery.RegisterAggregatedDiscoveryServiceServer(srv, ads)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		srv.Serve(ln)
-	}()
-	return func() {
-		srv.Stop()
-		<-done
-	}
 }
 
 // forget clears what was noted.
@@ -150,22 +111,7 @@ func (w *world) refusals() (all []string) {
 // set makes the server tell these resources, and no others.
 func (w *world) set(version string, resources ...types.Resource) {
 	w.t.Helper()
-	byType := map[resource.Type][]types.Resource{}
-	for _, r := range resources {
-		url := "type.googleapis.com/" + string(r.ProtoReflect().Descriptor().FullName())
-		byType[url] = append(byType[url], r)
-	}
-	s, err := cache.NewSnapshot(version, byType)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	// Else its own goroutines would, while digest reads.
-	if err := s.ConstructVersionMap(); err != nil {
-		w.t.Fatal(err)
-	}
-	if err := w.cache.SetSnapshot(context.Background(), node, s); err != nil {
-		w.t.Fatal(err)
-	}
+	xdstest.Set(w.t, w.cache, node, version, resources...)
 }
 
 // digest is what the server works out of what it serves.
@@ -276,43 +222,6 @@ func (p *proxy) ports(name string) (ports []uint16) {
 
 // What follows makes resources.
 
-var ads = &core.ConfigSource{
-	ResourceApiVersion:    core.ApiVersion_V3,
-	ConfigSourceSpecifier: &core.ConfigSource_Ads{Ads: &core.AggregatedConfigSource{}},
-}
-
-func wrap(t *testing.T, m proto.Message) *anypb.Any {
-	t.Helper()
-	a, err := anypb.New(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a
-}
-
-func edsCluster(name string) *cluster.Cluster {
-	return &cluster.Cluster{
-		Name: name, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_EDS},
-		EdsClusterConfig: &cluster.Cluster_EdsClusterConfig{EdsConfig: ads},
-	}
-}
-
-func address(ip string, port uint32) *core.Address {
-	return &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
-		Address: ip, PortSpecifier: &core.SocketAddress_PortValue{PortValue: port},
-	}}}
-}
-
-func endpoints(name string, ports ...uint32) *endpoint.ClusterLoadAssignment {
-	group := &endpoint.LocalityLbEndpoints{}
-	for _, p := range ports {
-		group.LbEndpoints = append(group.LbEndpoints, &endpoint.LbEndpoint{
-			HostIdentifier: &endpoint.LbEndpoint_Endpoint{Endpoint: &endpoint.Endpoint{Address: address("10.0.0.1", p)}},
-		})
-	}
-	return &endpoint.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpoint.LocalityLbEndpoints{group}}
-}
-
 func routes(name string, clusters ...string) *route.RouteConfiguration {
 	host := &route.VirtualHost{Name: "all", Domains: []string{"*"}}
 	for _, c := range clusters {
@@ -323,19 +232,6 @@ func routes(name string, clusters ...string) *route.RouteConfiguration {
 		})
 	}
 	return &route.RouteConfiguration{Name: name, VirtualHosts: []*route.VirtualHost{host}}
-}
-
-func httpListener(t *testing.T, name string, port uint32, routes string) *listener.Listener {
-	t.Helper()
-	manager := &hcm.HttpConnectionManager{
-		StatPrefix: "x",
-		RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{
-			ConfigSource: ads, RouteConfigName: routes}},
-		HttpFilters: []*hcm.HttpFilter{{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: wrap(t, &router.Router{})}}},
-	}
-	return &listener.Listener{Name: name, Address: address("127.0.0.1", port), FilterChains: []*listener.FilterChain{{
-		Filters: []*listener.Filter{{Name: "http", ConfigType: &listener.Filter_TypedConfig{TypedConfig: wrap(t, manager)}}},
-	}}}
 }
 
 func names(kind string, n int) (all []string) {

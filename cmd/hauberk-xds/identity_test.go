@@ -14,6 +14,7 @@ import (
 	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/xds"
 	"hauberk.dev/xds/envoy"
+	"hauberk.dev/xds/xdstest"
 )
 
 // reader takes what a keeper hands over, but nothing of the name "bad".
@@ -39,7 +40,7 @@ func (r *reader) take(s *svidlink.Set) error {
 
 func (r *reader) wants(t *testing.T, want ...string) {
 	t.Helper()
-	until(t, fmt.Sprintf("the proxy to have %q", want), func() bool {
+	xdstest.Until(t, fmt.Sprintf("the proxy to have %q", want), func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		return slices.Equal(r.has, want)

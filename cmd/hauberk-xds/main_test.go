@@ -35,6 +35,7 @@ import (
 	"hauberk.dev/internal/atomicfile"
 	"hauberk.dev/xds/envoy"
 	"hauberk.dev/xds/proxyfile"
+	"hauberk.dev/xds/xdstest"
 )
 
 // TestMain lets the test binary be the program.
@@ -54,11 +55,11 @@ func TestGoControlPlane(t *testing.T) {
 	a, b, port := backend(t, "a"), backend(t, "b"), freePort(t)
 	url := fmt.Sprintf("http://127.0.0.1:%d", port)
 	base := func() []types.Resource {
-		return []types.Resource{edsCluster("a"), edsCluster("b"), endpoints("b", b), httpListener(t, "l", port, "r")}
+		return []types.Resource{xdstest.Cluster("a"), xdstest.Cluster("b"), xdstest.Endpoints("b", b), xdstest.Listener(t, "l", port, "r")}
 	}
 	served := func(path, want string) {
 		t.Helper()
-		until(t, path+" to be answered "+want, func() bool { return get(fresh, url+path) == want })
+		xdstest.Until(t, path+" to be answered "+want, func() bool { return get(fresh, url+path) == want })
 	}
 	passed, parts := 0, 0
 	part := func(name string, f func(t *testing.T)) {
@@ -71,12 +72,12 @@ func TestGoControlPlane(t *testing.T) {
 	r.startXDS()
 	r.startProxy()
 	part("listener, route, cluster and endpoints", func(t *testing.T) {
-		p.set("1", append(base(), endpoints("a", a), routes("r", "1", "a"))...)
+		p.set("1", append(base(), xdstest.Endpoints("a", a), routes("r", "1", "a"))...)
 		served("/a/x", "a /to-a/x 1")
 		served("/other", "404")
 	})
 	part("an ACK means that it is in force", func(t *testing.T) {
-		until(t, "the ACK of the routes before", func() bool { p.mu.Lock(); defer p.mu.Unlock(); return slices.Contains(p.acks, envoy.Routes) })
+		xdstest.Until(t, "the ACK of the routes before", func() bool { p.mu.Lock(); defer p.mu.Unlock(); return slices.Contains(p.acks, envoy.Routes) })
 		// What an ACK of routes promises is asked for before the server hears it.
 		var early []string
 		p.mu.Lock()
@@ -86,8 +87,8 @@ func TestGoControlPlane(t *testing.T) {
 			}
 		}
 		p.mu.Unlock()
-		p.set("1b", append(base(), endpoints("a", a), routes("r", "1b", "a"))...)
-		until(t, "the ACK of routes", func() bool { p.mu.Lock(); defer p.mu.Unlock(); return len(early) > 0 })
+		p.set("1b", append(base(), xdstest.Endpoints("a", a), routes("r", "1b", "a"))...)
+		xdstest.Until(t, "the ACK of routes", func() bool { p.mu.Lock(); defer p.mu.Unlock(); return len(early) > 0 })
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		p.onAck = nil
@@ -96,7 +97,7 @@ func TestGoControlPlane(t *testing.T) {
 		}
 	})
 	part("update of endpoints and routes", func(t *testing.T) {
-		p.set("2", append(base(), endpoints("a", b), routes("r", "2", "a", "b"))...)
+		p.set("2", append(base(), xdstest.Endpoints("a", b), routes("r", "2", "a", "b"))...)
 		served("/a", "b /to-a 2")
 		served("/b", "b /to-b 2")
 		if got := p.refusals(); len(got) > 0 {
@@ -104,17 +105,17 @@ func TestGoControlPlane(t *testing.T) {
 		}
 	})
 	part("NACK of what the proxy has not", func(t *testing.T) {
-		bad := edsCluster("b")
+		bad := xdstest.Cluster("b")
 		bad.LbPolicy = cluster.Cluster_MAGLEV
-		two := edsCluster("a")
+		two := xdstest.Cluster("a")
 		two.TransportSocket = &core.TransportSocket{Name: "tls", ConfigType: &core.TransportSocket_TypedConfig{
-			TypedConfig: wrap(t, &etls.UpstreamTlsContext{Sni: "a.test", CommonTlsContext: &etls.CommonTlsContext{
+			TypedConfig: xdstest.Any(t, &etls.UpstreamTlsContext{Sni: "a.test", CommonTlsContext: &etls.CommonTlsContext{
 				ValidationContextType: &etls.CommonTlsContext_ValidationContextSdsSecretConfig{
-					ValidationContextSdsSecretConfig: &etls.SdsSecretConfig{Name: "nobody", SdsConfig: ads}}}})}}
+					ValidationContextSdsSecretConfig: &etls.SdsSecretConfig{Name: "nobody", SdsConfig: xdstest.ADS()}}}})}}
 		bad.Name = "c"
-		p.set("3", append(base()[1:], two, bad, endpoints("a", b), routes("r", "3", "a"))...)
+		p.set("3", append(base()[1:], two, bad, xdstest.Endpoints("a", b), routes("r", "3", "a"))...)
 		served("/a", "b /to-a 3")
-		until(t, "the NACK", func() bool { return len(p.refusals()) > 0 })
+		xdstest.Until(t, "the NACK", func() bool { return len(p.refusals()) > 0 })
 		if got := p.refusals()[0]; !strings.Contains(got, `clusters "a": validation_context_sds_secret_config: "nobody": no authorities of this name were given to the proxy`) ||
 			!strings.Contains(got, `clusters "c": lb_policy: "MAGLEV"`) {
 			t.Errorf("NACK says %q", got)
@@ -127,8 +128,8 @@ func TestGoControlPlane(t *testing.T) {
 		}
 		defer taken.Close()
 		n := len(p.refusals())
-		p.set("4", append(base(), httpListener(t, "m", uint32(taken.Addr().(*net.TCPAddr).Port), "r"), endpoints("a", a), routes("r", "4", "a"))...)
-		until(t, "the NACK", func() bool { return len(p.refusals()) > n })
+		p.set("4", append(base(), xdstest.Listener(t, "m", uint32(taken.Addr().(*net.TCPAddr).Port), "r"), xdstest.Endpoints("a", a), routes("r", "4", "a"))...)
+		xdstest.Until(t, "the NACK", func() bool { return len(p.refusals()) > n })
 		if got := p.refusals()[n]; !strings.Contains(got, "the proxy: reload: listen on "+taken.Addr().String()+": ") ||
 			!strings.Contains(got, "address already in use") {
 			t.Errorf("NACK says %q", got)
@@ -141,7 +142,7 @@ func TestGoControlPlane(t *testing.T) {
 		p.mu.Lock()
 		p.sent = nil
 		p.mu.Unlock()
-		p.set("5", append(base(), endpoints("a", a), routes("r", "5", "a"))...)
+		p.set("5", append(base(), xdstest.Endpoints("a", a), routes("r", "5", "a"))...)
 		p.start()
 		served("/a", "a /to-a 5")
 		p.mu.Lock()
@@ -159,12 +160,12 @@ func TestGoControlPlane(t *testing.T) {
 	})
 	part("the program begins anew and changes nothing before it knows", func(t *testing.T) {
 		r.startXDS()
-		until(t, "its status", func() bool {
+		xdstest.Until(t, "its status", func() bool {
 			return strings.Contains(status(r), `"connected":false`) && strings.Contains(status(r), `"error":"`)
 		})
 		served("/a", "a /to-a 5")
 		p.start()
-		p.set("6", append(base(), endpoints("a", a), routes("r", "6", "a"))...)
+		p.set("6", append(base(), xdstest.Endpoints("a", a), routes("r", "6", "a"))...)
 		served("/a", "a /to-a 6")
 	})
 	part("a proxy that begins with an older file is told again", func(t *testing.T) {
@@ -172,7 +173,7 @@ func TestGoControlPlane(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		p.set("7", append(base(), endpoints("a", b), routes("r", "7", "a"))...)
+		p.set("7", append(base(), xdstest.Endpoints("a", b), routes("r", "7", "a"))...)
 		served("/a", "b /to-a 7")
 		r.stopProxy()
 		if err := atomicfile.Write(r.config.Proxy.File, old, 0o600); err != nil {
@@ -182,8 +183,8 @@ func TestGoControlPlane(t *testing.T) {
 		served("/a", "b /to-a 7")
 	})
 	part("what the server removes is not served", func(t *testing.T) {
-		p.set("8", edsCluster("a"), endpoints("a", a))
-		until(t, "the port to be closed", func() bool { return strings.Contains(get(fresh, url+"/a"), "connection refused") })
+		p.set("8", xdstest.Cluster("a"), xdstest.Endpoints("a", a))
+		xdstest.Until(t, "the port to be closed", func() bool { return strings.Contains(get(fresh, url+"/a"), "connection refused") })
 	})
 	t.Logf("xDS by go-control-plane: %d of %d", passed, parts)
 }
@@ -212,17 +213,17 @@ func TestTLSAndOnDemand(t *testing.T) {
 	r.startXDS()
 	r.startProxy()
 	port := freePort(t)
-	l := httpListener(t, "l", port, "r")
+	l := xdstest.Listener(t, "l", port, "r")
 	l.FilterChains[0].TransportSocket = &core.TransportSocket{Name: "tls", ConfigType: &core.TransportSocket_TypedConfig{
-		TypedConfig: wrap(t, &etls.DownstreamTlsContext{RequireClientCertificate: wrapperspb.Bool(true), CommonTlsContext: &etls.CommonTlsContext{
-			TlsCertificateSdsSecretConfigs: []*etls.SdsSecretConfig{{Name: "web", SdsConfig: ads}},
+		TypedConfig: xdstest.Any(t, &etls.DownstreamTlsContext{RequireClientCertificate: wrapperspb.Bool(true), CommonTlsContext: &etls.CommonTlsContext{
+			TlsCertificateSdsSecretConfigs: []*etls.SdsSecretConfig{{Name: "web", SdsConfig: xdstest.ADS()}},
 			ValidationContextType: &etls.CommonTlsContext_ValidationContextSdsSecretConfig{
-				ValidationContextSdsSecretConfig: &etls.SdsSecretConfig{Name: "people", SdsConfig: ads}}}})}}
-	p.set("1", edsCluster("a"), edsCluster("unused"), endpoints("a", backend(t, "a")), endpoints("unused", 1), l, routes("r", "1", "a"))
+				ValidationContextSdsSecretConfig: &etls.SdsSecretConfig{Name: "people", SdsConfig: xdstest.ADS()}}}})}}
+	p.set("1", xdstest.Cluster("a"), xdstest.Cluster("unused"), xdstest.Endpoints("a", backend(t, "a")), xdstest.Endpoints("unused", 1), l, routes("r", "1", "a"))
 	browser := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: ca.pool, ServerName: "web.test",
 		Certificates: []tls.Certificate{client.cert}}}}
 	url := fmt.Sprintf("https://127.0.0.1:%d/a", port)
-	until(t, "an answer over TLS", func() bool { return get(browser, url) == "a /to-a 1" })
+	xdstest.Until(t, "an answer over TLS", func() bool { return get(browser, url) == "a /to-a 1" })
 	stranger := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: ca.pool, ServerName: "web.test"}}}
 	if got := get(stranger, url); !strings.Contains(got, "certificate") {
 		t.Errorf("a client without a certificate is told %q", got)
@@ -346,8 +347,8 @@ func TestProgram(t *testing.T) {
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
-	until(t, "the file that the proxy begins with", func() bool { _, err := os.Stat(filepath.Join(dir, "p.yaml")); return err == nil })
-	until(t, "the status socket", func() bool { _, err := os.Stat(filepath.Join(dir, "st")); return err == nil })
+	xdstest.Until(t, "the file that the proxy begins with", func() bool { _, err := os.Stat(filepath.Join(dir, "p.yaml")); return err == nil })
+	xdstest.Until(t, "the status socket", func() bool { _, err := os.Stat(filepath.Join(dir, "st")); return err == nil })
 	c.Process.Signal(syscall.SIGTERM)
 	log, err := io.ReadAll(pipe)
 	if err != nil {

@@ -23,6 +23,8 @@ import (
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"hauberk.dev/xds/xdstest"
 )
 
 func inline(b []byte) *core.DataSource {
@@ -50,14 +52,14 @@ func authoritySecret(name string, all ...*authority) *etls.Secret {
 
 func socketTLS(t *testing.T, m proto.Message) *core.TransportSocket {
 	t.Helper()
-	return &core.TransportSocket{Name: "tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: wrap(t, m)}}
+	return &core.TransportSocket{Name: "tls", ConfigType: &core.TransportSocket_TypedConfig{TypedConfig: xdstest.Any(t, m)}}
 }
 
 func common(certificate, authorities string) *etls.CommonTlsContext {
 	return &etls.CommonTlsContext{
-		TlsCertificateSdsSecretConfigs: []*etls.SdsSecretConfig{{Name: certificate, SdsConfig: ads}},
+		TlsCertificateSdsSecretConfigs: []*etls.SdsSecretConfig{{Name: certificate, SdsConfig: xdstest.ADS()}},
 		ValidationContextType: &etls.CommonTlsContext_ValidationContextSdsSecretConfig{
-			ValidationContextSdsSecretConfig: &etls.SdsSecretConfig{Name: authorities, SdsConfig: ads}}}
+			ValidationContextSdsSecretConfig: &etls.SdsSecretConfig{Name: authorities, SdsConfig: xdstest.ADS()}}}
 }
 
 // secured is a rig whose certificates all come by SDS: the proxy has no file of any.
@@ -84,11 +86,11 @@ func newSecured(t *testing.T) *secured {
 	t.Cleanup(up.Close)
 	port := freePort(t)
 	s.url = fmt.Sprintf("https://127.0.0.1:%d/a", port)
-	s.l = httpListener(t, "l", port, "r")
+	s.l = xdstest.Listener(t, "l", port, "r")
 	s.l.FilterChains[0].TransportSocket = socketTLS(t, &etls.DownstreamTlsContext{RequireClientCertificate: wrapperspb.Bool(true), CommonTlsContext: common("web", "people")})
-	s.c = edsCluster("a")
+	s.c = xdstest.Cluster("a")
 	s.c.TransportSocket = socketTLS(t, &etls.UpstreamTlsContext{Sni: "up.test", CommonTlsContext: common("own", "servers")})
-	s.others = []types.Resource{endpoints("a", uint32(up.Listener.Addr().(*net.TCPAddr).Port)), routes("r", "1", "a")}
+	s.others = []types.Resource{xdstest.Endpoints("a", uint32(up.Listener.Addr().(*net.TCPAddr).Port)), routes("r", "1", "a")}
 	s.startXDS()
 	s.startProxy()
 	return s
@@ -121,7 +123,7 @@ func TestSecrets(t *testing.T) {
 	client := s.caller(me, &seen)
 	people, servers, ownSecret := authoritySecret("people", s.ca), authoritySecret("servers", s.ca), certificateSecret(t, "own", own)
 	s.set("1", certificateSecret(t, "web", web), people, servers, ownSecret)
-	until(t, "an answer over TLS", func() bool { return get(client, s.url) == "up /to-a" })
+	xdstest.Until(t, "an answer over TLS", func() bool { return get(client, s.url) == "up /to-a" })
 
 	stop := make(chan struct{})
 	var asked, failed atomic.Uint64
@@ -148,7 +150,7 @@ func TestSecrets(t *testing.T) {
 		next := s.ca.issue(t, "web.test")
 		serial := leafSerial(t, next)
 		s.set(fmt.Sprint("r", i), certificateSecret(t, "web", next), people, servers, certificateSecret(t, "own", s.ca.issue(t, "own.test")))
-		until(t, "the next certificate", func() bool { return *seen.Load() == serial })
+		xdstest.Until(t, "the next certificate", func() bool { return *seen.Load() == serial })
 		web = next
 	}
 	if got := s.plane.refusals(); len(got) > 0 {
@@ -174,7 +176,7 @@ func TestSecrets(t *testing.T) {
 			all = append(all, certificateSecret(t, "web", web))
 		}
 		s.set(fmt.Sprint("bad", i), all...)
-		until(t, "a NACK that says "+c.why, func() bool {
+		xdstest.Until(t, "a NACK that says "+c.why, func() bool {
 			n := s.plane.refusals()
 			return len(n) > 0 && strings.Contains(n[len(n)-1], c.why) && strings.Contains(n[len(n)-1], fmt.Sprintf("secrets %q", c.secret.Name))
 		})
@@ -188,14 +190,14 @@ func TestSecrets(t *testing.T) {
 	stranger := newAuthority(t)
 	s.set("other", certificateSecret(t, "web", web), authoritySecret("people", s.ca, stranger), servers, ownSecret)
 	other := s.caller(stranger.issue(t, "me.test"), &seen)
-	until(t, "a client of the new authority", func() bool { return get(other, s.url) == "up /to-a" })
+	xdstest.Until(t, "a client of the new authority", func() bool { return get(other, s.url) == "up /to-a" })
 	ended()
 	if asked.Load() < 30 || failed.Load() > 0 {
 		t.Errorf("%d requests, %d failed", asked.Load(), failed.Load())
 	}
 	t.Logf("%d requests", asked.Load())
 	s.set("gone", certificateSecret(t, "web", web), authoritySecret("people", stranger), servers, ownSecret)
-	until(t, "the old authority refused", func() bool { return get(client, s.url) != "up /to-a" })
+	xdstest.Until(t, "the old authority refused", func() bool { return get(client, s.url) != "up /to-a" })
 	if got := get(other, s.url); got != "up /to-a" {
 		t.Errorf("a client of the authority that stays: %s", got)
 	}
@@ -215,18 +217,18 @@ func TestSecretOfAnother(t *testing.T) {
 	me := s.ca.issue(t, "me.test")
 	client := s.caller(me, &seen)
 	const name = "spiffe://a.test/x"
-	l := httpListener(t, "m", freePort(t), "r")
+	l := xdstest.Listener(t, "m", freePort(t), "r")
 	l.FilterChains[0].TransportSocket = socketTLS(t, &etls.DownstreamTlsContext{RequireClientCertificate: wrapperspb.Bool(true), CommonTlsContext: common(name, "people")})
 	s.others = append(s.others, l)
 	people, servers, own := authoritySecret("people", s.ca), authoritySecret("servers", s.ca), certificateSecret(t, "own", s.ca.issue(t, "own.test"))
 	s.set("1", certificateSecret(t, "web", s.ca.issue(t, "web.test")), people, servers, own, certificateSecret(t, name, s.ca.issue(t, "x.test")))
-	until(t, "a NACK of the one secret", func() bool {
+	xdstest.Until(t, "a NACK of the one secret", func() bool {
 		return slices.ContainsFunc(s.plane.refusals(), func(n string) bool { return strings.Contains(n, `secrets "`+name+`": name: `) })
 	})
-	until(t, "an answer over TLS", func() bool { return get(client, s.url) == "up /to-a" })
+	xdstest.Until(t, "an answer over TLS", func() bool { return get(client, s.url) == "up /to-a" })
 	next := s.ca.issue(t, "web.test")
 	s.set("2", certificateSecret(t, "web", next), people, servers, own, certificateSecret(t, name, s.ca.issue(t, "x.test")))
-	until(t, "the next certificate", func() bool { return get(client, s.url) == "up /to-a" && *seen.Load() == leafSerial(t, next) })
+	xdstest.Until(t, "the next certificate", func() bool { return get(client, s.url) == "up /to-a" && *seen.Load() == leafSerial(t, next) })
 }
 
 // TestSecretLate lets a listener wait for its certificate, and come into force with
@@ -237,12 +239,12 @@ func TestSecretLate(t *testing.T) {
 	client := s.caller(s.ca.issue(t, "me.test"), &seen)
 	own := certificateSecret(t, "own", s.ca.issue(t, "own.test"))
 	s.set("1", authoritySecret("people", s.ca), authoritySecret("servers", s.ca), own)
-	until(t, "a listener that waits", func() bool { return strings.Contains(status(s.rig), `waits for secrets \"web\"`) })
+	xdstest.Until(t, "a listener that waits", func() bool { return strings.Contains(status(s.rig), `waits for secrets \"web\"`) })
 	if got := get(client, s.url); got == "up /to-a" {
 		t.Errorf("before: %s", got)
 	}
 	s.set("2", certificateSecret(t, "web", s.ca.issue(t, "web.test")), authoritySecret("people", s.ca), authoritySecret("servers", s.ca), own)
-	until(t, "an answer over TLS", func() bool { return get(client, s.url) == "up /to-a" })
+	xdstest.Until(t, "an answer over TLS", func() bool { return get(client, s.url) == "up /to-a" })
 }
 
 func leafSerial(t *testing.T, i issued) string {

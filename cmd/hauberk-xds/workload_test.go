@@ -35,6 +35,7 @@ import (
 
 	"hauberk.dev/internal/token"
 	"hauberk.dev/mesh/alone"
+	"hauberk.dev/xds/xdstest"
 )
 
 // issuer is a trust domain.
@@ -329,7 +330,7 @@ func TestWorkloadRotation(t *testing.T) {
 
 	m := newMeshed(t, a, `certificates: [{identity: default}], clients: {bundles: [example.org], names: ["spiffe://example.org/ns/shop/*"]}`,
 		`{name: up, endpoints: [{address: "`+ln.Addr().String()+`"}], tls: {bundles: [example.org], names: ["`+apiID+`"], certificate: {identity: "`+webID+`"}}}`)
-	until(t, "identities at the proxy", m.ready)
+	xdstest.Until(t, "identities at the proxy", m.ready)
 
 	client := func(keep bool) *http.Client {
 		return &http.Client{Timeout: time.Minute, Transport: &http.Transport{DisableKeepAlives: !keep,
@@ -366,7 +367,7 @@ func TestWorkloadRotation(t *testing.T) {
 		next := first.svid(webID)
 		a.say(next)
 		peers.say(first.svid(apiID))
-		until(t, "the next certificate", func() bool { return m.shows() == leafOf(t, next) })
+		xdstest.Until(t, "the next certificate", func() bool { return m.shows() == leafOf(t, next) })
 	}
 	// The authority: first both are believed, then the new one issues, then the old
 	// one is let go of.
@@ -375,7 +376,7 @@ func TestWorkloadRotation(t *testing.T) {
 	with := func(s *api.X509SVID, bundle []byte) *api.X509SVID { s.Bundle = bundle; return s }
 	authorities := func(n int) {
 		t.Helper()
-		until(t, "authorities at the peers", func() bool {
+		xdstest.Until(t, "authorities at the peers", func() bool {
 			b, err := source.GetX509BundleForTrustDomain(spiffeid.RequireTrustDomainFromString("example.org"))
 			return err == nil && len(b.X509Authorities()) == n
 		})
@@ -383,14 +384,14 @@ func TestWorkloadRotation(t *testing.T) {
 	last := with(first.svid(webID), both)
 	a.say(last)
 	peers.say(with(first.svid(apiID), both))
-	until(t, "both authorities at the proxy", func() bool { return m.shows() == leafOf(t, last) })
+	xdstest.Until(t, "both authorities at the proxy", func() bool { return m.shows() == leafOf(t, last) })
 	authorities(2)
 	last = with(second.svid(webID), both)
 	a.say(last)
 	apiNext := with(second.svid(apiID), both)
 	peers.say(apiNext)
-	until(t, "the other issuer at the proxy", func() bool { return m.shows() == leafOf(t, last) })
-	until(t, "the other issuer at the peers", func() bool {
+	xdstest.Until(t, "the other issuer at the proxy", func() bool { return m.shows() == leafOf(t, last) })
+	xdstest.Until(t, "the other issuer at the peers", func() bool {
 		s, err := source.GetX509SVID()
 		return err == nil && bytes.Equal(s.Certificates[0].Raw, apiNext.X509Svid)
 	})
@@ -402,9 +403,9 @@ func TestWorkloadRotation(t *testing.T) {
 	last = second.svid(webID)
 	a.say(last)
 	peers.say(second.svid(apiID))
-	until(t, "the old authority gone at the proxy", func() bool { return m.shows() == leafOf(t, last) })
+	xdstest.Until(t, "the old authority gone at the proxy", func() bool { return m.shows() == leafOf(t, last) })
 	authorities(1)
-	until(t, "the old authority refused", func() bool { return handshake(m.port, kept) != nil })
+	xdstest.Until(t, "the old authority refused", func() bool { return handshake(m.port, kept) != nil })
 	ended()
 	if asked.Load() < 50 || failed.Load() != 0 {
 		t.Errorf("%d requests, %d failed", asked.Load(), failed.Load())
@@ -454,7 +455,7 @@ func TestWorkloadSeveral(t *testing.T) {
 	inner.Hint, outer.Hint, third.Hint = "internal", "external", "external"
 	a.say(inner, outer, third)
 	m := newMeshed(t, a, `certificates: [{identity: external}]`, answered(t))
-	until(t, "the one of the hint", func() bool { return m.shows() == leafOf(t, outer) }) // of two with one hint the first
+	xdstest.Until(t, "the one of the hint", func() bool { return m.shows() == leafOf(t, outer) }) // of two with one hint the first
 	if !m.ready() {
 		_, why := m.ask("admin", "/readyz")
 		t.Errorf("not ready: %s", why)
@@ -487,27 +488,27 @@ func TestWorkloadSeveral(t *testing.T) {
 		} else {
 			a.say(inner, s)
 		}
-		until(t, "refused: "+why, func() bool { _, text := m.ask("status", "/status"); return strings.Contains(text, why) })
+		xdstest.Until(t, "refused: "+why, func() bool { _, text := m.ask("status", "/status"); return strings.Contains(text, why) })
 		if got := m.shows(); got != leafOf(t, outer) {
 			t.Errorf("after %q: shows %s", why, got)
 		}
 	}
 	a.respond(&api.X509SVIDResponse{}, nil)
-	until(t, "refused: none", func() bool { _, text := m.ask("status", "/status"); return strings.Contains(text, "svids: none") })
+	xdstest.Until(t, "refused: none", func() bool { _, text := m.ask("status", "/status"); return strings.Contains(text, "svids: none") })
 
 	a.say(inner)
-	until(t, "not ready without the hint", func() bool { return !m.ready() })
+	xdstest.Until(t, "not ready without the hint", func() bool { return !m.ready() })
 	if got := m.shows(); !strings.Contains(got, "internal error") {
 		t.Errorf("without an identity: %s", got)
 	}
 	if _, why := m.ask("admin", "/readyz"); !strings.Contains(why, `there is no identity \"external\"`) {
 		t.Errorf("%s", why)
 	}
-	until(t, "an event", func() bool {
+	xdstest.Until(t, "an event", func() bool {
 		return strings.Contains(m.logs.String(), "handshakes are refused for want of an identity")
 	})
 	a.say(inner, outer)
-	until(t, "ready again", m.ready)
+	xdstest.Until(t, "ready again", m.ready)
 }
 
 // TestWorkloadExpiry lets a certificate expire while the API is away, and come back
@@ -518,17 +519,17 @@ func TestWorkloadExpiry(t *testing.T) {
 	old := &http.Client{Transport: &http.Transport{MaxConnsPerHost: 1, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}, Timeout: time.Minute}
 	defer old.CloseIdleConnections()
 	url := fmt.Sprintf("https://127.0.0.1:%d/x", m.port)
-	until(t, "a connection before the end", func() bool { // on a slow machine one may be over before it is used
+	xdstest.Until(t, "a connection before the end", func() bool { // on a slow machine one may be over before it is used
 		short := ca.svid(webID, lasts(3*time.Second))
 		a.say(short)
-		until(t, "an identity", func() bool {
+		xdstest.Until(t, "an identity", func() bool {
 			got := m.shows()
 			return got == leafOf(t, short) || strings.Contains(got, "internal error")
 		})
 		return get(old, url) == "up /x "
 	})
 	a.stop()
-	until(t, "not ready, and why", func() bool {
+	xdstest.Until(t, "not ready, and why", func() bool {
 		code, why := m.ask("admin", "/readyz")
 		return code == http.StatusServiceUnavailable && strings.Contains(why, "expired at") && strings.Contains(why, "has no successor: the Workload API at unix://")
 	})
@@ -546,7 +547,7 @@ func TestWorkloadExpiry(t *testing.T) {
 	next := ca.svid(webID)
 	a.say(next)
 	a.start()
-	until(t, "the successor", func() bool { return m.shows() == leafOf(t, next) && m.ready() })
+	xdstest.Until(t, "the successor", func() bool { return m.shows() == leafOf(t, next) && m.ready() })
 	m.stopXDS()
 	last := ca.svid(webID)
 	if got := m.shows(); got != leafOf(t, next) {
@@ -554,7 +555,7 @@ func TestWorkloadExpiry(t *testing.T) {
 	}
 	a.say(last)
 	m.run()
-	until(t, "an identity from the program that began anew", func() bool { return m.shows() == leafOf(t, last) })
+	xdstest.Until(t, "an identity from the program that began anew", func() bool { return m.shows() == leafOf(t, last) })
 }
 
 // TestWorkloadPeers verifies clients by the bundle of their own trust domain, and by
@@ -565,7 +566,7 @@ func TestWorkloadPeers(t *testing.T) {
 	federated := map[string][]byte{"spiffe://partner.example": partner.cert.Raw, "spiffe://stranger.example": stranger.cert.Raw}
 	a.respond(&api.X509SVIDResponse{Svids: []*api.X509SVID{home.svid(webID)}, FederatedBundles: federated}, nil)
 	m := newMeshed(t, a, `certificates: [{identity: default}], clients: {bundles: [example.org, partner.example], names: ["`+apiID+`", "spiffe://partner.example/*", "spiffe://example.org/ns/pay/*"]}`, answered(t))
-	until(t, "ready", m.ready)
+	xdstest.Until(t, "ready", m.ready)
 	for _, c := range []struct {
 		by   *issuer
 		name string
@@ -594,7 +595,7 @@ func TestWorkloadPeers(t *testing.T) {
 	// A bundle that is taken back takes its trust domain with it, from the next
 	// connection on.
 	a.respond(&api.X509SVIDResponse{Svids: []*api.X509SVID{home.svid(webID)}, FederatedBundles: map[string][]byte{"spiffe://other.example": stranger.cert.Raw}}, nil)
-	until(t, "the partner refused", func() bool { return handshake(m.port, partner.svid("spiffe://partner.example/any")) != nil })
+	xdstest.Until(t, "the partner refused", func() bool { return handshake(m.port, partner.svid("spiffe://partner.example/any")) != nil })
 	if err := handshake(m.port, home.svid(apiID)); err != nil {
 		t.Error(err)
 	}
@@ -627,7 +628,7 @@ func TestKeys(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- serve(ctx, c, slog.New(slog.DiscardHandler)) }()
-	until(t, "the file", func() bool { _, err := os.Stat(dir + "/keys.json"); return err == nil })
+	xdstest.Until(t, "the file", func() bool { _, err := os.Stat(dir + "/keys.json"); return err == nil })
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)

@@ -14,37 +14,20 @@ import (
 	"testing"
 	"time"
 
-	cluster "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	endpoint "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
-	listener "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	route "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
-	router "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
-	hcm "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/v3"
-	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/server/v3"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/anypb"
 
 	"hauberk.dev/mesh/alone"
 	"hauberk.dev/xds/envoy"
+	"hauberk.dev/xds/xdstest"
 )
 
 const nodeID = "proxy-1"
-
-// until polls for a condition, with a bound that a loaded machine meets.
-func until(t *testing.T, what string, cond func() bool) {
-	t.Helper()
-	for end := time.Now().Add(60 * time.Second); !cond(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("not within a minute: %s", what)
-		}
-	}
-}
 
 // plane is go-control-plane's own server.
 type plane struct {
@@ -85,22 +68,11 @@ func (p *plane) start() {
 			}
 		},
 	})
-	ln, err := net.Listen(p.network, p.address)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	p.address = ln.Addr().String()
-	srv := grpc.NewServer(p.options...)
-	discovery.RegisterAggregatedDiscoveryServiceServer(srv, ads)
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		srv.Serve(ln)
-	}()
+	var stop func()
+	p.address, stop = xdstest.Serve(p.t, p.network, p.address, ads, p.options...)
 	p.stop = sync.OnceFunc(func() {
 		cancel()
-		srv.Stop()
-		<-done
+		stop()
 	})
 }
 
@@ -131,18 +103,7 @@ func (p *plane) refusals() []string {
 
 func (p *plane) set(version string, resources ...types.Resource) {
 	p.t.Helper()
-	byType := map[resource.Type][]types.Resource{}
-	for _, r := range resources {
-		url := "type.googleapis.com/" + string(r.ProtoReflect().Descriptor().FullName())
-		byType[url] = append(byType[url], r)
-	}
-	s, err := cache.NewSnapshot(version, byType)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	if err := p.cache.SetSnapshot(context.Background(), nodeID, s); err != nil {
-		p.t.Fatal(err)
-	}
+	xdstest.Set(p.t, p.cache, nodeID, version, resources...)
 }
 
 // rig is a proxy, the program beside it, and their files.
@@ -185,7 +146,7 @@ func (r *rig) startXDS() {
 			r.t.Errorf("hauberk-xds: %v", err)
 		}
 	})
-	until(r.t, "the first file", func() bool { _, err := os.Stat(r.config.Proxy.File); return err == nil })
+	xdstest.Until(r.t, "the first file", func() bool { _, err := os.Stat(r.config.Proxy.File); return err == nil })
 }
 
 // startProxy starts the real proxy from its file.
@@ -252,39 +213,6 @@ func freePort(t *testing.T) uint32 {
 
 // What follows makes resources.
 
-var ads = &core.ConfigSource{
-	ResourceApiVersion:    core.ApiVersion_V3,
-	ConfigSourceSpecifier: &core.ConfigSource_Ads{Ads: &core.AggregatedConfigSource{}},
-}
-
-func wrap(t *testing.T, m proto.Message) *anypb.Any {
-	t.Helper()
-	a, err := anypb.New(m)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a
-}
-
-func edsCluster(name string) *cluster.Cluster {
-	return &cluster.Cluster{Name: name, ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_EDS},
-		EdsClusterConfig: &cluster.Cluster_EdsClusterConfig{EdsConfig: ads}}
-}
-
-func address(port uint32) *core.Address {
-	return &core.Address{Address: &core.Address_SocketAddress{SocketAddress: &core.SocketAddress{
-		Address: "127.0.0.1", PortSpecifier: &core.SocketAddress_PortValue{PortValue: port}}}}
-}
-
-func endpoints(name string, ports ...uint32) *endpoint.ClusterLoadAssignment {
-	group := &endpoint.LocalityLbEndpoints{}
-	for _, p := range ports {
-		group.LbEndpoints = append(group.LbEndpoints, &endpoint.LbEndpoint{
-			HostIdentifier: &endpoint.LbEndpoint_Endpoint{Endpoint: &endpoint.Endpoint{Address: address(p)}}})
-	}
-	return &endpoint.ClusterLoadAssignment{ClusterName: name, Endpoints: []*endpoint.LocalityLbEndpoints{group}}
-}
-
 // routes sends /NAME to the cluster of that name, and says so in a header.
 func routes(name, edit string, clusters ...string) *route.RouteConfiguration {
 	host := &route.VirtualHost{Name: "all", Domains: []string{"*"}}
@@ -297,17 +225,6 @@ func routes(name, edit string, clusters ...string) *route.RouteConfiguration {
 		})
 	}
 	return &route.RouteConfiguration{Name: name, VirtualHosts: []*route.VirtualHost{host}}
-}
-
-func httpListener(t *testing.T, name string, port uint32, routes string) *listener.Listener {
-	t.Helper()
-	manager := &hcm.HttpConnectionManager{
-		StatPrefix:     "x",
-		RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{ConfigSource: ads, RouteConfigName: routes}},
-		HttpFilters:    []*hcm.HttpFilter{{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: wrap(t, &router.Router{})}}},
-	}
-	return &listener.Listener{Name: name, Address: address(port), FilterChains: []*listener.FilterChain{{
-		Filters: []*listener.Filter{{Name: "http", ConfigType: &listener.Filter_TypedConfig{TypedConfig: wrap(t, manager)}}}}}}
 }
 
 func socketOf(t *testing.T) string {
