@@ -152,7 +152,7 @@ var (
 func (s *session) attempt(a *action, up *upstream, e *endpoint, fresh, more bool) (again bool, fault error) {
 	s.server, s.outcome = e, balance.Unreachable
 	safe := repeatable(s.req.Method)
-	srv, err := up.connect(context.Background(), e, s.header(), fresh, !safe || !s.gathered())
+	srv, err := up.connect(context.Background(), e, s.header(), fresh, true)
 	if errors.Is(err, errBusy) {
 		s.outcome = balance.Cancelled
 		s.refuse(503, err.Error(), "raise connections of the upstream")

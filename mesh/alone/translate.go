@@ -347,8 +347,9 @@ func (t *call) Lost(err error) {
 	t.stream.Lost(err)
 }
 
-// Write takes the request in the words of HTTP/1.
-func (t *call) Write(p []byte) (int, error) {
+// Write takes the request in the words of HTTP/1. A head that has left is told: who
+// has asked it that far may not have others asked.
+func (t *call) Write(p []byte) (n int, err error) {
 	rest := p
 	if !t.asked {
 		head, after, err := t.head.next(rest)
@@ -360,10 +361,11 @@ func (t *call) Write(p []byte) (int, error) {
 		}
 		rest = after
 	}
-	err := t.pass(rest)
+	n = len(p) - len(rest)
+	err = t.pass(rest)
 	t.s.Flush()
 	if err != nil {
-		return 0, err
+		return n, err
 	}
 	return len(p), nil
 }

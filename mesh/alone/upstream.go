@@ -164,9 +164,10 @@ func (u *upstream) probes() {
 	}
 }
 
-// connect takes an idle connection to e or makes a new one. fresh asks for a new
-// one; sure for one that is known not to have ended.
-func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header, fresh, sure bool) (*server, error) {
+// connect takes an idle connection to e or makes a new one, which fresh asks for.
+// Each is looked at, however short its rest was: what came in it would be taken for
+// the answer to the next request.
+func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header, fresh, _ bool) (*server, error) {
 	if u.two() {
 		return u.stream(ctx, e, h, fresh)
 	}
@@ -176,7 +177,7 @@ func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header
 		if s == nil {
 			break
 		}
-		if !sure && time.Since(s.since) < time.Second || s.alive() {
+		if s.alive() {
 			s.reused = true
 			return s, nil
 		}
@@ -289,7 +290,8 @@ func (s *server) close() {
 	s.up.open.Add(-1)
 }
 
-// alive looks whether the server has ended the connection, or spoken unasked.
+// alive looks whether the server has ended the connection, or spoken unasked. Of TLS
+// that may be a word of its own, but most often is that of its end.
 func (s *server) alive() bool {
 	s.ended = true
 	s.raw.Control(s.look)
@@ -298,9 +300,8 @@ func (s *server) alive() bool {
 
 func (s *server) peek(fd uintptr) {
 	var b [1]byte
-	n, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-	quiet := err == syscall.EAGAIN
-	s.ended = !quiet && !(n > 0 && s.up.tls != nil) // TLS has words of its own
+	_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	s.ended = err != syscall.EAGAIN
 }
 
 // sweep closes connections that have been idle for long.
