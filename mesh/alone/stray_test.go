@@ -9,27 +9,26 @@ import (
 	"net/http"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"hauberk.dev/mesh/http2"
 )
 
-// oneByOne serves a connection after the other with f, to the end of the test.
-func oneByOne(t testing.TB, ln net.Listener, f func(net.Conn)) {
+// serveConns serves connections with f, to the end of the test.
+func serveConns(t testing.TB, ln net.Listener, f func(net.Conn)) {
 	t.Helper()
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
+	var all sync.WaitGroup
+	all.Go(func() {
 		for {
 			c, err := ln.Accept()
 			if err != nil {
 				return
 			}
-			f(c)
-			c.Close()
+			all.Go(func() { f(c); c.Close() })
 		}
-	}()
-	t.Cleanup(func() { ln.Close(); <-ended })
+	})
+	t.Cleanup(func() { ln.Close(); all.Wait() })
 }
 
 func listenTCP(t testing.TB) net.Listener {
@@ -46,7 +45,7 @@ func listenTCP(t testing.TB) net.Listener {
 func TestStrayAnswer(t *testing.T) {
 	go1, said := make(chan bool), make(chan bool)
 	ln := listenTCP(t)
-	oneByOne(t, ln, func(c net.Conn) {
+	serveConns(t, ln, func(c net.Conn) {
 		r := bufio.NewReader(c)
 		for {
 			req, err := http.ReadRequest(r)
@@ -84,7 +83,7 @@ func TestStaleTLS(t *testing.T) {
 	}
 	read, ended := make(chan bool, 9), make(chan bool, 9)
 	ln := listenTCP(t)
-	oneByOne(t, tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{cert}}), func(c net.Conn) {
+	serveConns(t, tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{cert}}), func(c net.Conn) {
 		req, err := http.ReadRequest(bufio.NewReader(c))
 		if err != nil {
 			return
@@ -95,6 +94,7 @@ func TestStaleTLS(t *testing.T) {
 		c.Close()
 		ended <- true
 	})
+	t.Cleanup(func() { close(read) })
 	p := serve(t, one("  - {prefix: /, upstream: up}", "upstreams:\n- name: up\n  endpoints: [{address: '"+ln.Addr().String()+"'}]\n  tls: {name: localhost, ca: "+filepath.Join(dir, "s.pem")+"}\n"))
 	for i := range 4 {
 		if resp, got := get(t, p, "POST", "/", strings.NewReader("x"), nil); resp.StatusCode != 200 {
@@ -108,7 +108,7 @@ func TestStaleTLS(t *testing.T) {
 // A request whose head has left over HTTP/2 counts as sent, though its body cannot be.
 func TestHeadLeft(t *testing.T) {
 	ln := listenTCP(t)
-	oneByOne(t, ln, func(c net.Conn) { io.Copy(io.Discard, c) })
+	serveConns(t, ln, func(c net.Conn) { io.Copy(io.Discard, c) })
 	c, err := net.Dial("tcp", ln.Addr().String())
 	if err != nil {
 		t.Fatal(err)
