@@ -2,7 +2,9 @@ package alone
 
 import (
 	"encoding/json"
+	"errors"
 	"io"
+	"net"
 	"strconv"
 	"time"
 
@@ -17,8 +19,13 @@ var reasons = map[int]string{200: "OK", 206: "Partial Content", 301: "Moved Perm
 	429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented", 502: "Bad Gateway",
 	503: "Service Unavailable", 504: "Gateway Timeout"}
 
-// answerTime is how long a client may take to read an answer of the proxy's own.
-const answerTime = 10 * time.Second
+// answerTime is how long a client may take to read an answer of the proxy's own that
+// is short. Of others it must take a piece in each idle_timeout.
+const (
+	answerTime = 10 * time.Second
+	piece      = 64 << 10
+	filePiece  = 256 << 10 // where the kernel copies
+)
 
 // refusal is the body of an answer the proxy gives itself.
 type refusal struct {
@@ -59,9 +66,23 @@ func (s *session) begin(status int) []byte {
 	s.conn.SetWriteDeadline(now.Add(answerTime))
 	b := append(s.out.buffer(), "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
-	b = append(append(append(b, ' '), reasons[status]...), "\r\nDate: "...)
-	b = now.UTC().AppendFormat(b, static.TimeFormat)
+	b = append(append(append(b, ' '), reasons[status]...), "\r\n"...)
+	if s.action != nil && s.action.toClient.drops(dateField) {
+		return b
+	}
+	b = now.UTC().AppendFormat(append(b, "Date: "...), static.TimeFormat)
 	return append(b, "\r\n"...)
+}
+
+var dateField = []byte("Date")
+
+// own appends a field of an answer of the proxy's own, unless the route removes it or
+// writes it itself.
+func (s *session) own(b []byte, name, value string) []byte {
+	if s.action != nil && s.action.toClient.drops([]byte(name)) {
+		return b
+	}
+	return appendField(b, name, value)
 }
 
 func appendField(b []byte, name, value string) []byte {
@@ -126,10 +147,10 @@ func (s *session) short(status int, kind string, body []byte, name, value string
 	}
 	b := s.begin(status)
 	if kind != "" && (len(body) > 0 || string(s.req.Method) == "HEAD") {
-		b = appendField(b, "Content-Type", kind)
+		b = s.own(b, "Content-Type", kind)
 	}
 	if name != "" {
-		b = appendField(b, name, value)
+		b = s.own(b, name, value)
 	}
 	length := int64(len(body))
 	if status == 204 || status == 304 {
@@ -180,16 +201,16 @@ func (s *session) file(a *action) {
 	if z {
 		etag = "W/" + etag
 	}
-	b = appendField(b, "ETag", etag)
-	b = appendField(b, "Last-Modified", x.Modified.UTC().Format(static.TimeFormat))
+	b = s.own(b, "ETag", etag)
+	b = s.own(b, "Last-Modified", x.Modified.UTC().Format(static.TimeFormat))
 	if x.Status != 304 {
-		b = appendField(b, "Content-Type", x.Type)
+		b = s.own(b, "Content-Type", x.Type)
 		if !z {
-			b = appendField(b, "Accept-Ranges", "bytes")
+			b = s.own(b, "Accept-Ranges", "bytes")
 		}
 	}
 	if x.Status == 206 {
-		b = appendField(b, "Content-Range", "bytes "+strconv.FormatInt(x.From, 10)+"-"+strconv.FormatInt(x.From+x.N-1, 10)+
+		b = s.own(b, "Content-Range", "bytes "+strconv.FormatInt(x.From, 10)+"-"+strconv.FormatInt(x.From+x.N-1, 10)+
 			"/"+strconv.FormatInt(x.Size, 10))
 	}
 	s.sendFile(a, &x, b, z)
@@ -226,17 +247,16 @@ func (s *session) sendFile(a *action, x *static.Answer, b []byte, z bool) {
 
 func (s *session) copyFile(a *action, x *static.Answer, z bool) error {
 	from := &io.LimitedReader{R: x.File, N: x.N}
-	s.conn.SetWriteDeadline(time.Now().Add(s.streamTime()))
 	if z {
 		c := s.compressor(a)
 		defer c.drop()
-		if _, err := io.Copy(c, from); err != nil {
+		if _, err := io.Copy(paced{s, c}, from); err != nil {
 			return err
 		}
 		return c.close()
 	}
-	if s.two != nil {
-		_, err := io.Copy(pourer{&s.out}, from)
+	if _, plain := s.conn.(*net.TCPConn); !plain {
+		_, err := io.Copy(paced{s, pourer{&s.out}}, from)
 		if err == nil && from.N > 0 {
 			err = io.ErrUnexpectedEOF
 		}
@@ -245,12 +265,33 @@ func (s *session) copyFile(a *action, x *static.Answer, z bool) error {
 	if err := s.out.flush(); err != nil {
 		return err
 	}
-	n, err := io.Copy(s.conn, from) // the kernel copies, without TLS
-	s.out.sent += n
-	if err == nil && from.N > 0 {
-		err = io.ErrUnexpectedEOF
+	for from.N > 0 {
+		part := &io.LimitedReader{R: x.File, N: min(from.N, filePiece)}
+		s.giveTime()
+		n, err := io.Copy(s.conn, part) // the kernel copies
+		s.out.sent += n
+		from.N -= n
+		if err != nil || part.N > 0 {
+			return errors.Join(err, io.ErrUnexpectedEOF)
+		}
 	}
-	return err
+	return nil
+}
+
+// giveTime has a client take what is written next while it may be idle.
+func (s *session) giveTime() {
+	s.conn.SetWriteDeadline(time.Now().Add(time.Duration(s.world.config.Limits.IdleTimeout)))
+}
+
+// paced gives the client time for each part that is written.
+type paced struct {
+	s  *session
+	to io.Writer
+}
+
+func (p paced) Write(b []byte) (int, error) {
+	p.s.giveTime()
+	return p.to.Write(b)
 }
 
 func (s *session) streamTime() time.Duration {

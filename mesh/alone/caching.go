@@ -2,6 +2,7 @@ package alone
 
 import (
 	"bytes"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -199,19 +200,26 @@ func (s *session) stored(a *action, e *cache.Entry, how string) {
 	}
 }
 
+// storedBody passes what is stored on in pieces, as a client may be slow.
 func (s *session) storedBody(a *action, body []byte, z, chunked bool) error {
+	var c *compressor
 	if z {
-		c := s.compressor(a)
+		c = s.compressor(a)
 		defer c.drop()
-		if _, err := c.Write(body); err != nil {
+	}
+	for part := range slices.Chunk(body, piece) {
+		s.giveTime()
+		if err := s.relayPart(part, c, chunked); err != nil {
 			return err
 		}
+	}
+	switch {
+	case c != nil:
 		return c.close()
+	case chunked:
+		return s.out.write(last)
 	}
-	if err := s.relayPart(body, nil, chunked && len(body) > 0); err != nil || !chunked {
-		return err
-	}
-	return s.out.write(last)
+	return nil
 }
 
 // notModified answers that the client has what is stored: RFC 9110, section 15.4.5.
@@ -222,7 +230,7 @@ func (s *session) notModified() {
 	for i := range s.resp.Fields {
 		f := &s.resp.Fields[i]
 		for _, name := range [...]string{"cache-control", "content-location", "date", "etag", "expires", "vary", "last-modified"} {
-			if equalFold(f.Name, name) {
+			if equalFold(f.Name, name) && !s.action.toClient.drops(f.Name) {
 				b = appendRaw(b, f)
 			}
 		}

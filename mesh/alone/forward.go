@@ -153,8 +153,11 @@ func (s *session) attempt(a *action, up *upstream, e *endpoint, fresh, more bool
 	s.server, s.outcome = e, balance.Unreachable
 	safe := repeatable(s.req.Method)
 	srv, err := up.connect(context.Background(), e, s.header(), fresh, true)
-	if errors.Is(err, errBusy) {
+	busy := errors.Is(err, errBusy)
+	if busy {
 		s.outcome = balance.Cancelled
+	}
+	if busy && !up.two() { // else another endpoint may have a connection with room
 		s.refuse(503, err.Error(), "raise connections of the upstream")
 		return false, nil
 	}

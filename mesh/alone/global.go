@@ -220,17 +220,17 @@ func (s *session) overRate(a *ratelimit.Answer) {
 		return
 	}
 	body := `{"error":"Too Many Requests","reason":"the rate that several proxies count is used up","hint":"wait as Retry-After says"}` + "\n"
-	b := appendField(s.begin(429), "Content-Type", "application/json")
-	b = appendField(b, "Retry-After", strconv.Itoa(wait))
+	b := s.own(s.begin(429), "Content-Type", "application/json")
+	b = s.own(b, "Retry-After", strconv.Itoa(wait))
 	if a.Known {
-		b = appendField(b, "X-RateLimit-Limit", strconv.FormatUint(uint64(a.Limit), 10))
-		b = appendField(b, "X-RateLimit-Remaining", strconv.FormatUint(uint64(a.Remaining), 10))
-		b = appendField(b, "X-RateLimit-Reset", strconv.Itoa(int(a.Reset/time.Second)))
+		b = s.own(b, "X-RateLimit-Limit", strconv.FormatUint(uint64(a.Limit), 10))
+		b = s.own(b, "X-RateLimit-Remaining", strconv.FormatUint(uint64(a.Remaining), 10))
+		b = s.own(b, "X-RateLimit-Reset", strconv.Itoa(int(a.Reset/time.Second)))
 	}
 	for _, h := range a.Headers {
 		owned := slices.ContainsFunc(append([]string{"Content-Type", "Date", "Retry-After"}, framed...), func(f string) bool { return strings.EqualFold(f, h.Key) })
 		if http1.CheckField(h.Key, h.Value) == nil && !owned {
-			b = appendField(b, h.Key, h.Value)
+			b = s.own(b, h.Key, h.Value)
 		}
 	}
 	b = s.finish(b, int64(len(body)))

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -183,8 +184,7 @@ func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header
 		}
 		s.close()
 	}
-	if n := u.open.Add(1); u.config.Connections > 0 && n > int64(u.config.Connections) {
-		u.open.Add(-1)
+	if !u.room() {
 		return nil, errBusy
 	}
 	s, err := u.dial(ctx, e, h)
@@ -193,6 +193,37 @@ func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header
 		e.failures.Add(1)
 	}
 	return s, err
+}
+
+// room counts one more connection in, if there may be one. Those at rest, with
+// whichever endpoint, make room for it.
+func (u *upstream) room() bool {
+	most := int64(u.config.Connections)
+	for n := u.open.Add(1); most > 0 && n > most; n = u.open.Load() {
+		s := u.resting()
+		if s == nil {
+			u.open.Add(-1)
+			return false
+		}
+		s.close()
+	}
+	return true
+}
+
+// resting takes the connection that has been idle for the longest at one of the
+// endpoints; nil if all are in use.
+func (u *upstream) resting() *server {
+	for _, e := range u.endpoints {
+		e.mu.Lock()
+		if len(e.idle) > 0 {
+			s := e.idle[0]
+			e.idle = slices.Delete(e.idle, 0, 1)
+			e.mu.Unlock()
+			return s
+		}
+		e.mu.Unlock()
+	}
+	return nil
 }
 
 func (u *upstream) dial(ctx context.Context, e *endpoint, h proxyproto.Header) (*server, error) {

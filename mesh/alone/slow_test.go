@@ -1,0 +1,131 @@
+package alone
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A client that reads a stored answer slowly, but does, gets all of it.
+func TestStoredSlowly(t *testing.T) {
+	const size = 32 << 20
+	up := origin(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "max-age=60")
+		w.Write(make([]byte, size))
+	})
+	p := serve(t, "limits: {idle_timeout: 500ms}\ncache: {memory: 64MiB}\n"+one("  - {prefix: /, upstream: up, cache: {largest: 32MiB}}", upstreamOf(up)))
+	if _, got := get(t, p, "GET", "/", nil, nil); len(got) != size {
+		t.Fatalf("%d bytes", len(got))
+	}
+	c := dial(t, p)
+	defer c.Close()
+	io.WriteString(c, "GET / HTTP/1.1\r\nHost: "+p.Address("web").String()+"\r\nConnection: close\r\n\r\n")
+	n, begin := int64(0), time.Now()
+	for {
+		m, err := io.CopyN(io.Discard, c, 128<<10)
+		if n += m; err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatalf("after %d bytes and %v: %v", n, time.Since(begin), err)
+		}
+		time.Sleep(10 * time.Millisecond) // the pace is what is tested
+	}
+	if n < size {
+		t.Errorf("%d bytes of %d", n, size)
+	}
+	if hits := p.cache.Counts().Hits; hits != 1 {
+		t.Errorf("%d answers were stored ones", hits)
+	}
+}
+
+// A client that does not read a file at all is given up as idle.
+func TestFileUnread(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "large.txt"), make([]byte, 64<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := serve(t, "limits: {idle_timeout: 300ms}\n"+one("  - {prefix: /, static: {root: '"+dir+"'}}"))
+	c := dial(t, p)
+	defer c.Close()
+	io.WriteString(c, "GET /large.txt HTTP/1.1\r\nHost: h\r\n\r\n")
+	if _, err := io.ReadFull(c, make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "an end of the connection", func() bool { return p.open.Load() == 0 })
+	if _, got := get(t, p, "GET", "/large.txt", nil, nil); len(got) != 64<<20 {
+		t.Errorf("%d bytes for one who reads", len(got))
+	}
+}
+
+// What a route sets or removes of an answer is so in the proxy's own too, once.
+func TestOwnFields(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "a.txt"), []byte("text"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	up := origin(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"e"`)
+		w.Header().Set("Cache-Control", "max-age=60")
+	})
+	edits := "response_headers: {set: {Content-Type: text/html, Date: now}, remove: [ETag, Last_Modified]}"
+	p := serve(t, one(fmt.Sprintf("  - {path: /a.txt, static: {root: '%s'}, %s}\n  - {path: /own, respond: {status: 200, body: x}, %s}\n  - {path: /stored, upstream: up, cache: {}, %s}", dir, edits, edits, edits), upstreamOf(up)))
+	for _, path := range []string{"/a.txt", "/own", "/stored", "/stored"} {
+		for _, tag := range []string{"", `"e"`} {
+			resp, _ := get(t, p, "GET", path, nil, func(r *http.Request) {
+				if tag != "" {
+					r.Header.Set("If-None-Match", tag)
+				}
+			})
+			h := resp.Header
+			if len(h["Content-Type"]) > 1 || h.Get("Content-Type") != "text/html" || len(h["Date"]) != 1 || h.Get("Date") != "now" || h.Get("ETag")+h.Get("Last-Modified") != "" {
+				t.Errorf("%s %s: %d %v", path, tag, resp.StatusCode, h)
+			}
+		}
+	}
+}
+
+// Connections at rest with one endpoint make room for those to another.
+func TestConnectionsAtRest(t *testing.T) {
+	var servers []string
+	for range 3 {
+		servers = append(servers, origin(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) }))
+	}
+	p := serve(t, one("  - {prefix: /, upstream: up}", strings.Replace(upstreamOf(servers...), "endpoints:", "connections: 1\n  balance: round-robin\n  endpoints:", 1)))
+	for i := range 9 {
+		if resp, got := get(t, p, "POST", "/", strings.NewReader("x"), nil); resp.StatusCode != 200 {
+			t.Fatalf("request %d: %d %s", i, resp.StatusCode, got)
+		}
+		waitFor(t, "the connection to be at rest", func() bool { return p.resting("up") == 1 })
+	}
+}
+
+// Over HTTP/2 requests go where a connection has room for them, if there may be no other.
+func TestConnectionsShared(t *testing.T) {
+	var servers []string
+	for range 2 {
+		servers = append(servers, originTwo(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(w, r.Body) }))
+	}
+	p := serve(t, one("  - {prefix: /, upstream: up}", strings.Replace(upstreamTwo(servers...), "endpoints:", "connections: 1\n  balance: round-robin\n  endpoints:", 1)))
+	for i := range 4 {
+		if resp, got := get(t, p, "POST", "/", strings.NewReader("x"), nil); resp.StatusCode != 200 {
+			t.Fatalf("request %d: %d %s", i, resp.StatusCode, got)
+		}
+	}
+}
+
+func (p *Proxy) resting(upstream string) (n int) {
+	w := p.enter()
+	defer w.leave()
+	for _, e := range w.upstreams[upstream].endpoints {
+		e.mu.Lock()
+		n += len(e.idle)
+		e.mu.Unlock()
+	}
+	return n
+}
