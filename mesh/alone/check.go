@@ -28,8 +28,8 @@ func (r *reading) check(c *Config) {
 		r.fault("version", "%d is not known; write version: 1", c.Version)
 	}
 	r.oneOf("access_log.format", c.AccessLog.Format, "text", "json")
-	if c.Limits.Head > http1.MaxHead || c.Limits.Head < 1<<10 {
-		r.fault("limits.head", "%d bytes is out of range; use 1KiB to 64KiB", c.Limits.Head)
+	if c.Limits.Head > maxHead || c.Limits.Head < 1<<10 {
+		r.fault("limits.head", "%d bytes is out of range; use 1KiB to 16KiB", c.Limits.Head)
 	}
 	r.positive("limits.connections", c.Limits.Connections)
 	if c.AccessLog.Collector != nil {
@@ -388,8 +388,8 @@ func (r *reading) route(at string, x *Route, upstreams map[string]bool) (groups 
 	if x.Deadline != "" {
 		r.fieldName(at+".deadline", x.Deadline)
 	}
-	if x.Cache != nil && x.Upstream == "" && len(x.Split) == 0 {
-		r.fault(at+".cache", "goes with upstream or split")
+	if x.Cache != nil && (x.Upstream == "" && len(x.Split) == 0 || x.Transcode != nil) {
+		r.fault(at+".cache", "goes with upstream or split, without transcode")
 	}
 	if x.Retries != nil && (x.Retries.Attempts < 1 || x.Retries.Attempts > 10) {
 		r.fault(at+".retries.attempts", "%d is out of range; use 1 to 10, the first included", x.Retries.Attempts)

@@ -100,6 +100,14 @@ upstreams:
 			t.Errorf("no %q in\n%s", want, got)
 		}
 	}
+	// What would be taken and not be done.
+	idle := "limits: {head: 17KiB}\n" + one("  - {upstream: up, cache: {}, transcode: {descriptors: /none}}", upstreamOf("127.0.0.1:1"))
+	got = faults(idle)
+	for _, want := range []string{"limits.head: 17408 bytes is out of range; use 1KiB to 16KiB", "routes[0].cache: goes with upstream or split, without transcode"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in\n%s", want, got)
+		}
+	}
 	for _, text := range []string{"", "a: b: c", "version: 1\n---\nversion: 1\n", "version: &a 1\nadmin: *a\n", "- 1", "version: 1\nversion: 1\n"} {
 		faults(text)
 	}
