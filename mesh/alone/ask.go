@@ -37,7 +37,7 @@ func (u *upstream) ask(ctx context.Context, x *errand, do func(*server) error) (
 			return errors.Join(err, perr)
 		}
 		x.to(at.e)
-		srv, cerr := u.connect(ctx, at.e, x.from, fresh, true)
+		srv, cerr := u.connect(ctx, at.e, x.from, fresh)
 		if errors.Is(cerr, errBusy) {
 			at.Done(u.clock.Now(), balance.Cancelled)
 			return cerr

@@ -152,7 +152,7 @@ var (
 func (s *session) attempt(a *action, up *upstream, e *endpoint, fresh, more bool) (again bool, fault error) {
 	s.server, s.outcome = e, balance.Unreachable
 	safe := repeatable(s.req.Method)
-	srv, err := up.connect(context.Background(), e, s.header(), fresh, true)
+	srv, err := up.connect(context.Background(), e, s.header(), fresh)
 	busy := errors.Is(err, errBusy)
 	if busy {
 		s.outcome = balance.Cancelled

@@ -173,7 +173,7 @@ func (w *world) askRate(h proxyproto.Header, question []byte) (answer ratelimit.
 			return answer, errors.Join(err, perr)
 		}
 		var srv *server
-		if srv, err = up.connect(ctx, at.e, h, false, true); err != nil {
+		if srv, err = up.connect(ctx, at.e, h, false); err != nil {
 			at.Done(up.clock.Now(), balance.Unreachable)
 			if tried = append(tried, at.Host()); ctx.Err() != nil {
 				break

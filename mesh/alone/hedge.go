@@ -198,7 +198,7 @@ func (r *race) start(c *contender) {
 func (c *contender) run(r *race) (err error) {
 	if c.srv == nil {
 		ctx, cancel := context.WithDeadline(r.ctx, c.ends)
-		c.srv, err = r.up.connect(ctx, c.at.e, r.header, false, true)
+		c.srv, err = r.up.connect(ctx, c.at.e, r.header, false)
 		cancel()
 		if err != nil {
 			return err

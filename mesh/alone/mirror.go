@@ -59,7 +59,7 @@ func copyTo(ctx context.Context, up *upstream, h proxyproto.Header, method strin
 	}
 	outcome := balance.Unreachable
 	defer func() { at.Done(up.clock.Now(), outcome) }()
-	srv, err := up.connect(ctx, at.e, h, false, true)
+	srv, err := up.connect(ctx, at.e, h, false)
 	if errors.Is(err, errBusy) {
 		outcome = balance.Cancelled
 	}

@@ -168,7 +168,7 @@ func (u *upstream) probes() {
 // connect takes an idle connection to e or makes a new one, which fresh asks for.
 // Each is looked at, however short its rest was: what came in it would be taken for
 // the answer to the next request.
-func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header, fresh, _ bool) (*server, error) {
+func (u *upstream) connect(ctx context.Context, e *endpoint, h proxyproto.Header, fresh bool) (*server, error) {
 	if u.two() {
 		return u.stream(ctx, e, h, fresh)
 	}
@@ -387,7 +387,7 @@ func (u *upstream) reach(ctx context.Context, h proxyproto.Header) (chosen, *ser
 			return at, nil, errors.Join(err, perr)
 		}
 		var s *server
-		if s, err = u.connect(ctx, at.e, h, true, true); err == nil {
+		if s, err = u.connect(ctx, at.e, h, true); err == nil {
 			return at, s, nil
 		}
 		if errors.Is(err, errBusy) {
