@@ -70,6 +70,7 @@ type caching struct {
 	asked   time.Time
 	storing bool
 	body    []byte
+	held    int64  // bytes of it, or of what it will be, that are counted in
 	cookies []byte // fields of a 304 that are for this client alone
 }
 
@@ -120,6 +121,7 @@ func (s *session) forwardCached(a *action) {
 			s.extra = append(s.extra[:0], "Cache-Status: hauberk; fwd=stale\r\n"...)
 		}
 		s.forward(a)
+		s.giveBack()
 		f.Land()
 		s.cache.on = false
 		return
@@ -260,16 +262,32 @@ func (s *session) answered(a *action, srv *server) bool {
 		return true
 	}
 	cut := s.resp.Framing == http1.UntilClose && srv.two == nil // nobody could tell whether it is whole
-	c.storing = !cut && cache.Storable(now, &s.req, &s.resp, a.storeRules(&s.req)) && s.resp.Length <= int64(a.route.Cache.Largest)
+	length := int64(0)
+	if s.resp.Framing == http1.Length {
+		length = s.resp.Length
+	}
+	c.storing = !cut && cache.Storable(now, &s.req, &s.resp, a.storeRules(&s.req)) && length <= int64(a.route.Cache.Largest) && s.hold(length)
 	if !c.storing {
 		c.flight.Land() // nobody need wait for it
 		return false
 	}
-	c.body = nil
-	if s.resp.Framing == http1.Length {
-		c.body = make([]byte, 0, s.resp.Length)
-	}
+	c.body = make([]byte, 0, length)
 	return false
+}
+
+// hold counts in what is to be stored, if there is room for it.
+func (s *session) hold(n int64) bool {
+	if !s.p.cache.Hold(n) {
+		return false
+	}
+	s.cache.held += n
+	return true
+}
+
+// giveBack counts it out.
+func (s *session) giveBack() {
+	s.p.cache.Give(s.cache.held)
+	s.cache.held = 0
 }
 
 // keepCookies keeps the cookies that a 304 sets: they are not stored, and go to the
@@ -292,10 +310,13 @@ func (s *session) release(srv *server) {
 	}
 }
 
-// keep keeps a part of an answer that is to be stored.
-func (c *caching) keep(data []byte, largest int64) {
-	if int64(len(c.body)+len(data)) > largest {
+// keepPart keeps a part of an answer that is to be stored.
+func (s *session) keepPart(a *action, data []byte) {
+	c := &s.cache
+	n := int64(len(c.body) + len(data))
+	if n > int64(a.route.Cache.Largest) || n > c.held && !s.hold(n-c.held) {
 		c.storing, c.body = false, nil
+		s.giveBack()
 		c.flight.Land()
 		return
 	}
@@ -307,6 +328,7 @@ func (s *session) store(a *action) {
 	if c := &s.cache; c.storing {
 		c.storing = false
 		s.p.cache.Put(c.key, &s.req, &s.resp, c.body, c.asked, time.Now(), a.storeRules(&s.req))
+		s.giveBack() // it is counted where it is stored
 		c.flight.Land()
 		c.body = nil
 	}

@@ -209,7 +209,7 @@ func (s *session) relayBody(a *action, srv *server, z, chunked bool) error {
 			return err
 		case len(data) > 0:
 			if s.cache.storing {
-				s.cache.keep(data, int64(a.route.Cache.Largest))
+				s.keepPart(a, data)
 			}
 			if err := s.relayPart(data, c, chunked); err != nil {
 				return fmt.Errorf("%w: %w", errClient, err)

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -60,6 +62,43 @@ func TestFileUnread(t *testing.T) {
 	waitFor(t, "an end of the connection", func() bool { return p.open.Load() == 0 })
 	if _, got := get(t, p, "GET", "/large.txt", nil, nil); len(got) != 64<<20 {
 		t.Errorf("%d bytes for one who reads", len(got))
+	}
+}
+
+// Answers that are coming, to be stored, hold no more memory than those that are.
+func TestStoredTogether(t *testing.T) {
+	const size = 600 << 10
+	var begun atomic.Int32
+	end := make(chan struct{})
+	up := origin(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "max-age=60")
+		w.Header().Set("Content-Length", fmt.Sprint(size))
+		w.Write(make([]byte, size/2))
+		w.(http.Flusher).Flush()
+		<-end
+		w.Write(make([]byte, size/2))
+	})
+	p := serve(t, "cache: {memory: 1MiB}\n"+one("  - {prefix: /, upstream: up, cache: {}}", upstreamOf(up)))
+	var all sync.WaitGroup
+	for i := range 4 {
+		all.Go(func() {
+			resp, err := http.Get(fmt.Sprintf("http://%s/%d", p.Address("web"), i))
+			begun.Add(1)
+			if err != nil {
+				t.Error(err)
+			} else if n, err := io.Copy(io.Discard, resp.Body); n != size || err != nil {
+				t.Errorf("%d bytes, %v", n, err)
+			}
+		})
+	}
+	waitFor(t, "all to come", func() bool { return begun.Load() == 4 })
+	close(end)
+	all.Wait()
+	if n := p.cache.Counts().Stored; n != 1 {
+		t.Errorf("%d answers were kept at once", n)
+	}
+	if !p.cache.Hold(1 << 20) {
+		t.Error("what came is still counted in")
 	}
 }
 

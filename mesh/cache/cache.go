@@ -42,6 +42,7 @@ type Store struct {
 	mu      sync.Mutex
 	bound   int64
 	bytes   int64
+	coming  int64 // bytes of answers that are not stored yet
 	entries map[string][]*Entry
 	recent  Entry // of a ring: next is the one used last
 	flights map[string]*Flight
@@ -74,6 +75,25 @@ func (s *Store) Resize(bytes int64) {
 	defer s.mu.Unlock()
 	s.bound = bytes
 	s.evictLocked()
+}
+
+// Hold counts bytes of an answer in that is coming, which Give counts out. It reports
+// whether there is room: those that are coming hold no more than what is stored.
+func (s *Store) Hold(n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n > s.bound-s.coming {
+		return false
+	}
+	s.coming += n
+	return true
+}
+
+// Give counts bytes out that Hold has counted in.
+func (s *Store) Give(n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.coming -= n
 }
 
 // Look says what is stored for a request, and what may be done with it.
@@ -254,8 +274,11 @@ func (s *Store) Renew(old *Entry, req, resp *http1.Message, asked, came time.Tim
 	if len(old.vary) > 0 && len(e.vary) == 0 {
 		e.vary = old.vary
 	}
-	if control(&now).noStore || control(&now).private || !r.chosen(&now) {
+	switch said := control(&now); {
+	case said.noStore || said.private || !r.chosen(&now):
 		s.drop(old)
+		return e
+	case secret(req, said): // its fields may be about who has asked: others go on with the old
 		return e
 	}
 	s.put(e, req, asked)

@@ -349,3 +349,33 @@ func FuzzControl(f *testing.F) {
 		}
 	})
 }
+
+// A 304 to who has proved who it is renews an answer for others only if it says that it
+// may: RFC 9111, section 3.5.
+func TestRenewAuthorized(t *testing.T) {
+	for text, renewed := range map[string]bool{"max-age=60": false, "max-age=60, public": true} {
+		s, now := New(1<<20), time.Now()
+		plain, proved := request(t, "GET"), request(t, "GET", "Authorization: Basic YTpi")
+		old := s.Put([]byte("k"), plain, response(t, 200, `ETag: "e"`, "Content-Length: 1"), []byte("x"), now, now, Rules{})
+		own := s.Renew(old, proved, response(t, 304, `ETag: "e"`, "X-User: a", "Cache-Control: "+text), now.Add(1), now.Add(2), Rules{})
+		if !strings.Contains(string(own.Head), "X-User: a") {
+			t.Errorf("%s: who asked gets %q", text, own.Head)
+		}
+		e, use := s.Look(now.Add(3), []byte("k"), plain)
+		if got := e != nil && strings.Contains(string(e.Head), "X-User"); got != renewed || e == nil || (use == Fresh) != renewed {
+			t.Errorf("%s: others get %v, %v", text, e, use)
+		}
+	}
+}
+
+// Answers that are coming hold no more than those that are stored may.
+func TestHold(t *testing.T) {
+	s := New(100)
+	if !s.Hold(60) || s.Hold(41) || !s.Hold(40) || s.Hold(1<<62) {
+		t.Error("over the bound, or not up to it")
+	}
+	s.Give(60)
+	if !s.Hold(60) {
+		t.Error("what was given back is not there")
+	}
+}

@@ -77,7 +77,7 @@ func Storable(now time.Time, req, resp *http1.Message, r Rules) bool {
 			return false
 		}
 	}
-	if _, secret := req.Field("Authorization"); secret && !said.public && !said.mustRevalidate && said.sMaxAge < 0 {
+	if secret(req, said) {
 		return false
 	}
 	if !r.chosen(resp) {
@@ -89,6 +89,12 @@ func Storable(now time.Time, req, resp *http1.Message, r Rules) bool {
 	}
 	_, tagged := resp.Field("ETag") // what is never fresh is of use if it can be asked about
 	return (heuristic(resp.Status) || r.Valid > 0) && (tagged || lifetime(resp, said, now, r) > 0)
+}
+
+// secret says that an answer is for nobody but who has asked: RFC 9111, section 3.5.
+func secret(req *http1.Message, said directives) bool {
+	_, proves := req.Field("Authorization")
+	return proves && !said.public && !said.mustRevalidate && said.sMaxAge < 0
 }
 
 // maxVaried bounds the fields that one answer may vary by.
