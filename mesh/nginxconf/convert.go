@@ -74,6 +74,7 @@ type listener struct {
 	any     bool   // somebody answers for every name
 	clients string // who must show a certificate
 	old     bool   // no HTTP/2
+	newest  bool   // TLS 1.3 alone: nginx decides by the name, here the strictest does
 	claimed map[string]bool
 }
 
@@ -384,6 +385,9 @@ func (c *converter) render() string {
 		}
 		if l.tls {
 			b.WriteString("  tls:\n")
+			if l.newest {
+				b.WriteString("    min_version: \"1.3\"\n")
+			}
 			if l.clients != "" {
 				b.WriteString("    clients: " + l.clients + "\n")
 			}

@@ -140,3 +140,18 @@ func TestConvertTwo(t *testing.T) {
 		t.Errorf("%v, %v\n%s", problems, err, got)
 	}
 }
+
+// An address of both families is one listener, and a demand for TLS 1.3 is kept.
+func TestBothFamilies(t *testing.T) {
+	got, problems, err := Convert(`http { server { listen 80; listen [::]:80; server_name a; return 204; }
+server { listen 443 ssl; listen [::]:443 ssl ipv6only=on; server_name a; ssl_certificate a.pem; ssl_certificate_key a.key; ssl_protocols TLSv1.3; return 204; } }`)
+	if err != nil || len(problems) > 0 {
+		t.Fatal(problems, err)
+	}
+	if n := strings.Count(got, "  address: "); n != 2 || strings.Contains(got, "[::]") {
+		t.Errorf("%d listeners:\n%s", n, got)
+	}
+	if !strings.Contains(got, `min_version: "1.3"`) {
+		t.Errorf("TLS 1.2 is taken:\n%s", got)
+	}
+}

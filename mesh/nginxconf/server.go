@@ -22,6 +22,7 @@ func (c *converter) listener(d directive) *listener {
 		address = ":" + address
 	default:
 		address = strings.Replace(withPort(address, "80"), "*:", ":", 1)
+		address = strings.Replace(address, "[::]:", ":", 1) // which takes both families here
 	}
 	key := strings.TrimPrefix(address, ":")
 	l := c.listeners[key]
@@ -34,7 +35,7 @@ func (c *converter) listener(d directive) *listener {
 		switch a {
 		case "ssl":
 			l.tls = true
-		case "default_server", "http2", "reuseport":
+		case "default_server", "http2", "reuseport", "ipv6only=on", "ipv6only=off":
 		default:
 			c.problem(d, "listen %s is not converted", a)
 		}
@@ -54,14 +55,16 @@ func (c *converter) server(d directive, s scope) {
 	var names []string
 	var chain, key, authority string
 	verify := "off"
-	old := false
+	old, newest := false, false
 	var on []*listener
 	var returns *directive
 	s.setSeen, s.addSeen = false, false
 	for _, x := range d.block {
 		switch {
 		case x.name == "listen":
-			on = append(on, c.listener(x))
+			if l := c.listener(x); !slices.Contains(on, l) { // of both families
+				on = append(on, l)
+			}
 		case x.name == "server_name":
 			names = append(names, c.names(x)...)
 		case x.name == "ssl_certificate" && len(x.args) == 1:
@@ -77,6 +80,7 @@ func (c *converter) server(d directive, s scope) {
 				c.problem(x, "ssl_verify_client optional_no_ca is not converted: certificates are verified")
 			}
 		case x.name == "ssl_protocols": // 1.2 and 1.3 are what there is
+			newest = !slices.Contains(x.args, "TLSv1.2") && slices.Contains(x.args, "TLSv1.3")
 		case x.name == "location" && x.open:
 			if l, ok := c.location(x); ok {
 				locations = append(locations, l)
@@ -91,7 +95,7 @@ func (c *converter) server(d directive, s scope) {
 		on = append(on, c.listener(directive{line: d.line, name: "listen"}))
 	}
 	for _, l := range on {
-		l.old = l.old || old
+		l.old, l.newest = l.old || old, l.newest || newest
 		c.clients(d, l, authority, verify)
 	}
 	var routes string
