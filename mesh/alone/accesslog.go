@@ -100,7 +100,15 @@ func (l *accessLog) write() {
 	l.mu.Unlock()
 }
 
+// close writes what there is, unless nobody takes it: a reload, or the last request of
+// the configuration before, does not wait for who reads a pipe.
 func (l *accessLog) close() {
 	close(l.stop)
-	<-l.done
+	late := time.NewTimer(logEvery)
+	defer late.Stop()
+	select {
+	case <-l.done:
+	case <-late.C:
+		l.w.Close() // which ends the writing, but to the standard output
+	}
 }

@@ -245,6 +245,11 @@ func (c *contender) givenUp(until time.Time) bool {
 	return c.ends.Equal(until) && (errors.Is(c.err, os.ErrDeadlineExceeded) || errors.Is(c.err, context.DeadlineExceeded))
 }
 
+// stale says that a kept connection had ended: nothing is wrong with the endpoint.
+func (c *contender) stale() bool {
+	return c.srv != nil && c.srv.reused && c.srv.in.end == 0 && c.srv.broken(c.err)
+}
+
 // hear takes what has become of a contender. won says that its answer is passed on.
 func (r *race) hear(c *contender) (won bool) {
 	r.out--
@@ -341,7 +346,7 @@ func (r *race) end(a *action, stays *contender) {
 		}
 		outcome := balance.Cancelled
 		switch {
-		case !c.heard || errors.Is(c.err, errBusy) || notTaken(c.err) || c.givenUp(r.until):
+		case !c.heard || errors.Is(c.err, errBusy) || notTaken(c.err) || c.givenUp(r.until) || c.stale():
 		case c.err != nil:
 			c.at.e.failures.Add(1)
 			outcome = balance.Unreachable

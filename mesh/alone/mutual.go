@@ -180,7 +180,7 @@ func peerOf(c *tls.Conn) *peer {
 }
 
 func (p *peer) add(kind, name string) {
-	if strings.ContainsAny(name, "\",;=\r\n") {
+	if strings.ContainsFunc(name, func(c rune) bool { return c <= ' ' || c > '~' || strings.ContainsRune(`",;=`, c) }) {
 		name = url.QueryEscape(name)
 	}
 	if p.name == "" {

@@ -9,8 +9,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+
+	"hauberk.dev/mesh/http1"
 )
 
 // A client that reads a stored answer slowly, but does, gets all of it.
@@ -167,4 +170,55 @@ func (p *Proxy) resting(upstream string) (n int) {
 		e.mu.Unlock()
 	}
 	return n
+}
+
+// A log that nobody reads does not keep a reload.
+func TestLogUnread(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := os.OpenFile(path, os.O_RDWR, 0) // and does not
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	l, err := openLog(AccessLog{Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.add(make([]byte, logBuffer))
+	closed := make(chan struct{})
+	go func() { l.close(); close(closed) }()
+	select {
+	case <-closed:
+		<-l.done
+	case <-time.After(patience):
+		t.Error("it waits for the reader")
+	}
+}
+
+// A kept connection that has ended says nothing of its endpoint, in a second try either.
+func TestHedgeStale(t *testing.T) {
+	for _, c := range []struct {
+		srv  *server
+		err  error
+		want bool
+	}{{&server{reused: true}, io.EOF, true}, {&server{}, io.EOF, false}, {nil, io.EOF, false}, {&server{reused: true}, nil, false}, {&server{reused: true, in: inflow{end: 1}}, io.EOF, false}} {
+		if got := (&contender{srv: c.srv, err: c.err}).stale(); got != c.want {
+			t.Errorf("%+v, %v: %v", c.srv, c.err, got)
+		}
+	}
+}
+
+// A name in a client's certificate makes no byte of a header that servers read in
+// different ways.
+func TestPeerName(t *testing.T) {
+	for _, name := range []string{"a\x00b", "a\x7fb", "a b", "a\xc3\xa9", "a\tb", `a"b`} {
+		var p peer
+		p.add("DNS", name)
+		if http1.CheckField("x", string(p.forwarded)) != nil || strings.ContainsFunc(string(p.forwarded), func(c rune) bool { return c <= ' ' || c > '~' || c == '"' }) {
+			t.Errorf("%q became %q", name, p.forwarded)
+		}
+	}
 }
