@@ -192,20 +192,26 @@ func (b *builder) wire(f *os.File, s wire.State) (*wire.Conn, error) {
 	if err := s.Check(); err != nil {
 		return nil, err
 	}
-	c, err := net.FileConn(f)
+	c, err := socketOf(f)
 	if err != nil {
 		return nil, err
 	}
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
-		c.Close()
-		return nil, errors.New("a descriptor is no TCP connection")
+	if tcp, ok := c.(*net.TCPConn); ok {
+		b.p.carried.add(tcp)
 	}
-	b.p.carried.add(tcp)
-	w := wire.Resume(tcp, s)
+	w := wire.Resume(c, s)
 	b.made = append(b.made, w)
 	b.start = append(b.start, w.Thaw)
 	return w, nil
+}
+
+// guestWire is wire for a connection with a guest, or with what is outside.
+func (b *builder) guestWire(f *os.File, s wire.State) (*wire.Conn, error) {
+	w, err := b.wire(f, s)
+	if err == nil && w.TCP() == nil {
+		err = errors.New("a descriptor is no TCP connection")
+	}
+	return w, err
 }
 
 func (b *builder) sandboxOf(instance string) (*sandbox, error) {
@@ -269,7 +275,7 @@ func (b *builder) called(l *builtLink, s linkState) (err error) {
 		return err
 	}
 	var rerr error
-	g.entry = &entry{kind: kindLink, party: g.who, since: s.Since, sever: func() { severTCP(g.raw.TCP()) }, close: func() { l.h.Close() }, link: l.carrierLink}
+	g.entry = &entry{kind: kindLink, party: g.who, since: s.Since, sever: g.raw.Sever, close: func() { l.h.Close() }, link: l.carrierLink}
 	if rerr = l.sb.register(g.entry); rerr != nil {
 		g.entry = nil
 	}
@@ -329,7 +335,7 @@ func (b *builder) flow(s flowState, files []*os.File) error {
 		if len(files) == 0 {
 			return errors.New("a descriptor is missing")
 		}
-		if *part.conn, err = b.wire(files[0], *part.state); err != nil {
+		if *part.conn, err = b.guestWire(files[0], *part.state); err != nil {
 			return err
 		}
 		files = files[1:]
@@ -338,7 +344,7 @@ func (b *builder) flow(s flowState, files []*os.File) error {
 		return fmt.Errorf("%d descriptors are left for %d connections", len(files), len(s.More))
 	}
 	for i := range files {
-		c, err := b.wire(files[i], s.More[i])
+		c, err := b.guestWire(files[i], s.More[i])
 		if err != nil {
 			return err
 		}

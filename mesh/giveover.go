@@ -38,7 +38,7 @@ func (p *Proxy) GiveOver(ctx context.Context, ln *net.UnixListener) error {
 			return nil
 		}
 		began := time.Now()
-		if err := handover.Give(ctx, c, p.hold, p.back, p.letGo); err != nil {
+		if err := handover.Give(ctx, c, p.holdAs, p.back, p.letGo); err != nil {
 			p.log.Warn("not handed over; going on", "err", err, "took", time.Since(began))
 			continue
 		}

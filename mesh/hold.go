@@ -32,17 +32,18 @@ type worldState struct {
 	Epoch plan.Epoch `json:"epoch"`
 }
 
-// hold stops everything and returns it, as plain data with descriptors. Nothing
+// holdAs stops everything and returns it, as plain data with descriptors in the form
+// that a version has. Nothing
 // of it is in this Proxy any more; build, here or in another process, makes it
 // anew. What changes the Proxy waits until letGo or build has been called. If
 // something does not stop, all goes on and the error says what it was.
-func (p *Proxy) hold() (*handover.Load, error) {
+func (p *Proxy) holdAs(version int) (*handover.Load, error) {
 	p.changes.Lock()
 	if p.world.Load() == nil {
 		p.changes.Unlock()
 		return nil, errors.New("hold connections: there is no plan yet")
 	}
-	load := &handover.Load{Version: handover.Version}
+	load := &handover.Load{Version: version}
 	err := p.holdListeners(load)
 	if err == nil {
 		err = p.still.settled()
@@ -219,6 +220,9 @@ func (p *Proxy) endStuck(err error) error {
 func (p *Proxy) takeDown(load *handover.Load, links []*entry) error {
 	h := &holder{load: load}
 	p.takeCounts(h)
+	if load.Version < firstOfPairs {
+		p.unpair(links)
+	}
 	number, open := map[*hbone.Conn]int{}, map[*hbone.Conn]map[uint32]bool{}
 	for _, e := range links {
 		l := e.link
@@ -228,7 +232,7 @@ func (p *Proxy) takeDown(load *handover.Load, links []*entry) error {
 			continue // it has ended meanwhile
 		}
 		st := l.state(e, s)
-		err := h.try(itemLink, st, l.raw.TCP())
+		err := h.try(itemLink, st, l.raw.Socket())
 		st.TLS.Forget()
 		if err != nil {
 			p.log.Error("a link cannot be held", "err", err)

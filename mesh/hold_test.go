@@ -14,9 +14,13 @@ import (
 	"testing"
 	"time"
 
+	"hauberk.dev/mesh/handover"
 	"hauberk.dev/mesh/hbone"
 	"hauberk.dev/plan"
 )
+
+// hold holds all connections for a proxy of the same version.
+func (p *Proxy) hold() (*handover.Load, error) { return p.holdAs(handover.Version) }
 
 // restless holds all connections of the proxy and goes on with them, again and
 // again, until stop: in this process by turns and in a proxy that takes its place.
@@ -42,12 +46,18 @@ func restless(t *testing.T, w *world, stop <-chan struct{}) (times int) {
 
 // No caller of any protocol notices that the proxy is held, whatever it is doing.
 func TestHeldInEveryProtocol(t *testing.T) {
+	t.Run("pairs", func(t *testing.T) { heldInEveryProtocol(t, "127.0.0.1:0", handover.Version) })
+	t.Run("tcp", func(t *testing.T) { heldInEveryProtocol(t, everywhere, handover.Version) })
+	t.Run("for an older version", func(t *testing.T) { heldInEveryProtocol(t, "127.0.0.1:0", firstOfPairs-1) })
+}
+
+func heldInEveryProtocol(t *testing.T, listen string, version int) {
 	n, guests := 3*len(protocols), 2*len(protocols)
-	w, bank, web := callWorld(t, n+guests)
+	w, bank, web := callWorldAt(t, n+guests, false, listen)
 	c := newCallers(t, w, bank, web, n, guests)
 	for range 10 {
 		c.progress(1)
-		load, err := w.proxy.hold()
+		load, err := w.proxy.holdAs(version)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -47,17 +47,21 @@ func addressOf(serverName string, local net.Addr) (netip.Addr, error) {
 }
 
 // inbound serves a connection to the gateway.
-func (p *Proxy) inbound(raw net.Conn) {
+func (p *Proxy) inbound(c net.Conn) { p.welcome(wire.New(c.(*net.TCPConn)), c.RemoteAddr().String()) }
+
+// welcome serves a connection of a proxy. source is its address; the connection
+// has been counted as a handshake.
+func (p *Proxy) welcome(raw *wire.Conn, source string) {
 	shaken := sync.OnceFunc(func() { p.still.shakes(-1) })
 	defer shaken()
 	select {
 	case p.shakes <- struct{}{}:
 	default: // more strangers at the door than can be looked at
 		raw.Close()
-		p.events.add(api.Event{Kind: api.EventLimit, Source: raw.RemoteAddr().String(), Reason: fmt.Sprintf("%d handshakes at once", maxHandshakes)})
+		p.events.add(api.Event{Kind: api.EventLimit, Source: source, Reason: fmt.Sprintf("%d handshakes at once", maxHandshakes)})
 		return
 	}
-	g := &guestSide{p: p, raw: wire.New(raw.(*net.TCPConn)), source: raw.RemoteAddr().String()}
+	g := &guestSide{p: p, raw: raw, source: source}
 	ctx, cancel := context.WithTimeout(p.context(), handshakeTimeout)
 	var err error
 	g.tls, err = tls13.Server(ctx, g.raw, &tls.Config{MinVersion: tls.VersionTLS13, GetConfigForClient: g.config})
@@ -145,7 +149,7 @@ func (g *guestSide) refused(err error) {
 
 // attach registers the connection before it carries a stream.
 func (g *guestSide) attach(h *hbone.Conn) {
-	g.entry = &entry{kind: kindLink, party: g.who, sever: func() { severTCP(g.raw.TCP()) }, close: func() { h.Close() },
+	g.entry = &entry{kind: kindLink, party: g.who, sever: g.raw.Sever, close: func() { h.Close() },
 		link: &carrierLink{h: h, tls: g.tls, raw: g.raw, guest: g}}
 	if err := g.sb.register(g.entry); err != nil {
 		g.entry = nil
@@ -298,10 +302,10 @@ func (a *arrival) allowsStill(h *http1.Head) bool {
 // connection under it.
 func (a *arrival) sever() {
 	if c, ok := a.client.(tcpSide); ok {
-		severTCP(c.TCP())
+		c.Sever()
 	}
 	if g := a.guest.Load(); g != nil {
-		severTCP(g.TCP())
+		g.Sever()
 	}
 }
 

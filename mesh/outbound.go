@@ -122,11 +122,11 @@ type outFlow struct {
 
 func (f *outFlow) entry() *entry {
 	e := &entry{direction: "out", address: f.ev.Destination, party: f.party, guest: func() *net.TCPConn { return f.c.TCP() },
-		sever: func() { severTCP(f.c.TCP()) }, close: func() { f.c.Abort(); f.peer().abort() }, freeze: f.c.Freeze}
+		sever: f.c.Sever, close: func() { f.c.Abort(); f.peer().abort() }, freeze: f.c.Freeze}
 	if f.far != nil {
 		e.direction = "egress"
 		e.allowed = func(*directory) bool { return mayEgress(f.sb.facts.Load(), destination{f.to}) }
-		e.sever = func() { severTCP(f.c.TCP()); severTCP(f.far.TCP()) }
+		e.sever = func() { f.c.Sever(); f.far.Sever() }
 		e.close = func() { f.c.Abort(); f.far.Abort() }
 		e.freeze = func() { f.c.Freeze(); f.far.Freeze() }
 	}

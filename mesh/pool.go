@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -16,7 +15,6 @@ import (
 	"hauberk.dev/id"
 	"hauberk.dev/mesh/hbone"
 	"hauberk.dev/mesh/tls13"
-	"hauberk.dev/mesh/wire"
 	"hauberk.dev/plan"
 )
 
@@ -138,7 +136,7 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 	facts := sb.facts.Load()
 	who := &entry{kind: kindLink, party: party{instance: facts.Instance, identity: facts.Identity, serial: me.serial,
 		peerInstance: e.Instance, peerIdentity: s.Identity}}
-	raw, err := new(net.Dialer).DialContext(ctx, "tcp", e.Gateway.String())
+	raw, err := p.reach(ctx, e.Gateway)
 	if err != nil {
 		return nil, err
 	}
@@ -154,8 +152,7 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 		who.peerSerial = serialOf(cs.PeerCertificates[0])
 		return p.registry.check(who.party)
 	}
-	below := wire.New(raw.(*net.TCPConn))
-	c, err := tls13.Client(ctx, below, cfg)
+	c, err := tls13.Client(ctx, raw, cfg)
 	if err != nil {
 		raw.Close()
 		return nil, &peerError{fmt.Errorf("handshake with the endpoint: %w", err)}
@@ -168,7 +165,7 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 	if err != nil {
 		return nil, err
 	}
-	l := &carrierLink{h: h, tls: c, raw: below, key: poolKey{facts.Instance, me.serial, e.Gateway, e.Address}}
+	l := &carrierLink{h: h, tls: c, raw: raw, key: poolKey{facts.Instance, me.serial, e.Gateway, e.Address}}
 	if err := sb.pooled(who, l); err != nil {
 		h.Close()
 		return nil, err
@@ -180,7 +177,7 @@ func (p *Proxy) dial(ctx context.Context, set *poolSet, sb *sandbox, me identity
 // frozen.
 func (sb *sandbox) pooled(who *entry, l *carrierLink) error {
 	who.link = l
-	who.sever = func() { severTCP(l.raw.TCP()) }
+	who.sever = l.raw.Sever
 	who.close = func() { l.h.Close() }
 	if err := sb.register(who); err != nil {
 		return err

@@ -684,7 +684,12 @@ func callWorld(t testing.TB, n int) (w *world, bank, web *box) { return callWorl
 
 func callWorldOf(t testing.TB, n int, process bool) (w *world, bank, web *box) {
 	t.Helper()
-	w = newWorldWith(t, Options{Connections: n + 100}, process)
+	return callWorldAt(t, n, process, "127.0.0.1:0")
+}
+
+func callWorldAt(t testing.TB, n int, process bool, listen string) (w *world, bank, web *box) {
+	t.Helper()
+	w = newWorldAt(t, Options{Connections: n + 100}, process, listen)
 	web = w.add("web", nil, nil, nil)
 	bank = w.add("bank", callerPorts, anyone(), nil)
 	w.apply()

@@ -132,16 +132,26 @@ func newWorldOf(t testing.TB, o Options) *world { return newWorldWith(t, o, fals
 // newWorldWith has the proxy be a process of its own, if so wanted.
 func newWorldWith(t testing.TB, o Options, process bool) *world {
 	t.Helper()
+	return newWorldAt(t, o, process, "127.0.0.1:0")
+}
+
+// everywhere is where a gateway listens that does not know its own address, and so
+// is called by TCP by its own proxy too.
+const everywhere = "0.0.0.0:0"
+
+// newWorldAt has the gateway listen there.
+func newWorldAt(t testing.TB, o Options, process bool, listen string) *world {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("making network namespaces for guests needs root")
 	}
 	w := &world{t: t, dir: t.TempDir(), ca: newAuthority(t), options: o, boxes: map[string]*box{}, plan: plan.Mesh{Generation: 1, TrustDomain: domain}}
 	w.path = filepath.Join(w.dir, "mesh.sock")
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := net.Listen("tcp4", listen)
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.gateway = addrPort(ln.Addr())
+	w.gateway = netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), addrPort(ln.Addr()).Port())
 	if w.door, err = ln.(*net.TCPListener).File(); err != nil {
 		t.Fatal(err)
 	}

@@ -82,9 +82,9 @@ func (p *Proxy) GiveOver(ctx context.Context, ln *net.UnixListener) error {
 
 // hold returns what another process needs to go on. The configuration stays as it
 // is until back or letGo.
-func (p *Proxy) hold() (*handover.Load, error) {
+func (p *Proxy) hold(version int) (*handover.Load, error) {
 	p.reloading.Lock()
-	load := &handover.Load{Version: handover.Version}
+	load := &handover.Load{Version: version}
 	if err := p.collect(load); err != nil {
 		return nil, errors.Join(fmt.Errorf("hold sockets: %w", err), p.back(load))
 	}

@@ -42,7 +42,8 @@ const (
 	wordRefused word = "refused"
 )
 
-// message is one message. Each says its version.
+// message is one message. Each says its version: the newest there is, until the two
+// have agreed.
 type message struct {
 	Version int  `json:"version"`
 	Word    word `json:"word"`
@@ -100,13 +101,14 @@ func parse(b []byte, files int) (*message, error) {
 type conn struct {
 	ctx    context.Context // of the conversation
 	socket *net.UnixConn
+	agreed int // version
 	body   []byte
 	oob    []byte
 	met    func(word) // told of each word before it is said and when it is heard; for tests
 }
 
 func newConn(ctx context.Context, socket *net.UnixConn) *conn {
-	return &conn{ctx: ctx, socket: socket, met: func(word) {}, body: make([]byte, maxMessage), oob: make([]byte, unix.CmsgSpace(4*(MaxFiles+2)))}
+	return &conn{ctx: ctx, socket: socket, agreed: Version, met: func(word) {}, body: make([]byte, maxMessage), oob: make([]byte, unix.CmsgSpace(4*(MaxFiles+2)))}
 }
 
 // during has the end of the context wake who waits, until stop is called.
@@ -115,7 +117,7 @@ func (c *conn) during() (stop func() bool) {
 }
 
 func (c *conn) send(wait time.Duration, m *message, files ...*os.File) error {
-	m.Version = Version
+	m.Version = c.agreed
 	m.Reason = m.Reason[:min(len(m.Reason), maxReason)]
 	b, err := json.Marshal(m)
 	if err == nil && len(b) > maxMessage {

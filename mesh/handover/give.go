@@ -11,7 +11,7 @@ import (
 // giver is the old process.
 type giver struct {
 	*conn
-	hold     func() (*Load, error)
+	hold     func(version int) (*Load, error)
 	back     func(*Load) error
 	gone     func(*Load)
 	patience time.Duration
@@ -27,7 +27,7 @@ func (g *giver) give() error {
 	if err := g.greet(); err != nil {
 		return fmt.Errorf("hand over: %w", g.refuse(err))
 	}
-	load, err := g.hold()
+	load, err := g.hold(g.agreed)
 	if err != nil {
 		return fmt.Errorf("hand over: %w", g.refuse(err))
 	}
@@ -54,16 +54,17 @@ func (g *giver) greet() error {
 	if err != nil {
 		return err
 	}
-	if m.Oldest > Version || m.Newest < Version {
-		return fmt.Errorf("version %d is given, %d to %d are taken", Version, m.Oldest, m.Newest)
+	if m.Oldest > Version || m.Newest < least {
+		return fmt.Errorf("versions %d to %d are given, %d to %d are taken", least, Version, m.Oldest, m.Newest)
 	}
+	g.agreed = min(Version, m.Newest)
 	return g.send(g.patience, &message{Word: wordWelcome})
 }
 
 // pass returns nil if, and only if, the load is the other process's.
 func (g *giver) pass(load *Load) error {
-	if load.Version != Version {
-		return fmt.Errorf("the load is of version %d, and %d was agreed", load.Version, Version)
+	if load.Version != g.agreed {
+		return fmt.Errorf("the load is of version %d, and %d was agreed", load.Version, g.agreed)
 	}
 	for rest := load.Items; len(rest) > 0; {
 		n, err := g.batch(rest)

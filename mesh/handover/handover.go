@@ -22,15 +22,17 @@ import (
 )
 
 // Version of the conversation and of what is handed over. It rises with every
-// change that the version before would misread, and then a process gives to its
-// own version and takes from those it still reads.
+// change that the version before would misread, and then a process gives to, and
+// takes from, those it still knows: the newest that both do.
 //
 //	1  2026-11: first.
 //	2  2026-11: a connection of a guest to a service may stand within a request of
 //	   its server, of which some is held or the rest is to be dropped.
+//	3  2026-11: a link may be one end of a pair of Unix sockets.
 const (
-	Version = 2
+	Version = 3
 	Oldest  = 1 // that is still taken
+	least   = 2 // that is still given: version 1 would leave requests of servers half judged
 )
 
 // Bounds of a load.
@@ -91,11 +93,11 @@ func (l *Load) close() {
 }
 
 // Give hands over to who has connected, who must be of this process's user or
-// root. hold stops everything and returns it; it is called once it is known that
-// the two understand each other. Then either back is called, to go on with what
+// root. hold stops everything and returns it, as a load of the version it is given;
+// it is called once it is known that the two understand each other. Then either back is called, to go on with what
 // was held, and Give returns an error, or gone, and it returns nil. The load's
 // bodies are overwritten after that. The socket is closed in any case.
-func Give(ctx context.Context, socket *net.UnixConn, hold func() (*Load, error), back func(*Load) error, gone func(*Load)) error {
+func Give(ctx context.Context, socket *net.UnixConn, hold func(version int) (*Load, error), back func(*Load) error, gone func(*Load)) error {
 	g := &giver{conn: newConn(ctx, socket), hold: hold, back: back, gone: gone, patience: patience}
 	return g.give()
 }

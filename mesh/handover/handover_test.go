@@ -100,7 +100,7 @@ func TestLoad(t *testing.T) {
 			given <- err
 			return
 		}
-		given <- Give(t.Context(), c, func() (*Load, error) { return &want, nil },
+		given <- Give(t.Context(), c, func(int) (*Load, error) { return &want, nil },
 			func(*Load) error { return errors.New("went back") }, func(*Load) { gone++ })
 	}()
 	started := 0
@@ -160,7 +160,7 @@ func TestRefused(t *testing.T) {
 			held, backed, started := 0, 0, 0
 			given := make(chan error, 1)
 			go func() {
-				given <- Give(t.Context(), b, func() (*Load, error) { held++; return c.hold() },
+				given <- Give(t.Context(), b, func(int) (*Load, error) { held++; return c.hold() },
 					func(*Load) error { backed++; return nil }, func(*Load) { t.Error("gone") })
 			}()
 			taker := &taker{conn: newConn(t.Context(), a), patience: patience, build: c.build}
@@ -182,7 +182,7 @@ func TestRefused(t *testing.T) {
 func TestStrangers(t *testing.T) {
 	for name, hello := range map[string]string{
 		"newer":   fmt.Sprintf(`{"version":%d,"word":"hello","oldest":%[1]d,"newest":%d}`, Version+1, Version+2),
-		"older":   fmt.Sprintf(`{"version":%d,"word":"hello","oldest":1,"newest":%[1]d}`, Version-1),
+		"older":   fmt.Sprintf(`{"version":%d,"word":"hello","oldest":1,"newest":%[1]d}`, least-1),
 		"word":    `{"version":1,"word":"go"}`,
 		"field":   `{"version":1,"word":"hello","oldest":1,"newest":1,"more":1}`,
 		"nothing": ``,
@@ -196,7 +196,7 @@ func TestStrangers(t *testing.T) {
 			} else if _, err := a.Write([]byte(hello)); err != nil {
 				t.Fatal(err)
 			}
-			err := Give(t.Context(), b, func() (*Load, error) { t.Error("held"); return nil, errors.New("held") }, nil, nil)
+			err := Give(t.Context(), b, func(int) (*Load, error) { t.Error("held"); return nil, errors.New("held") }, nil, nil)
 			if err == nil {
 				t.Error("taken")
 			}
@@ -204,7 +204,7 @@ func TestStrangers(t *testing.T) {
 	}
 	t.Run("silent", func(t *testing.T) {
 		_, b := ends(t)
-		g := &giver{conn: newConn(t.Context(), b), patience: 20 * time.Millisecond, hold: func() (*Load, error) { t.Error("held"); return nil, nil }}
+		g := &giver{conn: newConn(t.Context(), b), patience: 20 * time.Millisecond, hold: func(int) (*Load, error) { t.Error("held"); return nil, nil }}
 		if err := g.give(); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Error(err)
 		}
@@ -253,7 +253,7 @@ func TestLastWord(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			verdict := ""
-			g := &giver{conn: newConn(ctx, y), patience: patience, hold: func() (*Load, error) { return &Load{Version: Version}, nil },
+			g := &giver{conn: newConn(ctx, y), patience: patience, hold: func(int) (*Load, error) { return &Load{Version: Version}, nil },
 				back: func(*Load) error { verdict += "back"; return nil }, gone: func(*Load) { verdict += "gone" }}
 			// The giver hears nothing before all has been said.
 			said := make(chan struct{})
@@ -282,6 +282,38 @@ func TestLastWord(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Who takes older versions only is given the newest of them, and told so.
+func TestOlderVersion(t *testing.T) {
+	x, y := ends(t)
+	var held, gave int
+	g := &giver{conn: newConn(t.Context(), y), patience: patience, hold: func(version int) (*Load, error) { held = version; return &Load{Version: version}, nil },
+		back: func(*Load) error { return nil }, gone: func(l *Load) { gave = l.Version }}
+	done := make(chan error, 1)
+	go func() { done <- g.give() }()
+	a := newConn(t.Context(), x)
+	a.agreed = least
+	if err := a.send(patience, &message{Word: wordHello, Oldest: least - 1, Newest: least}); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []word{wordWelcome, wordEnd, wordGo} {
+		m, err := a.expect(patience, w)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.Version != least {
+			t.Errorf("%q is of version %d; want %d", w, m.Version, least)
+		}
+		if answer := map[word]word{wordEnd: wordReady, wordGo: wordGoing}[w]; answer != "" {
+			if err := a.send(patience, &message{Word: answer}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := <-done; err != nil || held != least || gave != least {
+		t.Errorf("held version %d, gave %d, %v; want %d", held, gave, err, least)
 	}
 }
 

@@ -60,14 +60,14 @@ func (e *echoes) serve(c *wire.Conn) {
 }
 
 // hold freezes all of them.
-func (e *echoes) hold() (*Load, error) {
+func (e *echoes) hold(version int) (*Load, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, c := range e.all {
 		c.Freeze()
 	}
 	e.users.Wait()
-	load := &Load{Version: Version}
+	load := &Load{Version: version}
 	for _, c := range e.all {
 		body, err1 := json.Marshal(c.State())
 		f, err2 := c.TCP().File()
@@ -348,7 +348,7 @@ func TestOtherUser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = Give(t.Context(), socket, func() (*Load, error) { t.Error("held"); return nil, errors.New("held") }, nil, nil)
+	err = Give(t.Context(), socket, func(int) (*Load, error) { t.Error("held"); return nil, errors.New("held") }, nil, nil)
 	if err == nil || !strings.Contains(err.Error(), "user 65534 is there") {
 		t.Error(err)
 	}

@@ -41,7 +41,7 @@ func (t *taker) conversation(load *Load) (start func(), err error) {
 	if m.Version < Oldest || m.Version > Version {
 		return nil, fmt.Errorf("version %d is not taken, %d to %d are", m.Version, Oldest, Version)
 	}
-	load.Version = m.Version
+	t.agreed, load.Version = m.Version, m.Version
 	if err := t.load(load); err != nil {
 		return nil, t.refuse(err)
 	}

@@ -1,11 +1,8 @@
 package wire
 
-import (
-	"net"
-	"syscall"
-)
+import "syscall"
 
-// Now writes to a TCP connection without waiting, beside nobody.
+// Now writes to a connection without waiting, beside nobody.
 type Now struct {
 	raw syscall.RawConn
 	try func(fd uintptr) bool
@@ -14,7 +11,7 @@ type Now struct {
 }
 
 // NewNow makes the Now of a connection. It owns nothing.
-func NewNow(c *net.TCPConn) *Now {
+func NewNow(c syscall.Conn) *Now {
 	w := &Now{}
 	w.raw, _ = c.SyscallConn() // nil for one that was never opened
 	w.try = w.once

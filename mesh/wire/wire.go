@@ -1,5 +1,5 @@
-// Package wire is a TCP connection that can be put down between any two bytes
-// and taken up again, here or in another process.
+// Package wire is a TCP connection, or one end of a pair of Unix sockets, that can
+// be put down between any two bytes and taken up again, here or in another process.
 //
 // While a connection is frozen its reads return ErrFrozen and its writes do not
 // fail: what cannot be sent any more is kept and counts as written. So whoever
@@ -15,6 +15,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -48,10 +49,18 @@ func (s *State) Check() error {
 	return nil
 }
 
+// Socket is what is below a Conn: a *net.TCPConn, or a *net.UnixConn of a stream.
+type Socket interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+	File() (*os.File, error)
+}
+
 // Conn is a net.Conn. One goroutine may read while others write. A Conn that is
 // never frozen costs a lock for each write that nobody else holds.
 type Conn struct {
-	tcp    *net.TCPConn
+	socket Socket
 	frozen atomic.Bool
 	unread []byte // for who reads
 
@@ -71,18 +80,24 @@ type Conn struct {
 }
 
 // New wraps a connection. It is the Conn's from now on.
-func New(c *net.TCPConn) *Conn { return &Conn{tcp: c} }
+func New(c Socket) *Conn { return &Conn{socket: c} }
 
 // Resume makes a frozen Conn of a descriptor and the state it had. Thaw sets it
 // going.
-func Resume(c *net.TCPConn, s State) *Conn {
-	w := &Conn{tcp: c, unread: s.Unread, unsent: s.Unsent, ended: s.Ended, ending: s.Ending, given: true}
+func Resume(c Socket, s State) *Conn {
+	w := &Conn{socket: c, unread: s.Unread, unsent: s.Unsent, ended: s.Ended, ending: s.Ending, given: true}
 	w.frozen.Store(true)
 	return w
 }
 
-// TCP is the connection below.
-func (c *Conn) TCP() *net.TCPConn { return c.tcp }
+// Socket is what is below.
+func (c *Conn) Socket() Socket { return c.socket }
+
+// TCP is the connection below, nil if that is not TCP.
+func (c *Conn) TCP() *net.TCPConn {
+	tcp, _ := c.socket.(*net.TCPConn)
+	return tcp
+}
 
 // Freeze stops the connection. Reads and writes that wait return.
 func (c *Conn) Freeze() {
@@ -92,7 +107,7 @@ func (c *Conn) Freeze() {
 		return
 	}
 	c.frozen.Store(true)
-	c.tcp.SetDeadline(time.Unix(1, 0))
+	c.socket.SetDeadline(time.Unix(1, 0))
 }
 
 // Frozen tells whether the connection is frozen.
@@ -116,8 +131,8 @@ func (c *Conn) Thaw() {
 	c.writing.Lock()
 	c.mu.Lock()
 	c.given = false
-	c.tcp.SetReadDeadline(c.read)
-	c.tcp.SetWriteDeadline(c.write)
+	c.socket.SetReadDeadline(c.read)
+	c.socket.SetWriteDeadline(c.write)
 	c.behind = len(c.unsent) > 0 || c.ending
 	behind := c.behind
 	c.frozen.Store(false)
@@ -143,10 +158,10 @@ func (c *Conn) catchUp() {
 	c.behind = false
 	if c.ending && !c.frozen.Load() {
 		c.ending, c.ended = false, true
-		c.tcp.CloseWrite()
+		c.socket.CloseWrite()
 	}
 	if c.closed {
-		c.tcp.Close()
+		c.socket.Close()
 	}
 }
 
@@ -162,7 +177,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		}
 		return n, nil
 	}
-	n, err := c.tcp.Read(p)
+	n, err := c.socket.Read(p)
 	if err != nil && c.frozen.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 		err = ErrFrozen
 	}
@@ -204,14 +219,14 @@ func (c *Conn) WriteNow(p []byte) int {
 		return 0
 	}
 	if c.now == nil {
-		c.now = NewNow(c.tcp)
+		c.now = NewNow(c.socket)
 	}
 	return c.now.Write(p)
 }
 
 // sendLocked sends p and keeps the rest when the connection freezes meanwhile.
 func (c *Conn) sendLocked(p []byte) error {
-	n, err := c.tcp.Write(p)
+	n, err := c.socket.Write(p)
 	if err != nil && c.frozen.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 		c.unsent = append(c.unsent, p[n:]...)
 		return nil
@@ -231,7 +246,7 @@ func (c *Conn) CloseWrite() error {
 		return nil
 	}
 	c.ended = true
-	return c.tcp.CloseWrite()
+	return c.socket.CloseWrite()
 }
 
 // Close closes the connection, after what was kept while it was frozen. One
@@ -241,7 +256,7 @@ func (c *Conn) Close() error {
 	if c.late() {
 		return nil
 	}
-	return c.tcp.Close()
+	return c.socket.Close()
 }
 
 // late leaves the closing to who sends what is unsent. While the connection is
@@ -269,21 +284,23 @@ func (c *Conn) lateLocked() bool {
 		return false
 	}
 	c.closed, c.behind = true, true
-	c.tcp.SetDeadline(time.Now().Add(tail))
+	c.socket.SetDeadline(time.Now().Add(tail))
 	return true
 }
 
-// Abort ends both halves at once, with a reset.
+// Abort ends both halves at once: with a reset where there are resets.
 func (c *Conn) Abort() {
-	c.tcp.SetLinger(0)
-	c.tcp.Close()
+	if tcp := c.TCP(); tcp != nil {
+		tcp.SetLinger(0)
+	}
+	c.socket.Close()
 }
 
 // LocalAddr is this end's address.
-func (c *Conn) LocalAddr() net.Addr { return c.tcp.LocalAddr() }
+func (c *Conn) LocalAddr() net.Addr { return c.socket.LocalAddr() }
 
 // RemoteAddr is the peer's address.
-func (c *Conn) RemoteAddr() net.Addr { return c.tcp.RemoteAddr() }
+func (c *Conn) RemoteAddr() net.Addr { return c.socket.RemoteAddr() }
 
 // SetDeadline bounds reads and writes. While the connection is frozen it is kept
 // for later.
@@ -301,12 +318,12 @@ func (c *Conn) bound(read, write *time.Time) error {
 	var err error
 	if read != nil {
 		if c.read = *read; !c.frozen.Load() {
-			err = c.tcp.SetReadDeadline(*read)
+			err = c.socket.SetReadDeadline(*read)
 		}
 	}
 	if write != nil {
 		if c.write = *write; !c.frozen.Load() {
-			err = errors.Join(err, c.tcp.SetWriteDeadline(*write))
+			err = errors.Join(err, c.socket.SetWriteDeadline(*write))
 		}
 	}
 	return err

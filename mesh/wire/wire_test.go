@@ -4,20 +4,36 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"os"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"hauberk.dev/mesh/wire"
 )
 
-// pair is two ends of a TCP connection.
-func pair(t *testing.T) (a, b *net.TCPConn) {
+// end is one end of a connection, as the tests use it.
+type end interface {
+	wire.Socket
+	SetWriteBuffer(int) error
+}
+
+// kind makes the two ends of a connection.
+type kind func(t *testing.T) (a, b end)
+
+// kinds runs a test for each of them.
+func kinds(t *testing.T, test func(t *testing.T, pair kind)) {
+	t.Run("tcp", func(t *testing.T) { test(t, overTCP) })
+	t.Run("unix", func(t *testing.T) { test(t, overUnix) })
+}
+
+func overTCP(t *testing.T) (a, b end) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -33,7 +49,27 @@ func pair(t *testing.T) (a, b *net.TCPConn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close(); d.Close() })
-	return c.(*net.TCPConn), d.(*net.TCPConn)
+	return c.(end), d.(end)
+}
+
+func overUnix(t *testing.T) (a, b end) {
+	t.Helper()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]end
+	for i, fd := range fds {
+		f := os.NewFile(uintptr(fd), "end")
+		c, err := net.FileConn(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		ends[i] = c.(end)
+	}
+	return ends[0], ends[1]
 }
 
 // moved is the connection as another process gets it: a copy of the descriptor,
@@ -48,7 +84,7 @@ func moved(t *testing.T, c *wire.Conn) *wire.Conn {
 	if err := errors.Join(json.Unmarshal(b, &s), s.Check()); err != nil {
 		t.Fatal(err)
 	}
-	f, err := c.TCP().File()
+	f, err := c.Socket().File()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,12 +94,14 @@ func moved(t *testing.T, c *wire.Conn) *wire.Conn {
 		t.Fatal(err)
 	}
 	c.Close()
-	return wire.Resume(n.(*net.TCPConn), s)
+	return wire.Resume(n.(end), s)
 }
 
 // A connection that echoes is moved again and again while its peer writes and
 // reads at its own pace; each byte comes back once, and then the end.
-func TestMovedAtAnyMoment(t *testing.T) {
+func TestMovedAtAnyMoment(t *testing.T) { kinds(t, movedAtAnyMoment) }
+
+func movedAtAnyMoment(t *testing.T, pair kind) {
 	near, far := pair(t)
 	want := make([]byte, 4<<20)
 	random := rand.NewChaCha8([32]byte{1})
@@ -159,7 +197,9 @@ func echo(c *wire.Conn) error {
 	}
 }
 
-func TestDeadlinesSurvive(t *testing.T) {
+func TestDeadlinesSurvive(t *testing.T) { kinds(t, deadlinesSurvive) }
+
+func deadlinesSurvive(t *testing.T, pair kind) {
 	_, far := pair(t)
 	c := wire.New(far)
 	c.Freeze()
@@ -174,12 +214,16 @@ func TestDeadlinesSurvive(t *testing.T) {
 }
 
 // What a peer's reset leaves unsent is an error of the next write, not silence.
-func TestUnsentIsNotLostSilently(t *testing.T) {
+func TestUnsentIsNotLostSilently(t *testing.T) { kinds(t, unsentIsNotLostSilently) }
+
+func unsentIsNotLostSilently(t *testing.T, pair kind) {
 	near, far := pair(t)
 	c := wire.New(far)
 	c.Freeze()
 	c.Write(make([]byte, 1<<20))
-	near.SetLinger(0)
+	if tcp, ok := near.(*net.TCPConn); ok {
+		tcp.SetLinger(0)
+	}
 	near.Close()
 	c.Thaw()
 	if _, err := c.Write([]byte("x")); err == nil {
@@ -199,7 +243,9 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-func TestPlainPathAllocatesNothing(t *testing.T) {
+func TestPlainPathAllocatesNothing(t *testing.T) { kinds(t, plainPathAllocatesNothing) }
+
+func plainPathAllocatesNothing(t *testing.T, pair kind) {
 	near, far := pair(t)
 	c, b := wire.New(far), make([]byte, 512)
 	if n := testing.AllocsPerRun(100, func() {
@@ -215,7 +261,9 @@ func TestPlainPathAllocatesNothing(t *testing.T) {
 
 // What was kept is sent before the connection closes, whether it is frozen, on
 // its way, or neither; but not by who has given its state away.
-func TestClosedWithARest(t *testing.T) {
+func TestClosedWithARest(t *testing.T) { kinds(t, closedWithARest) }
+
+func closedWithARest(t *testing.T, pair kind) {
 	want := bytes.Repeat([]byte("0123456789"), 1<<20) // more than buffers hold
 	for name, end := range map[string]func(*wire.Conn){
 		"frozen":     func(c *wire.Conn) { c.Close() },
@@ -252,7 +300,9 @@ func TestClosedWithARest(t *testing.T) {
 
 // What is written at once is what there is room for: nothing waits, nothing is
 // kept, and while the connection is frozen or closed it is nothing.
-func TestWriteNow(t *testing.T) {
+func TestWriteNow(t *testing.T) { kinds(t, writeNow) }
+
+func writeNow(t *testing.T, pair kind) {
 	a, b := pair(t)
 	c := wire.New(a)
 	defer c.Close()
@@ -286,5 +336,123 @@ func TestWriteNow(t *testing.T) {
 	c.Abort()
 	if n := c.WriteNow(p); n != 0 {
 		t.Errorf("%d bytes written to nobody", n)
+	}
+}
+
+// A severed connection carries nothing more: not what this end has yet to read,
+// nor what either end sends from then on.
+func TestSever(t *testing.T) { kinds(t, sever) }
+
+func sever(t *testing.T, pair kind) {
+	near, far := pair(t)
+	c := wire.New(far)
+	for _, from := range []end{near, far} {
+		if _, err := from.Write(make([]byte, 100<<10)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Sever()
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil {
+		t.Errorf("the cut end reads %d bytes, %v", n, err)
+	}
+	if n, err := c.Write([]byte("x")); err == nil {
+		t.Errorf("the cut end writes %d bytes", n)
+	}
+	near.SetDeadline(time.Now().Add(time.Minute))
+	if n, err := io.Copy(io.Discard, near); n > 100<<10 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the other end reads %d bytes, then %v", n, err)
+	}
+	if _, err := near.Write([]byte("x")); err == nil {
+		t.Error("the other end writes")
+	}
+	c.Sever() // once more is once
+	c.Close()
+	c.Sever()
+}
+
+// A severed connection wakes who waits at either end of it.
+func TestSeverWakes(t *testing.T) { kinds(t, severWakes) }
+
+func severWakes(t *testing.T, pair kind) {
+	near, far := pair(t)
+	c := wire.New(far)
+	var waiting sync.WaitGroup
+	for _, r := range []io.Reader{near, c} {
+		waiting.Go(func() { io.Copy(io.Discard, r) })
+	}
+	for _, w := range []io.Writer{near, c} {
+		waiting.Go(func() {
+			for b := make([]byte, 64<<10); ; {
+				if _, err := w.Write(b); err != nil {
+					return
+				}
+			}
+		})
+	}
+	c.Sever()
+	waiting.Wait()
+}
+
+// Pairs that are frozen in any order, with bytes on their way, are found among each
+// other and go on over TCP: each byte once, and what has ended ends.
+func TestTwinsExchanged(t *testing.T) {
+	type pair struct{ near, far *wire.Conn }
+	var pairs []pair
+	var all []*wire.Conn
+	for i := range 5 {
+		a, b := overUnix(t)
+		p := pair{wire.New(a), wire.New(b)}
+		if _, err := p.near.Write([]byte(fmt.Sprint("sent ", i))); err != nil {
+			t.Fatal(err)
+		}
+		if i == 1 || i == 2 {
+			p.near.CloseWrite()
+		}
+		if i == 2 {
+			p.far.CloseWrite()
+		}
+		p.near.Freeze()
+		p.far.Freeze()
+		if i == 0 {
+			p.near.Write([]byte(", kept"))
+		}
+		pairs, all = append(pairs, p), append(all, p.far, p.near)
+	}
+	pairs[4].near.Close() // and so it is not among them
+	all = all[:len(all)-1]
+	rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	for _, c := range all {
+		c.State()
+	}
+	twins := wire.Twins(all)
+	for i, p := range pairs {
+		if i != 2 && i != 4 && (twins[p.near] != p.far || twins[p.far] != p.near) {
+			t.Fatalf("pair %d is not found", i)
+		}
+	}
+	if twins[pairs[2].near] != nil || twins[pairs[4].far] != nil {
+		t.Fatal("who cannot be told of is found")
+	}
+	for i, p := range pairs[:2] {
+		a, b := overTCP(t)
+		p.near.Exchange(a)
+		p.far.Exchange(b)
+		near, far := moved(t, p.near), moved(t, p.far)
+		near.Thaw()
+		far.Thaw()
+		near.CloseWrite()
+		far.SetDeadline(time.Now().Add(time.Minute))
+		want := []string{"sent 0, kept", "sent 1"}[i]
+		if got, err := io.ReadAll(far); err != nil || string(got) != want {
+			t.Errorf("pair %d: %q, %v; want %q", i, got, err, want)
+		}
+		if _, err := far.Write([]byte("back")); err != nil {
+			t.Error(err)
+		}
+		far.Close()
+		near.SetDeadline(time.Now().Add(time.Minute))
+		if got, err := io.ReadAll(near); err != nil || string(got) != "back" {
+			t.Errorf("pair %d: back comes %q, %v", i, got, err)
+		}
 	}
 }
