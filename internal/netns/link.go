@@ -125,6 +125,8 @@ func prepare() error {
 		{"ipv6/conf/all/disable_ipv6", "1"},
 		{"ipv6/conf/default/disable_ipv6", "1"},
 		{"ipv4/ip_forward", "0"},
+		{"ipv4/conf/default/forwarding", "0"}, // as the namespace of the machine has it, if the one above is 0 already
+		{"ipv4/conf/lo/forwarding", "0"},
 		{"ipv4/conf/all/rp_filter", "1"},
 		{"ipv4/conf/all/route_localnet", "0"},
 		{"ipv4/conf/default/route_localnet", "0"},

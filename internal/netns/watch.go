@@ -80,9 +80,12 @@ func (ns *Namespace) Watch(g Guest) (*Watch, []string, error) {
 
 // want is how the namespace is to be.
 func (w *Watch) want() state {
-	s := state{"link lo": "", "link " + Device: "", "forwarding": "0", "route of what is intercepted": "local",
+	s := state{"link lo": "", "link " + Device: "", "route of what is intercepted": "local",
 		ruleName(0, 0, unix.RT_TABLE_LOCAL): "", ruleName(10, interceptMark, interceptTable): "",
 		ruleName(32766, 0, unix.RT_TABLE_MAIN): "", ruleName(32767, 0, unix.RT_TABLE_DEFAULT): ""}
+	for name := range forwards {
+		s[name] = "0"
+	}
 	maps.Copy(s, w.rules)
 	return s
 }
@@ -129,8 +132,10 @@ func (w *Watch) enclose() error {
 	if err := fence(Device, w.guest); err != nil {
 		return err
 	}
-	if err := sysctl("ipv4/ip_forward", "0"); err != nil {
-		return err
+	for _, key := range forwards {
+		if err := sysctl(key, "0"); err != nil {
+			return err
+		}
 	}
 	if err := errors.Join(encloseLinks(), encloseRoutes()); err != nil {
 		return err
@@ -378,13 +383,20 @@ func lookOnce() (state, error) {
 	if _, ok := s["link "+Device]; !ok {
 		return nil, ErrNoDevice
 	}
-	forwarding, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward")
-	if err != nil {
-		return nil, fmt.Errorf("read forwarding: %w", err)
+	for name, key := range forwards {
+		is, err := os.ReadFile("/proc/sys/net/" + key)
+		if err != nil {
+			return nil, fmt.Errorf("read forwarding: %w", err)
+		}
+		s[name] = strings.TrimSpace(string(is))
 	}
-	s["forwarding"] = strings.TrimSpace(string(forwarding))
 	return s, s.routes()
 }
+
+// forwards say whether the kernel forwards. The first sets the others, and only
+// when it changes; a packet goes by that of the link it came from.
+var forwards = map[string]string{"forwarding": "ipv4/ip_forward", "forwarding of " + Device: "ipv4/conf/" + Device + "/forwarding",
+	"forwarding of lo": "ipv4/conf/lo/forwarding"}
 
 func (s state) links(links []netlink.Link) error {
 	for _, l := range links {

@@ -68,6 +68,7 @@ func TestLookFindsTampering(t *testing.T) {
 		"table ip before is not ours":                      "nft 'table ip before { chain p { type filter hook prerouting priority -200; ip daddr 192.0.2.1 drop; }; }'",
 		"table of family 10 out is not ours":               "nft 'table ip6 out { }'",
 		"forwarding was changed":                           "sysctl -qw net.ipv4.ip_forward=1 || echo 1 >/proc/sys/net/ipv4/ip_forward",
+		"forwarding of tap0 was changed":                   "echo 1 >/proc/sys/net/ipv4/conf/tap0/forwarding",
 		"link out is not ours":                             "ip link add out type veth peer name far && ip link set out up",
 		"link tap0 was changed":                            "ip link add br0 type bridge && ip link set tap0 master br0",
 		"link lo was changed":                              "tc qdisc add dev lo clsact",
