@@ -41,11 +41,14 @@ type views struct {
 	watch   *netns.Watch
 	known   map[uint64]bool // by the socket's cookie
 	strange map[uint64]suspect
+	process int     // of the proxy that knew them
+	tapless suspect // the machine runs, and its tap is not there
 }
 
 type suspect struct {
-	since time.Time
-	times int
+	since   time.Time
+	times   int
+	certain bool
 }
 
 func newViews(w *netns.Watch) *views {
@@ -53,7 +56,7 @@ func newViews(w *netns.Watch) *views {
 }
 
 // compare returns the connections that are around the proxy for certain, each
-// once. The proxy is asked only of those it has not known before.
+// once. A proxy is asked only of those it has not known before.
 func (v *views) compare(ctx context.Context, proxy carrier, instance string, now time.Time) (around []netns.Connection, err error) {
 	all, err := v.watch.Connections()
 	if err != nil {
@@ -65,6 +68,10 @@ func (v *views) compare(ctx context.Context, proxy carrier, instance string, now
 // among is compare for what the kernel has listed. Of what the proxy gave no
 // answer for, all stays as it is.
 func (v *views) among(ctx context.Context, all []netns.Connection, proxy carrier, instance string, now time.Time) (around []netns.Connection, err error) {
+	// What one proxy has carried the next has, or somebody has kept it.
+	if p := proxy.Process(); p != v.process {
+		v.known, v.process = nil, p
+	}
 	known, strange := map[uint64]bool{}, map[uint64]suspect{}
 	defer func() { v.known, v.strange = known, strange }()
 	var ask []netns.Connection
@@ -84,15 +91,12 @@ func (v *views) among(ctx context.Context, all []netns.Connection, proxy carrier
 			return around, err
 		}
 		for i, c := range some {
-			s, ok := strange[c.Cookie]
-			if !ok {
-				s.since = now
-			}
-			s.times++
+			s := strange[c.Cookie]
+			certain := s.again(now)
 			switch {
 			case !slices.Contains(not, asked(some[i : i+1])[0]):
 				known[c.Cookie] = true
-			case s.times >= strangeTimes && now.Sub(s.since) >= strangeTime:
+			case certain:
 				around = append(around, c)
 				known[c.Cookie] = true // and told of
 			default:
@@ -238,7 +242,41 @@ func (n *Node) look(v *views, s *meshSandbox) (*wire.Report, error) {
 	changes, err := v.watch.Look()
 	report := n.fenceReport(append(s.found, changes...), err)
 	s.found = nil
+	if n.tapless(v, s.plan.Instance, err) {
+		n.views.changes.Add(1)
+		report = &wire.Report{Severity: spec.SeverityCritical, Cause: "bypass", Rule: "network fence", Denied: true,
+			Detail: "the machine runs and its tap is not in its namespace: it has another name, or is elsewhere and under no rules"}
+	}
 	return report, err
+}
+
+// tapless tells, once, of a tap that has been missing for so long that its machine
+// cannot have ended just now: it was taken away. A tap goes with its machine, which
+// is heard of a moment later.
+func (n *Node) tapless(v *views, instance string, err error) bool {
+	a, ok := n.find(instance)
+	if !errors.Is(err, netns.ErrNoDevice) || !ok {
+		v.tapless = suspect{}
+		return false
+	}
+	select {
+	case <-a.body.Died():
+		v.tapless = suspect{}
+		return false
+	default:
+	}
+	return v.tapless.again(n.now())
+}
+
+// again notes one time more, and tells whether it has become certain just now.
+func (s *suspect) again(now time.Time) bool {
+	if s.times == 0 {
+		s.since = now
+	}
+	was := s.certain
+	s.times++
+	s.certain = s.times >= strangeTimes && now.Sub(s.since) >= strangeTime
+	return s.certain && !was
 }
 
 // compare compares the connections in one namespace, cuts those around the proxy

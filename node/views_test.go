@@ -332,6 +332,91 @@ func TestCompareWaits(t *testing.T) {
 	}
 }
 
+// answering is a proxy that knows every connection, or none.
+type answering struct {
+	process int
+	knows   bool
+}
+
+func (a answering) Carried(_ context.Context, _ string, all []api.Connection) ([]api.Connection, error) {
+	if a.knows {
+		return nil, nil
+	}
+	return all, nil
+}
+
+func (a answering) Process() int { return a.process }
+
+// TestCompareAfterHandOver has a proxy keep a connection from the one that took
+// its place: what was known of the one is asked of the other.
+func TestCompareAfterHandOver(t *testing.T) {
+	all := []netns.Connection{{Cookie: 1, Local: netip.MustParseAddrPort("192.0.2.1:1"), Remote: netip.MustParseAddrPort("10.88.0.5:8080")}}
+	v, at, found := newViews(nil), time.Now(), 0
+	for i, proxy := range []answering{{1, true}, {1, false}, {2, false}, {2, false}, {2, false}, {2, false}} {
+		around, err := v.among(t.Context(), all, proxy, "api-1", at.Add(time.Duration(i)*strangeTime))
+		if found += len(around); err != nil || i < 4 && found > 0 {
+			t.Errorf("round %d: %v, %v", i, around, err)
+		}
+	}
+	if found != 1 {
+		t.Errorf("found %d times, want once", found)
+	}
+}
+
+// TestTapTaken has a tap moved into another namespace, or renamed, while its
+// machine runs: the sandbox is contained. That of a machine which has ended is not
+// missed.
+func TestTapTaken(t *testing.T) {
+	for name, step := range map[string]struct {
+		command string
+		died    bool
+	}{
+		"moved":   {"ip link set tap0 netns %s", false},
+		"renamed": {"ip link set tap0 down && ip link set tap0 name tap9 && ip link set tap9 up # %s", false},
+		"ended":   {"ip link del tap0 # %s", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newFencedWorld(t)
+			body := &fakeBody{died: make(chan struct{})}
+			w.n.actors = map[string]*actor{"api-1": newActor(w.n, entry{Instance: wire.Instance{ID: "api-1"}}, body)}
+			elsewhere, err := netns.Create(t.TempDir(), "elsewhere")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { elsewhere.Delete() })
+			r := &rounds{n: w.n}
+			if reports := w.round(r); len(reports) > 0 {
+				t.Fatalf("of an ordinary one: %+v", reports)
+			}
+			err = w.ns.Do(func() error {
+				out, err := exec.Command("sh", "-c", fmt.Sprintf(step.command, elsewhere.Path())).CombinedOutput()
+				if err != nil {
+					return fmt.Errorf("%w: %s", err, out)
+				}
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if step.died {
+				close(body.died)
+			}
+			v := r.views["api-1"]
+			v.tapless = suspect{since: time.Now().Add(-strangeTime), times: strangeTimes - 1} // as after so long
+			reports := append(w.round(r), w.round(r)...)
+			if step.died {
+				if len(reports) > 0 {
+					t.Errorf("of a machine that has ended: %+v", reports)
+				}
+				return
+			}
+			if len(reports) != 1 || !critical(reports[0]) || reports[0].Cause != "bypass" || !strings.Contains(reports[0].Detail, "tap is not in its namespace") {
+				t.Errorf("reported %+v", reports)
+			}
+		})
+	}
+}
+
 // TestCompareInParts has a proxy answer of some connections and not of others:
 // what it has answered counts, and no connection is told of twice.
 func TestCompareInParts(t *testing.T) {
