@@ -37,7 +37,11 @@ func (m *meshPart) accuse(e api.Event) bool {
 	select {
 	case m.n.alarms <- r:
 	default:
+		m.mu.Lock()
+		delete(m.accused, e.Offender) // the next event tries again
+		m.mu.Unlock()
 		m.n.note(fmt.Errorf("report %s: the control plane does not keep up: %s", r.Instance, r.Rule))
+		return false
 	}
 	return true
 }

@@ -88,5 +88,21 @@ func TestIncidentElsewhere(t *testing.T) {
 		if r := <-n.alarms; r.Instance != "far-1" || r.Victim != "api-1" {
 			t.Errorf("report %+v", r)
 		}
+		// One that cannot be handed on now is told as any event, and tried again.
+		for range cap(n.alarms) {
+			n.alarms <- wire.Report{}
+		}
+		n.mesh.event(api.Event{Kind: api.EventIncident, Instance: "api-1", Offender: "far-2", Rule: "scan"})
+		if len(n.reports) != 1 {
+			t.Errorf("%d reports of what could not be handed on", len(n.reports))
+		}
+		<-n.alarms
+		n.mesh.event(api.Event{Kind: api.EventIncident, Instance: "api-1", Offender: "far-2", Rule: "scan"})
+		for range cap(n.alarms) - 1 {
+			<-n.alarms
+		}
+		if r := <-n.alarms; r.Instance != "far-2" {
+			t.Errorf("the second time: %+v", r)
+		}
 	})
 }
