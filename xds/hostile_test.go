@@ -202,7 +202,7 @@ func TestHostileResponses(t *testing.T) {
 	if a := k.say(removal); a.ErrorDetail != nil {
 		t.Error(a.ErrorDetail)
 	}
-	xdstest.Until(t, "one to be removed", func() bool { return p.Status().Resources["clusters"] == 99 })
+	xdstest.Until(t, "two to be removed", func() bool { return p.Status().Resources["clusters"] == 98 })
 
 	// No nonce, or one that is too long: there is no answer to it, so the
 	// stream ends, and what was accepted stays.
@@ -214,7 +214,7 @@ func TestHostileResponses(t *testing.T) {
 	k.stream.Send(response(envoy.Clusters, "7", &discovery.Resource{Name: strings.Repeat("h", 2<<20)}))
 	k = s.next(t)
 	first := <-k.heard
-	if first.TypeUrl != envoy.Clusters.URL() || len(first.InitialResourceVersions) != 99 {
+	if first.TypeUrl != envoy.Clusters.URL() || len(first.InitialResourceVersions) != 98 {
 		t.Errorf("after all that, %d versions of %q are told", len(first.InitialResourceVersions), first.TypeUrl)
 	}
 	if s := p.Status(); !strings.Contains(s.Error, "larger than max") {

@@ -139,15 +139,17 @@ func (c *Client) take(kind envoy.Kind, r *discovery.DeltaDiscoveryResponse) (cha
 	return changed, faults
 }
 
-// repeated are the names that one response speaks of twice: which of both is
-// meant nobody can know.
+// repeated are the names that one response speaks of twice, and differently or with
+// two resources: which of both is meant nobody can know.
 func repeated(r *discovery.DeltaDiscoveryResponse) map[string]bool {
 	seen := make(map[string]bool, len(r.Resources)+len(r.RemovedResources))
 	for _, res := range r.Resources {
 		seen[res.GetName()] = seenTwice(seen, res.GetName())
 	}
 	for _, name := range r.RemovedResources {
-		seen[name] = seenTwice(seen, name)
+		if _, there := seen[name]; there {
+			seen[name] = true
+		}
 	}
 	return seen
 }

@@ -374,7 +374,12 @@ func (r *reader) regex(field, s string) string {
 	if len(s) > maxText {
 		return ""
 	}
-	if _, err := regexp.Compile(`^(?:` + s + `)$`); err != nil {
+	// By itself too: "a)|(b" is one only between the parentheses.
+	_, err := regexp.Compile(s)
+	if err == nil {
+		_, err = regexp.Compile(`^(?:` + s + `)$`)
+	}
+	if err != nil {
 		r.refuse(field, s, "no pattern of RE2: "+err.Error())
 	}
 	return s

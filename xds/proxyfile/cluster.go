@@ -3,6 +3,7 @@ package proxyfile
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -53,6 +54,9 @@ func (w *Writer) upstream(c *plan.Cluster) (out upstream, err error) {
 	}
 	if c.HTTP2 {
 		out.Protocol = "http2"
+	}
+	if t := c.TLS; t != nil && len(t.ALPN) > 0 && slices.Contains(t.ALPN, "h2") != c.HTTP2 {
+		return out, fmt.Errorf("alpn_protocols: %q: offered is what http2_protocol_options say", t.ALPN)
 	}
 	out.TLS, err = w.clientTLS(c.TLS)
 	return out, err

@@ -210,6 +210,9 @@ func (d *document) listener(l *plan.Listener) error {
 	if err := anyName(l.Chains); err != nil {
 		return err
 	}
+	if t := l.Chains[0].TLS; t != nil && len(t.ALPN) > 0 {
+		return fmt.Errorf("alpn_protocols: %q: nothing is offered where bytes are carried", t.ALPN)
+	}
 	out.Protocol, out.Upstream = "tcp", to
 	if out.TLS, err = d.w.certificates(l.Chains); err != nil {
 		return err

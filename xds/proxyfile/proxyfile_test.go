@@ -187,6 +187,12 @@ func TestRefused(t *testing.T) {
 		"no name that one server has": func(c *plan.Cluster) {
 			c.TLS = &plan.ClientTLS{Names: []string{"spiffe://t/*"}, ServerName: "x", Authorities: "a"}
 		},
+		`alpn_protocols: ["h2"]`: func(c *plan.Cluster) {
+			c.TLS = &plan.ClientTLS{ServerName: "x", Authorities: "a", ALPN: []string{"h2"}}
+		},
+		`alpn_protocols: ["http/1.1"]`: func(c *plan.Cluster) {
+			c.HTTP2, c.TLS = true, &plan.ClientTLS{ServerName: "x", Authorities: "a", ALPN: []string{"http/1.1"}}
+		},
 		"no authorities of this name": func(c *plan.Cluster) { c.TLS = &plan.ClientTLS{ServerName: "o", Authorities: "b"} },
 	} {
 		x := cluster("x", c)
@@ -207,6 +213,7 @@ func TestRefused(t *testing.T) {
 		"no authorities of this name":                 {{HTTP: http, TLS: &plan.ServerTLS{Certificates: []string{"s"}, Clients: "c"}}},
 		"verify clients differently":                  {{HTTP: http, TLS: &plan.ServerTLS{Certificates: []string{"s"}, Clients: "a"}}, {ServerNames: []string{"x"}, HTTP: http, TLS: &plan.ServerTLS{Certificates: []string{"s"}}}},
 		"no secret of this name":                      {{HTTP: http, TLS: &plan.ServerTLS{Certificates: []string{"other"}}}},
+		"offered where bytes are carried":             {{TCP: tcp, TLS: &plan.ServerTLS{Certificates: []string{"s"}, ALPN: []string{"h2"}}}},
 		"several chains that end TLS and carry bytes": {{TCP: tcp, TLS: &plan.ServerTLS{}}, {TCP: tcp, TLS: &plan.ServerTLS{}, ServerNames: []string{"x"}}},
 	} {
 		if err := w.Listener(&plan.Listener{Name: "l", Address: netip.MustParseAddrPort("1.2.3.4:5"), Chains: chains}); err == nil || !strings.Contains(err.Error(), want) {
