@@ -1,6 +1,7 @@
 package svidlink
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -17,6 +19,7 @@ import (
 const (
 	maxReaders   = 16               // at once
 	messageTime  = 10 * time.Second // from the first byte of a message to its last
+	answerTime   = 20 * time.Second // to take a set and say so
 	againMin     = 50 * time.Millisecond
 	againMax     = 2 * time.Second
 	acceptPause  = 20 * time.Millisecond
@@ -32,6 +35,8 @@ type Hub struct {
 	changed chan struct{} // closed when set is replaced
 	readers map[*follower]struct{}
 	told    chan struct{} // closed when a reader has answered or gone
+
+	answerTime time.Duration // 0: answerTime
 }
 
 // Put replaces what there is. The set is the hub's from now on: its keys are
@@ -175,8 +180,9 @@ func (h *Hub) Serve(ctx context.Context, ln *net.UnixListener, log *slog.Logger)
 	}
 }
 
-// tell writes what there is to one reader, again whenever it changes.
-func (h *Hub) tell(ctx context.Context, c *net.UnixConn) error {
+// tell writes what there is to one reader, again whenever it changes. One that does
+// not answer is left, as all wait for it; if it lives it comes again.
+func (h *Hub) tell(ctx context.Context, c *net.UnixConn) (err error) {
 	inner, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(inner, func() { c.Close() })
 	defer stop()
@@ -187,16 +193,17 @@ func (h *Hub) tell(ctx context.Context, c *net.UnixConn) error {
 		}
 		h.readers[r] = struct{}{}
 	})
-	gone := make(chan struct{})
+	gone := make(chan error, 1)
 	go func() {
-		defer close(gone)
-		h.answers(c, r)
+		gone <- h.answers(c, r)
 		cancel()
 	}()
 	defer func() {
 		cancel()
 		c.Close()
-		<-gone
+		if late := <-gone; errors.Is(late, os.ErrDeadlineExceeded) {
+			err = fmt.Errorf("a process that asked for them does not answer: %w", late)
+		}
 		h.note(func() { delete(h.readers, r) })
 	}()
 	for {
@@ -205,7 +212,11 @@ func (h *Hub) tell(ctx context.Context, c *net.UnixConn) error {
 			return err
 		}
 		if b != nil {
-			h.note(func() { r.sent = append(r.sent, number) })
+			h.note(func() {
+				if r.sent = append(r.sent, number); len(r.sent) == 1 {
+					c.SetReadDeadline(time.Now().Add(cmp.Or(h.answerTime, answerTime)))
+				}
+			})
 			c.SetWriteDeadline(time.Now().Add(messageTime))
 			_, err = c.Write(b)
 			clear(b)
@@ -221,30 +232,38 @@ func (h *Hub) tell(ctx context.Context, c *net.UnixConn) error {
 	}
 }
 
+var errNotAsked = errors.New("an answer to nothing")
+
 // answers reads what a reader says to each set, until it has gone or says what was
 // not asked.
-func (h *Hub) answers(c io.Reader, r *follower) {
+func (h *Hub) answers(c net.Conn, r *follower) error {
 	for {
 		var b [2]byte
 		if _, err := io.ReadFull(c, b[:]); err != nil {
-			return
+			return err
 		}
 		n := binary.BigEndian.Uint16(b[:])
 		if n > maxText {
-			return
+			return errNotAsked
 		}
 		why := make([]byte, n)
 		if _, err := io.ReadFull(c, why); err != nil {
-			return
+			return err
 		}
 		owed := true
 		h.note(func() {
-			if owed = len(r.sent) > 0; owed {
-				r.has, r.sent, r.why = r.sent[0], r.sent[1:], string(why)
+			if owed = len(r.sent) > 0; !owed {
+				return
 			}
+			r.has, r.sent, r.why = r.sent[0], r.sent[1:], string(why)
+			late := time.Time{}
+			if len(r.sent) > 0 {
+				late = time.Now().Add(cmp.Or(h.answerTime, answerTime))
+			}
+			c.SetReadDeadline(late)
 		})
 		if !owed {
-			return
+			return errNotAsked
 		}
 	}
 }

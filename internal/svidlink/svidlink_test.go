@@ -221,6 +221,42 @@ func TestHandOver(t *testing.T) {
 	}
 }
 
+// TestSilentReader has a process ask and never answer: it is left, so that what
+// others have taken counts, and those that have answered are not.
+func TestSilentReader(t *testing.T) {
+	h, path := served(t)
+	h.mu.Lock()
+	h.answerTime = 3 * time.Second
+	h.mu.Unlock()
+	if err := h.Put(sample("key one")); err != nil {
+		t.Fatal(err)
+	}
+	r := following(t, path)
+	silent, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	if _, err := io.ReadFull(silent, make([]byte, 4)); err != nil {
+		t.Fatal(err)
+	}
+	for i, key := range []string{"key two", "key three"} {
+		if err := h.Put(sample(key)); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		if err := h.Taken(ctx); err != nil {
+			t.Errorf("%s: %v", key, err)
+		}
+		cancel()
+		r.mu.Lock()
+		if n := len(r.got); n > i+2 {
+			t.Errorf("%s: the reader that answers has been told %d times", key, n)
+		}
+		r.mu.Unlock()
+	}
+}
+
 // TestIntruders sends what no reader says, and asks as more than may.
 func TestIntruders(t *testing.T) {
 	h, path := served(t)
