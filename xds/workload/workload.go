@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -123,6 +124,8 @@ func (c *Client) Run(ctx context.Context) error {
 	// The owner of the socket is the proof: SPIFFE has no other here.
 	conn, err := grpc.NewClient(target, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResponse)),
+		// As often as servers tolerate that were told nothing.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 5 * time.Minute, Timeout: 20 * time.Second}),
 		grpc.WithNoProxy(), grpc.WithDisableServiceConfig(), grpc.WithUserAgent("hauberk"))
 	if err != nil {
 		return fmt.Errorf("reach %q: %w", c.o.Endpoint, err)
@@ -159,7 +162,9 @@ func (c *Client) Run(ctx context.Context) error {
 	return nil
 }
 
-// stream reads responses until the stream ends.
+// stream reads responses until the stream ends. One on which nothing newer comes
+// while what was said runs out is left, and the API asked anew: it may be gone
+// without a word, or have forgotten.
 func (c *Client) stream(parent context.Context, server api.SpiffeWorkloadAPIClient) (answered bool, err error) {
 	ctx, cancel := context.WithCancel(metadata.AppendToOutgoingContext(parent, "workload.spiffe.io", "true"))
 	defer cancel()
@@ -169,15 +174,25 @@ func (c *Client) stream(parent context.Context, server api.SpiffeWorkloadAPIClie
 	for err == nil {
 		var r *api.X509SVIDResponse
 		if r, err = responses.Recv(); err == nil {
-			late.Stop()
 			answered = true
 			c.handle(r, time.Now())
+			late.Reset(max(c.left()*3/4, c.o.First))
 		}
 	}
-	if !answered && ctx.Err() != nil && parent.Err() == nil {
+	if ctx.Err() != nil && parent.Err() == nil {
 		err = fmt.Errorf("no answer within %v", c.o.First)
+		if answered {
+			err = errors.New("nothing newer, and what it said runs out")
+		}
 	}
 	return answered, err
+}
+
+// left is for how long what was said holds.
+func (c *Client) left() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Until(c.stat.Until)
 }
 
 // handle puts a response in force, or says why not.

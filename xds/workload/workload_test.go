@@ -29,9 +29,14 @@ import (
 
 // response is one SVID of a trust domain of its own.
 func response(t testing.TB, name string) *api.X509SVIDResponse {
+	return lasting(t, name, time.Hour)
+}
+
+// lasting is a response that holds for so long.
+func lasting(t testing.TB, name string, life time.Duration) *api.X509SVIDResponse {
 	t.Helper()
 	sign := func(x, by *x509.Certificate, key, with *ecdsa.PrivateKey) []byte {
-		x.SerialNumber, x.NotBefore, x.NotAfter = big.NewInt(5), time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+		x.SerialNumber, x.NotBefore, x.NotAfter = big.NewInt(5), time.Now().Add(-time.Hour), time.Now().Add(life)
 		der, err := x509.CreateCertificate(rand.Reader, x, by, &key.PublicKey, with)
 		if err != nil {
 			t.Fatal(err)
@@ -139,12 +144,13 @@ type server struct {
 	says  *api.X509SVIDResponse
 	err   error
 	asked int
+	holds bool // the stream, after it has said it
 }
 
 func (s *server) FetchX509SVID(_ *api.X509SVIDRequest, to grpc.ServerStreamingServer[api.X509SVIDResponse]) error {
 	s.mu.Lock()
 	s.asked++
-	says, err := s.says, s.err
+	says, err, holds := s.says, s.err, s.holds
 	s.mu.Unlock()
 	if m, _ := metadata.FromIncomingContext(to.Context()); len(m["workload.spiffe.io"]) != 1 {
 		return status.Error(codes.InvalidArgument, "no header")
@@ -152,7 +158,11 @@ func (s *server) FetchX509SVID(_ *api.X509SVIDRequest, to grpc.ServerStreamingSe
 	if err != nil {
 		return err
 	}
-	return to.Send(says) // and ends the stream
+	if err := to.Send(says); err != nil || !holds {
+		return err // and ends the stream
+	}
+	<-to.Context().Done()
+	return nil
 }
 
 func (s *server) say(r *api.X509SVIDResponse, err error) {
@@ -161,30 +171,27 @@ func (s *server) say(r *api.X509SVIDResponse, err error) {
 	s.says, s.err = r, err
 }
 
+// TestSilent has an API that goes on holding its stream and says nothing newer: it is
+// asked anew before what it has said runs out.
+func TestSilent(t *testing.T) {
+	s := &server{says: lasting(t, "spiffe://example.org/web", 4*time.Second), holds: true}
+	c := run(t, Options{Endpoint: "unix://" + serve(t, s), First: 10 * time.Millisecond, RetryMin: time.Millisecond, RetryMax: time.Millisecond, Take: func(*svidlink.Set) {}})
+	until(t, "the second question", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.asked > 1 && c.Status().Connected
+	})
+}
+
 // TestDenied lets an API say that there is nothing for this process: it is believed
 // when it goes on saying so, and not at once.
 func TestDenied(t *testing.T) {
-	dir, err := os.MkdirTemp("", "wa")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	path := filepath.Join(dir, "s")
-	ln, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
 	s := &server{says: response(t, "spiffe://example.org/web")}
-	srv := grpc.NewServer()
-	api.RegisterSpiffeWorkloadAPIServer(srv, s)
-	served := make(chan struct{})
-	go func() { defer close(served); srv.Serve(ln) }()
-	t.Cleanup(func() { srv.Stop(); <-served })
-
+	path := serve(t, s)
 	var mu sync.Mutex
 	var last *svidlink.Set
 	kept := 0 // sets with the identity that came while the API denied it
-	c, err := New(Options{Endpoint: "unix://" + path, RetryMin: time.Millisecond, RetryMax: 20 * time.Millisecond, Denied: 100 * time.Millisecond, Take: func(n *svidlink.Set) {
+	c := run(t, Options{Endpoint: "unix://" + path, RetryMin: time.Millisecond, RetryMax: 20 * time.Millisecond, Denied: 100 * time.Millisecond, Take: func(n *svidlink.Set) {
 		mu.Lock()
 		defer mu.Unlock()
 		last = n
@@ -192,18 +199,6 @@ func TestDenied(t *testing.T) {
 			kept++
 		}
 	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	ran := make(chan error, 1)
-	go func() { ran <- c.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-ran; err != nil {
-			t.Error(err)
-		}
-	})
 	has := func(n int) func() bool {
 		return func() bool { mu.Lock(); defer mu.Unlock(); return last != nil && len(last.Identities) == n }
 	}
@@ -234,4 +229,44 @@ func until(t *testing.T, what string, cond func() bool) {
 			t.Fatalf("not within a minute: %s", what)
 		}
 	}
+}
+
+// serve serves a Workload API at a path.
+func serve(t *testing.T, s *server) (path string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "wa")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path = filepath.Join(dir, "s")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer()
+	api.RegisterSpiffeWorkloadAPIServer(srv, s)
+	served := make(chan struct{})
+	go func() { defer close(served); srv.Serve(ln) }()
+	t.Cleanup(func() { srv.Stop(); <-served })
+	return path
+}
+
+// run runs a client until the test ends.
+func run(t *testing.T, o Options) *Client {
+	t.Helper()
+	c, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- c.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ran; err != nil {
+			t.Error(err)
+		}
+	})
+	return c
 }
