@@ -359,7 +359,7 @@ func (m *Message) check(files int) error {
 	case KindSockets:
 		ok = isName(m.Instance) && m.Count > 0 && m.Count <= MaxSockets
 	case KindEvent:
-		ok = m.Event != nil && m.Event.Kind != "" && len(m.Event.Instance) <= maxName && len(m.Event.Offender) <= maxName
+		ok = m.Event != nil && m.Event.Kind != "" && len(m.Event.Kind) <= maxName && len(m.Event.Instance) <= maxName && len(m.Event.Offender) <= maxName
 	case KindAck:
 		// What the ack of a request must hold is for the one who asked.
 		if files > MaxSockets {

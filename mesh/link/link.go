@@ -273,8 +273,7 @@ func (l *Link) handle(ctx context.Context, m *api.Message, files []*os.File) (*a
 		out, err := l.handlers.Sockets(m.Instance, m.Count)
 		return nil, out, err
 	case api.KindEvent:
-		m.Event.Reason = bounded(m.Event.Reason)
-		l.handlers.Event(*m.Event)
+		l.handlers.Event(bound(*m.Event))
 		return nil, nil, nil
 	}
 	return nil, nil, fmt.Errorf("a proxy does not ask for %q", m.Kind)
@@ -299,4 +298,13 @@ func (l *Link) sign(ctx context.Context, m *api.Message) (*api.Message, []*os.Fi
 		return nil, nil, err
 	}
 	return &api.Message{Certificate: &api.Certificate{Chain: chain, Roots: string(roots)}}, nil, nil
+}
+
+// bound cuts the words of an event: a node keeps them, and there may be many.
+func bound(e api.Event) api.Event {
+	for _, s := range []*string{&e.Peer, &e.Source, &e.Destination, &e.Service, &e.Rule} {
+		*s = (*s)[:min(len(*s), maxWords)]
+	}
+	e.Reason = bounded(e.Reason)
+	return e
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"net"
 	"net/netip"
@@ -152,6 +153,31 @@ func TestHostileProxy(t *testing.T) {
 	}
 	if err := l.Ping(ctx); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestEventsAreBounded: a proxy's words cost the node little, however many they are.
+func TestEventsAreBounded(t *testing.T) {
+	path, session := proxy(t, polite)
+	events := make(chan api.Event, 1)
+	l, err := Dial(t.Context(), path, Handlers{
+		Sign:    func(context.Context, string, []byte) ([][]byte, []byte, error) { return nil, nil, nil },
+		Sockets: func(string, int) ([]*os.File, error) { return nil, nil }, Event: func(e api.Event) { events <- e }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s, long := session(), strings.Repeat("x", 1<<20)
+	if _, _, err := s.Call(t.Context(), &api.Message{Kind: api.KindEvent, Event: &api.Event{Kind: "k", Peer: long, Source: long, Destination: long, Service: long, Rule: long, Reason: long}}); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := json.Marshal(<-events); err != nil || len(text) > 6*maxWords+256 {
+		t.Errorf("an event of %d bytes, %v", len(text), err)
+	}
+	for _, e := range []api.Event{{Kind: api.EventKind(long)}, {Kind: "k", Instance: long}, {Kind: "k", Offender: long}} {
+		if _, _, err := s.Call(t.Context(), &api.Message{Kind: api.KindEvent, Event: &e}); err == nil {
+			t.Errorf("taken: %.100v", e)
+		}
 	}
 }
 

@@ -131,11 +131,13 @@ func (s *Session) answer(ctx context.Context, m *api.Message, files []*os.File) 
 	}
 }
 
+const maxWords = 2048 // bytes of a text from the other side
+
 func bounded(s string) string {
 	if s == "" {
 		return "unknown error"
 	}
-	return s[:min(len(s), 2048)]
+	return s[:min(len(s), maxWords)]
 }
 
 func (s *Session) deliver(a answer) {
