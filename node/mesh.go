@@ -213,34 +213,45 @@ func (m *meshPart) publishLocked(p *plan.Mesh) ([]link.Published, error) {
 	wanted := map[uint16]bool{}
 	for _, s := range p.Services {
 		for _, port := range s.Ports {
-			if port.Publish == 0 {
-				continue
-			}
 			wanted[port.Publish] = true
-			to := api.PublishedPort{Service: s.Name, Namespace: s.Namespace, Port: port.Port}
-			old, open := m.published[port.Publish]
-			if !open {
-				ln, err := listenFile(fmt.Sprintf("127.0.0.1:%d", port.Publish))
-				if err != nil {
-					errs = append(errs, fmt.Errorf("publish %s/%s: %w: free the port or change spec.ports[].publish", s.Namespace, s.Name, err))
-					continue
-				}
-				old = link.Published{Listener: ln}
-			}
-			old.PublishedPort = to
-			m.published[port.Publish] = old
 		}
 	}
-	out := make([]link.Published, 0, len(m.published))
 	for port, ln := range m.published {
 		if !wanted[port] {
 			ln.Listener.Close()
 			delete(m.published, port)
-			continue
 		}
-		out = append(out, ln)
 	}
-	return out, errors.Join(errs...)
+	for _, s := range p.Services {
+		for _, port := range s.Ports {
+			if port.Publish == 0 {
+				continue
+			}
+			if err := m.openLocked(port.Publish, api.PublishedPort{Service: s.Name, Namespace: s.Namespace, Port: port.Port}); err != nil {
+				errs = append(errs, fmt.Errorf("publish %s/%s: %w", s.Namespace, s.Name, err))
+			}
+		}
+	}
+	return slices.Collect(maps.Values(m.published)), errors.Join(errs...)
+}
+
+// openLocked leads a port of the node somewhere, and opens it if it is not open.
+func (m *meshPart) openLocked(port uint16, to api.PublishedPort) error {
+	at, open := m.published[port]
+	switch {
+	case open:
+	case len(m.published) >= api.MaxFiles: // more cannot be handed over, and the plan goes with them
+		return fmt.Errorf("port %d: a node has at most %d: take away a spec.ports[].publish", port, api.MaxFiles)
+	default:
+		ln, err := listenFile(fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			return fmt.Errorf("%w: free the port or change spec.ports[].publish", err)
+		}
+		at.Listener = ln
+	}
+	at.PublishedPort = to
+	m.published[port] = at
+	return nil
 }
 
 // listenFile opens a TCP listener and returns it as a descriptor to pass on.
