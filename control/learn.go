@@ -356,8 +356,8 @@ func (w world) serviceNames(namespace string) map[netip.Addr]string {
 // watched.
 func (c *Control) digests(w world, of []key) func(path string) string {
 	return func(path string) string {
-		for _, i := range w.instances {
-			if !slices.ContainsFunc(of, func(k key) bool { return k.Name == i.workload }) {
+		for k, i := range w.instances {
+			if !slices.Contains(of, key{k.Namespace, i.workload}) {
 				continue
 			}
 			if x := c.images(i.repository, i.digest); x != nil {

@@ -14,6 +14,7 @@ import (
 	"hauberk.dev/api/spec"
 	"hauberk.dev/api/v1alpha1"
 	"hauberk.dev/guard"
+	"hauberk.dev/image"
 	"hauberk.dev/kube"
 )
 
@@ -145,5 +146,24 @@ func TestLearntOfStrangers(t *testing.T) {
 	for id := range f.have {
 		f.refused("no observation", f.call(wire.PathLearnt, wire.Learnt{Instance: id, Observation: []byte(`[]`)}, nil), "BadRequest")
 		break
+	}
+}
+
+// TestDigestsAreOfTheWatched: a workload of the same name in another namespace has
+// no word in what a program is.
+func TestDigestsAreOfTheWatched(t *testing.T) {
+	// Who asks for the image of another finds no content.
+	c := &Control{indexes: map[string]*image.Index{"bank/web@sha256:1": nil}}
+	w := world{instances: map[key]instance{
+		{"bank", "web-1"}: {workload: "web", repository: "bank/web", digest: "sha256:1"},
+		{"evil", "web-1"}: {workload: "web", repository: "evil/web", digest: "sha256:2"},
+	}}
+	defer func() {
+		if recover() != nil {
+			t.Error("the image of another namespace was asked for")
+		}
+	}()
+	if got := c.digests(w, []key{{"bank", "web"}})("/bin/web"); got != "" {
+		t.Error(got)
 	}
 }
