@@ -26,6 +26,9 @@ const (
 	// so as often and over as long a time: it may have been accepted just now.
 	strangeTimes = 3
 	strangeTime  = 3 * time.Second
+	// leaveTime is how much longer it may have been another proxy's, whose place was
+	// taken: that one ends within ten seconds.
+	leaveTime = 15 * time.Second
 )
 
 // carrier is the proxy, as who compares needs it.
@@ -70,6 +73,9 @@ func (v *views) compare(ctx context.Context, proxy carrier, instance string, now
 func (v *views) among(ctx context.Context, all []netns.Connection, proxy carrier, instance string, now time.Time) (around []netns.Connection, err error) {
 	// What one proxy has carried the next has, or somebody has kept it.
 	if p := proxy.Process(); p != v.process {
+		for cookie := range v.known {
+			v.strange[cookie] = suspect{since: now.Add(leaveTime), times: 1}
+		}
 		v.known, v.process = nil, p
 	}
 	known, strange := map[uint64]bool{}, map[uint64]suspect{}

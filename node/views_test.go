@@ -348,18 +348,25 @@ func (a answering) Carried(_ context.Context, _ string, all []api.Connection) ([
 func (a answering) Process() int { return a.process }
 
 // TestCompareAfterHandOver has a proxy keep a connection from the one that took
-// its place: what was known of the one is asked of the other.
+// its place: what was known of the one is asked of the other, which is given the
+// time in which the first one ends.
 func TestCompareAfterHandOver(t *testing.T) {
 	all := []netns.Connection{{Cookie: 1, Local: netip.MustParseAddrPort("192.0.2.1:1"), Remote: netip.MustParseAddrPort("10.88.0.5:8080")}}
-	v, at, found := newViews(nil), time.Now(), 0
-	for i, proxy := range []answering{{1, true}, {1, false}, {2, false}, {2, false}, {2, false}, {2, false}} {
-		around, err := v.among(t.Context(), all, proxy, "api-1", at.Add(time.Duration(i)*strangeTime))
-		if found += len(around); err != nil || i < 4 && found > 0 {
-			t.Errorf("round %d: %v, %v", i, around, err)
+	for _, kept := range []bool{true, false} {
+		v, at, found := newViews(nil), time.Now(), 0
+		for i := range time.Duration(12) {
+			proxy := answering{1, i == 0}
+			if i > 1 { // at 6 s
+				proxy = answering{2, !kept && i > 4}
+			}
+			around, err := v.among(t.Context(), all, proxy, "api-1", at.Add(i*strangeTime))
+			if found += len(around); err != nil || i*strangeTime < 2*strangeTime+leaveTime+strangeTime && found > 0 {
+				t.Errorf("round %d: %v, %v", i, around, err)
+			}
 		}
-	}
-	if found != 1 {
-		t.Errorf("found %d times, want once", found)
+		if want := map[bool]int{true: 1}[kept]; found != want {
+			t.Errorf("found %d times, want %d", found, want)
+		}
 	}
 }
 
