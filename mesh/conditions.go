@@ -386,10 +386,15 @@ func (f facts) Fact(variable string) (any, error) {
 		if f.token == nil {
 			return nil, errors.New("the rule wants no token")
 		}
-		t, err := f.prove(f.token)
+		good, err := f.prove(f.token)
 		if err != nil {
 			return nil, err
 		}
+		good = slices.DeleteFunc(good, func(t *token.Token) bool { return !claims(t, f.token) })
+		if len(good) != 1 {
+			return nil, fmt.Errorf("%d tokens are there of which the condition may speak", len(good))
+		}
+		t := good[0]
 		if f.claims[t] == nil { // made once, however often it is read
 			if f.claims == nil {
 				f.claims = map[*token.Token]any{}

@@ -146,43 +146,53 @@ func (v *verifier) verify(text string, now time.Time) (*token.Token, error) {
 
 var errNoToken = errors.New("the request has no token")
 
-// proven tells whether the token of a request is what a rule wants. A request
+// proven tells whether a token of a request is what a rule wants. A request
 // without a good one cannot be told apart.
 func (f *found) proven(r *plan.Rule) (bool, error) {
 	if r.Token == nil {
 		return true, nil
 	}
-	t, err := f.prove(r.Token)
-	if err != nil {
-		return false, err
-	}
-	for i := range r.Token.Claims {
-		c := &r.Token.Claims[i]
-		if !slices.ContainsFunc(token.Texts(t.Claims[c.Name]), func(v string) bool { return slices.Contains(c.OneOf, v) }) {
-			return false, nil
-		}
-	}
-	return true, nil
+	good, err := f.prove(r.Token)
+	return err == nil && slices.ContainsFunc(good, func(t *token.Token) bool { return claims(t, r.Token) }), err
 }
 
-// prove finds the token by one of the issuers that a rule names.
-func (f *found) prove(want *plan.Token) (*token.Token, error) {
-	err := errNoToken
+// claims tells whether a token says all that is wanted.
+func claims(t *token.Token, want *plan.Token) bool {
+	for i := range want.Claims {
+		c := &want.Claims[i]
+		if !slices.ContainsFunc(token.Texts(t.Claims[c.Name]), func(v string) bool { return slices.Contains(c.OneOf, v) }) {
+			return false
+		}
+	}
+	return true
+}
+
+// prove finds the good tokens by the issuers that a rule names, of which there is
+// one at least. Who sends another beside must not hide it from a rule that denies.
+func (f *found) prove(want *plan.Token) (good []*token.Token, err error) {
+	err = errNoToken
+	var heard []string // fields whose token is good
 	for _, name := range want.Issuers {
+		i := f.s.issuers[name]
+		if slices.Contains(heard, i.Header) {
+			continue
+		}
 		p, ok := f.tokens[name]
 		if !ok {
-			p.token, p.err = f.verify(f.s.issuers[name])
+			p.token, p.err = f.verify(i)
 			if f.tokens == nil {
 				f.tokens = map[string]proof{}
 			}
 			f.tokens[name] = p
 		}
 		if p.err == nil {
-			return p.token, nil
-		}
-		if err == errNoToken {
+			good, heard = append(good, p.token), append(heard, i.Header)
+		} else if err == errNoToken {
 			err = p.err
 		}
+	}
+	if len(good) > 0 {
+		return good, nil
 	}
 	return nil, err
 }

@@ -189,6 +189,53 @@ func TestRequirements(t *testing.T) {
 	w.awaitEvent(api.EventAccessDenied, "expired at")
 }
 
+// TestTwoTokens: a good token hides no other, of an issuer who is heard in another
+// field, from a rule that denies.
+func TestTwoTokens(t *testing.T) {
+	a, b := newMint(t), newMint(t)
+	all, both := []string{"*"}, &plan.Token{Issuers: []string{"p https://i", "second"}}
+	guest := &plan.Token{Issuers: both.Issuers, Claims: []plan.Claim{oneOf("role", "guest")}}
+	_, web := requireWorld(t, []plan.Rule{
+		{Name: "any", From: all, Paths: []string{"/deny", "/when"}},
+		{Name: "guests", From: all, Paths: []string{"/allow"}, Token: guest},
+	}, []plan.Rule{
+		{Name: "claim", From: all, Paths: []string{"/deny"}, Token: guest},
+		{Name: "when", From: all, Paths: []string{"/when"}, Token: both, When: is("jwt/role", "_==_", "guest")},
+	}, func(s *plan.Service) {
+		second := b.issuer()
+		second.Name, second.Header = "second", "x-token"
+		s.Issuers = []plan.Issuer{a.issuer(), second}
+	})
+	first := func(role string) string {
+		return "\r\nAuthorization: " + a.token(t, time.Hour, jwt.MapClaims{"role": role})
+	}
+	second := func(role string) string {
+		return "\r\nX-Token: " + strings.TrimPrefix(b.token(t, time.Hour, jwt.MapClaims{"role": role}), "Bearer ")
+	}
+	for _, c := range []struct {
+		path, tokens string
+		want         int
+	}{
+		{"/deny", first("teller"), 200},
+		{"/deny", second("teller"), 200},
+		{"/deny", first("teller") + second("teller"), 200},
+		{"/deny", first("guest"), 403},
+		{"/deny", first("teller") + second("guest"), 403},
+		{"/deny", first("guest") + second("teller"), 403},
+		{"/when", first("teller"), 200},
+		{"/when", first("teller") + second("guest"), 403},
+		{"/when", second("guest"), 403},
+		{"/allow", first("teller") + second("guest"), 200},
+		{"/allow", first("teller") + second("teller"), 403},
+	} {
+		conn := web.mustDial(t, "10.99.0.2:8080")
+		if got, _, _, err := request1(t, conn, "GET "+c.path+" HTTP/1.1\r\nHost: x"+c.tokens+"\r\n\r\n"); err != nil || got != c.want {
+			t.Errorf("%s %.60q: %d, %v; want %d", c.path, c.tokens, got, err, c.want)
+		}
+		conn.Close()
+	}
+}
+
 // TestHeardAlike: a host, cookies and a field that is there twice are judged
 // alike, however they are spelt.
 func TestHeardAlike(t *testing.T) {
