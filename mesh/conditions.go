@@ -235,17 +235,20 @@ func hostAs(host, rule string) string {
 	return name
 }
 
-// values are those of a field. Cookies are one value, in however many fields a
+// values are those of a field, and aliases those of fields that some servers take
+// for it: to CGI and what follows its ways, X_A is X-A. Cookies are one value, in however many fields a
 // client has put them (RFC 9113, section 8.2.3).
-func (l letter) values(name string) (all []string) {
+func (l letter) values(name string) (all, aliases []string) {
 	if name == "host" {
 		if host := l.host(); host != "" {
 			all = append(all, host)
 		}
-		return all
+		return all, nil
 	}
 	l.each(func(n, v string) {
 		switch {
+		case n != name && isAlias(n, name):
+			aliases = append(aliases, v)
 		case n != name:
 		case n == "cookie" && len(all) == 1:
 			all[0] += "; " + v
@@ -253,7 +256,20 @@ func (l letter) values(name string) (all []string) {
 			all = append(all, v)
 		}
 	})
-	return all
+	return all, aliases
+}
+
+// isAlias tells whether names differ in underscores for hyphens alone.
+func isAlias(a, b string) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range len(a) {
+		if a[i] != b[i] && (a[i] != '_' || b[i] != '-') && (a[i] != '-' || b[i] != '_') {
+			return false
+		}
+	}
+	return true
 }
 
 // found is what conditions find out about one call. Nothing is looked at before
@@ -317,7 +333,9 @@ func (f *found) lettered(r *plan.Rule) (bool, error) {
 	var unclear error
 	for i := range r.Headers {
 		h := &r.Headers[i]
-		values := f.c.letter.values(h.Name)
+		values, aliases := f.c.letter.values(h.Name)
+		named := len(values)
+		values = append(values, aliases...)
 		good := 0
 		for _, v := range values {
 			if fieldMatches(h, v) {
@@ -325,6 +343,8 @@ func (f *found) lettered(r *plan.Rule) (bool, error) {
 			}
 		}
 		switch {
+		case good > 0 && named == 0:
+			unclear = fmt.Errorf("a field is there that some servers take for %s", h.Name)
 		case good > 0 && good < len(values):
 			unclear = fmt.Errorf("field %s is there %d times, with values that say different things", h.Name, len(values))
 		case good > 0 == h.Absent:
@@ -449,6 +469,14 @@ func (l letter) all() map[string]any {
 			all[name] = value
 		}
 	})
+	for name, value := range all { // what some servers take for another name is told under that as well
+		if other := strings.ReplaceAll(name, "_", "-"); other != name {
+			if old, both := all[other]; both {
+				value = old.(string) + ", " + value.(string)
+			}
+			all[other] = value
+		}
+	}
 	if host := l.host(); host != "" {
 		all["host"] = host
 	}

@@ -201,8 +201,10 @@ func (f *found) verify(i *issuer) (*token.Token, error) {
 	if !f.c.letter.known() {
 		return nil, errLetter
 	}
-	values := f.c.letter.values(i.Header)
+	values, aliases := f.c.letter.values(i.Header)
 	switch {
+	case len(aliases) > 0:
+		return nil, fmt.Errorf("token: a field is there that some servers take for %s", i.Header)
 	case len(values) == 0:
 		return nil, errNoToken
 	case len(values) > 1:

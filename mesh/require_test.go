@@ -189,6 +189,59 @@ func TestRequirements(t *testing.T) {
 	w.awaitEvent(api.EventAccessDenied, "expired at")
 }
 
+// TestAliases: a field that some servers take for another is judged as if they all
+// did, where it would make a difference.
+func TestAliases(t *testing.T) {
+	m := newMint(t)
+	all, gold := []string{"*"}, "gold"
+	named := func(path string) plan.Rule { return plan.Rule{Name: "any", From: all, Paths: []string{path}} }
+	absent, tenant, token, has := named("/absent"), named("/tenant"), named("/token"), named("/never")
+	absent.Headers = []plan.Header{{Name: "x-debug", Absent: true}}
+	tenant.Headers = []plan.Header{{Name: "x-tenant", Exact: &gold}}
+	token.Token = wants()
+	has.Headers = []plan.Header{{Name: "x-debug"}}
+	said := named("/said")
+	said.When = is("request.headers/x-role", "_==_", "root")
+	low := named("/low")
+	low.Headers = []plan.Header{{Name: "user_id", Exact: &gold}}
+	_, web := requireWorld(t, []plan.Rule{absent, tenant, token, low, named("/never"), named("/said")}, []plan.Rule{has, said}, func(s *plan.Service) {
+		i := m.issuer()
+		i.Header = "x-token"
+		s.Issuers = []plan.Issuer{i}
+	})
+	good := strings.TrimPrefix(m.token(t, time.Hour, nil), "Bearer ")
+	for head, want := range map[string]int{
+		"/absent":                                      200,
+		"/absent|X_Debug: 1":                           403,
+		"/absent|X-Debug: 1":                           403,
+		"/never":                                       200,
+		"/never|X_Debug: 1":                            403,
+		"/never|X_DEBUG_: 1":                           200,
+		"/tenant|X-Tenant: gold":                       200,
+		"/tenant|X_Tenant: gold":                       403,
+		"/tenant|X-Tenant: gold|X_Tenant: gold":        200,
+		"/tenant|X-Tenant: gold|X_Tenant: silver":      403,
+		"/token|X-Token: " + good:                      200,
+		"/token|X_Token: " + good:                      403,
+		"/token|X-Token: " + good + "|X_Token: " + "x": 403,
+		"/said|X-Role: user":                           200,
+		"/said|X-Role: root":                           403,
+		"/said|X_Role: root":                           403,
+		"/low|User_Id: gold":                           200,
+		"/low|User-Id: gold":                           403,
+	} {
+		c := web.mustDial(t, "10.99.0.2:8080")
+		path, fields, _ := strings.Cut(head, "|")
+		if fields != "" {
+			fields = "\r\n" + strings.ReplaceAll(fields, "|", "\r\n")
+		}
+		if got, _, _, err := request1(t, c, "GET "+path+" HTTP/1.1\r\nHost: x"+fields+"\r\n\r\n"); err != nil || got != want {
+			t.Errorf("%.60q: %d, %v; want %d", head, got, err, want)
+		}
+		c.Close()
+	}
+}
+
 // TestTwoTokens: a good token hides no other, of an issuer who is heard in another
 // field, from a rule that denies.
 func TestTwoTokens(t *testing.T) {
