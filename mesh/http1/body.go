@@ -85,14 +85,17 @@ func chunkSize(line []byte) (int64, error) {
 }
 
 // checkTrailer refuses a field that would change the framing or the routing of
-// the message it follows.
+// the message it follows, or who sends it (RFC 9110 section 6.5.1): some servers
+// put trailers among the fields that were judged.
 func checkTrailer(line []byte) error {
 	name, value, ok := bytes.Cut(line[:len(line)-2], []byte(":"))
 	if !ok || !isToken(name) || !isValue(value) {
 		return malformed("trailer field %.40q", name)
 	}
-	if is(name, "Content-Length") || is(name, "Transfer-Encoding") || is(name, "Host") {
-		return malformed("%s in a trailer", name)
+	for _, no := range [...]string{"Content-Length", "Transfer-Encoding", "Host", "Connection", "Upgrade", "Expect", "TE", "Authorization", "Proxy-Authorization", "Cookie"} {
+		if is(name, no) {
+			return malformed("%s in a trailer", name)
+		}
 	}
 	return nil
 }

@@ -212,6 +212,10 @@ func TestMalformedStreams(t *testing.T) {
 			c.headers(id, false, plainHead...)
 			c.headers(id, true, "content-length", "0")
 		},
+		"identity in a trailer": func() {
+			c.headers(id, false, plainHead...)
+			c.headers(id, true, "authorization", "Basic eA==")
+		},
 		"pseudo in a trailer": func() {
 			c.headers(id, false, plainHead...)
 			c.headers(id, true, ":path", "/admin")

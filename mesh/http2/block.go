@@ -195,7 +195,7 @@ func (c *Conn) response(s *Stream, f h2frame.Header, fields []Field, fits bool) 
 
 // trailers passes the last fields of a message on.
 func (c *Conn) trailers(s *Stream, f h2frame.Header, fields []Field, fits bool) error {
-	err := checkTrailers(fields)
+	err := checkTrailers(fields, !c.client)
 	switch {
 	case err != nil:
 	case !fits:

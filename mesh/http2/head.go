@@ -189,8 +189,9 @@ func (h *Head) response(fields []Field) error {
 	return nil
 }
 
-// checkTrailers checks the fields after a body.
-func checkTrailers(fields []Field) error {
+// checkTrailers checks the fields after a body. Those of a request do not say who
+// sends it: some servers put them among the fields that were judged.
+func checkTrailers(fields []Field, request bool) error {
 	for i := range fields {
 		f := &fields[i]
 		if f.IsPseudo() {
@@ -205,6 +206,10 @@ func checkTrailers(fields []Field) error {
 		switch f.Name {
 		case "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade", "te", "host", "content-length":
 			return errTrailerField
+		case "authorization", "proxy-authorization", "cookie", "expect":
+			if request {
+				return errTrailerField
+			}
 		}
 	}
 	return nil
