@@ -28,7 +28,9 @@ func TestPeers(t *testing.T) {
 	w := newWorld(t)
 	web := w.add("web", nil, nil, nil)
 	ledger := w.add("ledger", []plan.Port{{Port: 12200, Protocol: "bolt"}, {Port: 12201, Protocol: "bolt"}, {Port: 20880, Protocol: "dubbo"}},
-		[]plan.Rule{{Name: "ledger/use", From: []string{spiffe("web")}, Services: []string{"com.test.S:1.0"}, Methods: []string{"plus", "long"}}}, nil)
+		[]plan.Rule{{Name: "ledger/use", From: []string{spiffe("web")}, Services: []string{"com.test.S:1.0"}, Methods: []string{"plus", "long"}},
+			{Name: "ledger/hello", From: []string{spiffe("web")}, Methods: []string{"hello"}}}, nil)
+	w.service("web").Callbacks = []plan.Rule{{Name: "web/back", From: []string{spiffe("ledger")}, Services: []string{"com.test.Back:1.0"}, Methods: []string{"plus"}}}
 	w.apply()
 	for _, c := range []struct{ protocol, port string }{{"bolt", "12200"}, {"bolt2", "12201"}, {"dubbo", "20880"}} {
 		t.Run(c.protocol, func(t *testing.T) {
@@ -46,6 +48,33 @@ func TestPeers(t *testing.T) {
 			stop()
 			if rest, err := io.ReadAll(served); err != nil || len(rest) > 0 {
 				t.Errorf("the server was asked for what is refused: %q, %v", rest, err)
+			}
+		})
+		t.Run(c.protocol+" asks its client", func(t *testing.T) {
+			asking, _ := startPeer(t, ledger, dir, "asks", c.protocol, c.port)
+			if line, err := asking.ReadString('\n'); err != nil || line != "ready\n" {
+				t.Fatalf("the server says %q, %v", line, err)
+			}
+			asked, _ := startPeer(t, web, dir, "asked", c.protocol, "10.99.0.2:"+c.port)
+			for _, want := range []string{"told", "plus", "plus"} {
+				if line, err := asked.ReadString('\n'); err != nil || line != want+"\n" {
+					t.Fatalf("the client is asked %q, %v; want %q", line, err, want)
+				}
+			}
+			got := map[string]int{}
+			for range 3 {
+				line, err := asking.ReadString('\n')
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Logf("%s", line)
+				if strings.Contains(line, `"drop","error":`) && strings.Contains(line, "no rule of web.bank allows callbacks of it") {
+					line = "refused"
+				}
+				got[line]++
+			}
+			if got[`{"method":"plus","result":3}`+"\n"] != 1 || got[`{"method":"plus","result":5}`+"\n"] != 1 || got["refused"] != 1 {
+				t.Errorf("%v", got)
 			}
 		})
 	}
