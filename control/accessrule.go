@@ -220,6 +220,11 @@ func (w world) accessFaults(k key, a spec.AccessPolicy) error {
 			}
 		}
 	}
+	for n, c := range a.Callbacks {
+		if at := slices.Index(c.From, "anonymous"); at >= 0 {
+			errs = append(errs, fmt.Errorf("spec.callbacks[%d].from[%d]: anonymous is never a server that calls back: name workloads, or take it out", n, at))
+		}
+	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(errs...)
 }

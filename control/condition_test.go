@@ -299,7 +299,7 @@ func TestCallbackRules(t *testing.T) {
 	w := bank()
 	k := key{"bank", "web"}
 	p := spec.AccessPolicy{Workload: "web", Callbacks: []spec.AccessCallback{{From: []string{"ledger"}, Services: []string{"org.bank.Back"}, Methods: []string{"done"}, Mode: modeAudit},
-		{From: []string{"*"}, When: "rpc.verb == 1"}}}
+		{From: []string{"*", "anonymous"}, When: "rpc.verb == 1"}}}
 	var s plan.Service
 	w.protect(&s, k, p)
 	if len(s.Allow)+len(s.Deny) != 0 || len(s.Callbacks) != 1 {
@@ -308,7 +308,8 @@ func TestCallbackRules(t *testing.T) {
 	if c := s.Callbacks[0]; c.Name != "web/callbacks[0]" || c.From[0] != w.caller("bank", "ledger") || c.Services[0] != "org.bank.Back" || c.Methods[0] != "done" || !c.Audit {
 		t.Errorf("%+v", c)
 	}
-	if err := w.accessFaults(k, p); err == nil || !strings.Contains(err.Error(), "spec.callbacks[1].when") || !strings.Contains(err.Error(), "the rule allows nothing") {
+	if err := w.accessFaults(k, p); err == nil || !strings.Contains(err.Error(), "spec.callbacks[1].when") || !strings.Contains(err.Error(), "the rule allows nothing") ||
+		!strings.Contains(err.Error(), "spec.callbacks[1].from[1]: anonymous") {
 		t.Errorf("%v", err)
 	}
 	p.Mode = modeAudit
