@@ -31,6 +31,7 @@ var floors = [][]string{
 var loosened = []struct{ from, to, why string }{
 	{"api/node", "plan", "the control plane hands a node whole plans, and one wording of them is enough"},
 	{"api/mesh", "plan", "the node hands the same plans on to its proxy"},
+	{"api/mesh", "internal/unixsock", "descriptors are taken off a socket in one place, and so is who is at its other end"},
 }
 
 // only names what few rooms may carry, and why. A place is a room or a package.

@@ -160,7 +160,7 @@ func (s *sight) noteOf(codec rpcCodec) *note {
 		c.remote, _ = codec.target() // empty if it cannot be told
 	}
 	cut := func(b []byte, most int) string { return string(b[:min(len(b), most)]) }
-	return &note{begin: time.Now(), method: cut(c.remote.method, maxMethod), path: cut(c.remote.service, maxTapPath), rule: s.verdict.rule}
+	return &note{begin: time.Now(), method: cut(c.remote.method, maxMethod), path: cut(c.remote.service, maxPath), rule: s.verdict.rule}
 }
 
 // fails notes a call that was answered here: refused, or allowed and answered here.

@@ -469,7 +469,8 @@ func TestHTTP2Cut(t *testing.T) {
 	}
 }
 
-// TestNoH2C: an upgrade to HTTP/2 would carry requests that nobody judges.
+// TestNoH2C: an upgrade to HTTP/2, or to TLS, would carry requests that nobody
+// judges.
 func TestNoH2C(t *testing.T) {
 	w := newWorld(t)
 	web, b := w.add("web", nil, nil, nil), w.add("api", httpPort, anyone(), nil)
@@ -478,13 +479,16 @@ func TestNoH2C(t *testing.T) {
 	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) { heads <- r.Header })}
 	go srv.Serve(b.listen(t, 8080))
 	defer srv.Close()
-	c := web.mustDial(t, w.service("api").Address.String()+":8080")
-	io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings, close\r\nupgrade: websocket, H2C\r\nA: b\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n")
-	got, err := io.ReadAll(c)
-	if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 200 ") {
-		t.Fatalf("%q, %v", got, err)
-	}
-	if h := <-heads; h.Get("Upgrade") != "" || h.Get("HTTP2-Settings") != "" || h.Get("A") != "b" {
-		t.Errorf("the server was offered %v", h)
+	for _, offer := range []string{"websocket, H2C", "h2c-14", "TLS/1.2, HTTP/1.1", "http/1.1", "h2", "websocket,HTTP/2.0"} {
+		c := web.mustDial(t, w.service("api").Address.String()+":8080")
+		defer c.Close()
+		io.WriteString(c, "GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings, close\r\nupgrade: "+offer+"\r\nA: b\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n")
+		got, err := io.ReadAll(c)
+		if err != nil || !strings.HasPrefix(string(got), "HTTP/1.1 200 ") {
+			t.Fatalf("%s: %q, %v", offer, got, err)
+		}
+		if h := <-heads; h.Get("Upgrade") != "" || h.Get("HTTP2-Settings") != "" || h.Get("A") != "b" {
+			t.Errorf("%s: the server was offered %v", offer, h)
+		}
 	}
 }

@@ -52,6 +52,10 @@ func respond(w io.Writer, status int, r refusal, closing bool) error {
 		return err
 	}
 	body = append(body, '\n')
+	length := len(body)
+	if r.Method == "HEAD" { // a body would be read as the answer to what is asked next
+		body = nil
+	}
 	connection := ""
 	if closing {
 		connection = "Connection: close\r\n"
@@ -60,7 +64,7 @@ func respond(w io.Writer, status int, r refusal, closing bool) error {
 		connection += fmt.Sprintf("Retry-After: %d\r\n", r.retry)
 	}
 	_, err = fmt.Fprintf(w, "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n%s",
-		status, statusText[status], len(body), connection, body)
+		status, statusText[status], length, connection, body)
 	return err
 }
 
@@ -587,11 +591,11 @@ func (x *exchange) response() (last bool, err error) {
 		if err != nil {
 			// Nothing of this response has been sent: say so properly.
 			x.sight.failed(&req.note, err)
-			return true, x.badGateway(err)
+			return true, x.badGateway(req, err)
 		}
 		switch {
 		case h.Status == 101 && req.upgrade == nil:
-			return true, x.badGateway(errors.New("the server changes protocols unasked"))
+			return true, x.badGateway(req, errors.New("the server changes protocols unasked"))
 		case h.Status == 101:
 			if err := x.answers.Forward(x.out, h); err != nil {
 				return true, err
@@ -646,8 +650,8 @@ func (x *exchange) answerTunnel() error {
 	return err
 }
 
-func (x *exchange) badGateway(cause error) error {
-	if err := respond(x.out, 502, refusal{Error: "bad gateway", Reason: "the server's answer: " + cause.Error()}, true); err != nil {
+func (x *exchange) badGateway(req request, cause error) error {
+	if err := respond(x.out, 502, refusal{Error: "bad gateway", Method: req.method, Reason: "the server's answer: " + cause.Error()}, true); err != nil {
 		return err
 	}
 	return x.out.Flush()

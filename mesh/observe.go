@@ -1,10 +1,8 @@
 package mesh
 
 import (
-	"bytes"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -18,7 +16,6 @@ import (
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/http2"
-	"hauberk.dev/mesh/inspect"
 	"hauberk.dev/mesh/otlp"
 	"hauberk.dev/mesh/trace"
 	"hauberk.dev/mesh/wire"
@@ -27,18 +24,10 @@ import (
 
 // Bounds of what noting requests may cost.
 const (
-	maxTaps      = 16  // at once, over all
-	maxTapped    = 256 // requests that wait for one tap
-	tapPatience  = 5 * time.Second
-	maxTapBytes  = 512 << 10 // of them; six times as many as JSON, which the link takes
-	maxTapFields = 64
-	maxTapName   = 128
-	maxTapValue  = 256
-	maxMethod    = 128
-	maxTapPath   = 1024
-	maxTapReason = 512
-	maxLogLine   = 256 << 10 // bytes of lines that wait
-	maxServices  = 10_000    // that are counted by name
+	maxMethod   = 128
+	maxPath     = 1024
+	maxReason   = 512
+	maxServices = 10_000 // that are counted by name
 )
 
 // Verdicts of requests.
@@ -76,15 +65,6 @@ type noting struct {
 	stop     func()
 	records  *otlp.Logs
 	end      func() // of records
-}
-
-// tapRing holds what one tap has not been told yet.
-type tapRing struct {
-	instance string
-	asked    time.Time
-	waiting  []api.Request
-	bytes    int // of waiting
-	lost     uint64
 }
 
 // follow takes up what a new plan says.
@@ -157,78 +137,6 @@ func (o *observer) close() {
 	if n != nil && n.records != nil {
 		n.end()
 	}
-}
-
-// tap begins or goes on with a tap.
-func (p *Proxy) tap(instance string, id uint64) (*api.Tapped, error) {
-	p.mu.Lock()
-	known := p.sandboxes[instance] != nil
-	p.mu.Unlock()
-	if !known {
-		return nil, fmt.Errorf("instance %q is not here", instance)
-	}
-	o := &p.observer
-	now := time.Now()
-	o.sweep(now)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	r := o.rings[id]
-	if r == nil {
-		if len(o.rings) >= maxTaps {
-			return nil, fmt.Errorf("%d taps are open already", maxTaps)
-		}
-		if o.rings == nil {
-			o.rings = map[uint64]*tapRing{}
-		}
-		r = &tapRing{instance: instance}
-		o.rings[id] = r
-		o.taps.Add(1)
-	}
-	if r.instance != instance {
-		return nil, fmt.Errorf("tap %d is of another instance", id)
-	}
-	t := &api.Tapped{Requests: r.waiting, Lost: r.lost}
-	r.asked, r.waiting, r.bytes, r.lost = now, nil, 0, 0
-	return t, nil
-}
-
-// sweep ends taps that nobody asks for any more.
-func (o *observer) sweep(now time.Time) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for id, r := range o.rings {
-		if now.Sub(r.asked) > o.patience {
-			delete(o.rings, id)
-			o.taps.Add(-1)
-		}
-	}
-}
-
-// tapped gives a request to who listens.
-func (o *observer) tapped(r api.Request) {
-	now, size := time.Now(), sizeOf(&r)
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, ring := range o.rings {
-		switch {
-		case ring.instance != r.Instance || now.Sub(ring.asked) > o.patience:
-		case len(ring.waiting) >= maxTapped || ring.bytes+size > maxTapBytes:
-			ring.lost++
-		default:
-			ring.waiting = append(ring.waiting, r)
-			ring.bytes += size
-		}
-	}
-}
-
-// sizeOf is what a request takes of the room of a tap: its texts, and the words
-// of JSON around them.
-func sizeOf(r *api.Request) int {
-	n := 512 + len(r.Instance) + len(r.Service) + len(r.Protocol) + len(r.Peer) + len(r.Source) + len(r.Method) + len(r.Path) + len(r.Rule) + len(r.Reason) + len(r.GRPC)
-	for i := range r.Header {
-		n += 24 + len(r.Header[i].Name) + len(r.Header[i].Value)
-	}
-	return n
 }
 
 // look begins to note the requests of a connection.
@@ -305,7 +213,7 @@ func (n *note) state() *noteState {
 	if n.begin.IsZero() {
 		return nil
 	}
-	return &noteState{n.begin, shorter(n.method, maxMethod), shorter(pathOf(n.path), maxTapPath), n.rule, n.grpc, n.done, n.received, n.trace, n.header}
+	return &noteState{n.begin, shorter(n.method, maxMethod), shorter(pathOf(n.path), maxPath), n.rule, n.grpc, n.done, n.received, n.trace, n.header}
 }
 
 // note goes on with a note. Its time goes by the clock of this process from here
@@ -514,7 +422,7 @@ func (s *sight) end(n *note, verdict, status int, grpc string, sent int64, reaso
 func (s *sight) request(n *note, verdict, status int, grpc string, sent int64, reason string) api.Request {
 	facts := s.a.sb.facts.Load()
 	r := api.Request{At: n.begin, Instance: facts.Instance, Service: s.service, Protocol: s.protocol, Peer: s.a.who.peerIdentity, Source: s.a.ev.Source,
-		Method: shorter(n.method, maxMethod), Path: shorter(pathOf(n.path), maxTapPath), Verdict: verdictNames[verdict], Rule: n.rule, Reason: shorter(reason, maxTapReason), Status: status, GRPC: grpc,
+		Method: shorter(n.method, maxMethod), Path: shorter(pathOf(n.path), maxPath), Verdict: verdictNames[verdict], Rule: n.rule, Reason: shorter(reason, maxReason), Status: status, GRPC: grpc,
 		Received: n.received, Sent: sent, Micros: time.Since(n.begin).Microseconds()}
 	if n.trace != nil {
 		r.Trace = n.trace.ID()
@@ -578,35 +486,6 @@ func record(to *otlp.Logs, n *note, r *api.Request) {
 	to.Add(&x)
 }
 
-// shown are the fields of a request as a tap may show them: copies, so that what
-// was cut off does not wait too. Nobody gets to see a token of the service's own
-// issuers, what has the name of a secret, or the query of an address.
-func (s *sight) shown(l letter) (all []api.Header) {
-	var tokens map[string]*issuer
-	if of := s.a.service(); of != nil {
-		tokens = of.issuers
-	}
-	l.each(func(name, value string) {
-		if len(all) >= maxTapFields || strings.HasPrefix(name, ":") {
-			return
-		}
-		secret := inspect.IsSecret(name)
-		for _, i := range tokens {
-			secret = secret || i != nil && i.Header == name
-		}
-		if secret {
-			value = "(not shown)"
-		} else if slices.Contains(addresses[:], name) {
-			value = pathOf(value)
-		}
-		all = append(all, api.Header{Name: strings.Clone(name[:min(len(name), maxTapName)]), Value: strings.Clone(value[:min(len(value), maxTapValue)])})
-	})
-	return all
-}
-
-// addresses are fields whose values are addresses, which have queries.
-var addresses = [...]string{"referer", "x-original-url", "x-original-uri", "x-rewrite-url", "x-forwarded-uri", "x-forwarded-url"}
-
 // service is what the plan says of the called one, nil if nothing any more.
 func (a *arrival) service() *service {
 	facts := a.sb.facts.Load()
@@ -625,56 +504,4 @@ func grpcCode(s string) string {
 		return "2"
 	}
 	return s
-}
-
-// requestLog gathers lines for the log of the proxy. Nobody waits for it: what
-// has no room is dropped and counted.
-type requestLog struct {
-	mu      sync.Mutex
-	pending bytes.Buffer
-	running bool
-	dropped atomic.Uint64
-}
-
-func (l *requestLog) add(p *Proxy, format string, r *api.Request) {
-	line := logLine(format, r)
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.pending.Len()+len(line) > maxLogLine {
-		l.dropped.Add(1)
-		return
-	}
-	l.pending.Write(line)
-	if !l.running {
-		l.running = true
-		p.running.Go(func() { l.write(p) })
-	}
-}
-
-// write writes until nothing is left.
-func (l *requestLog) write(p *Proxy) {
-	for {
-		l.mu.Lock()
-		b := bytes.Clone(l.pending.Bytes())
-		l.pending.Reset()
-		if l.running = len(b) > 0; !l.running {
-			l.mu.Unlock()
-			return
-		}
-		l.mu.Unlock()
-		p.requests.Write(b) // a full disk stops no request
-	}
-}
-
-func logLine(format string, r *api.Request) []byte {
-	if format == "json" {
-		b, _ := json.Marshal(r) // of strings and numbers: it cannot fail
-		return append(b, '\n')
-	}
-	status := strconv.Itoa(r.Status)
-	if r.GRPC != "" {
-		status = "grpc:" + r.GRPC
-	}
-	return fmt.Appendf(nil, "%s %s %s %s %s %q %q %s rule=%q status=%s received=%d sent=%d us=%d trace=%s\n", r.At.UTC().Format(time.RFC3339Nano), r.Instance, r.Service,
-		r.Protocol, r.Peer, r.Method, r.Path, r.Verdict, r.Rule, status, r.Received, r.Sent, r.Micros, r.Trace)
 }

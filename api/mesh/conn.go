@@ -8,11 +8,12 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hauberk.dev/internal/unixsock"
 )
 
 // sendTimeout bounds how long a peer may leave its socket full.
@@ -25,15 +26,16 @@ type Conn struct {
 
 	mu sync.Mutex // one sender at a time
 
-	rmu  sync.Mutex // one receiver at a time
-	body []byte
-	oob  []byte
+	rmu sync.Mutex // one receiver at a time
+	in  *unixsock.Inbox
 }
 
 // NewConn wraps a connected SOCK_SEQPACKET socket. Messages larger than
 // MaxMessage are taken up to large bytes.
 func NewConn(socket *net.UnixConn, large int64) *Conn {
-	return &Conn{socket: socket, large: large, body: make([]byte, MaxMessage), oob: make([]byte, unix.CmsgSpace(4*(MaxFiles+1)))}
+	in := unixsock.NewInbox(MaxMessage, MaxFiles+1)
+	in.Nonblock = true
+	return &Conn{socket: socket, large: large, in: in}
 }
 
 // Close ends the connection; a blocked Receive returns.
@@ -41,20 +43,11 @@ func (c *Conn) Close() error { return c.socket.Close() }
 
 // PeerUID is the user that the other end ran as when it connected.
 func (c *Conn) PeerUID() (uid int, err error) {
-	raw, err := c.socket.SyscallConn()
+	user, err := unixsock.User(c.socket)
 	if err != nil {
-		return -1, err
-	}
-	cerr := raw.Control(func(fd uintptr) {
-		var cred *unix.Ucred
-		if cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
-			uid = int(cred.Uid)
-		}
-	})
-	if err = errors.Join(cerr, err); err != nil {
 		return -1, fmt.Errorf("ask for the peer's user: %w", err)
 	}
-	return uid, nil
+	return int(user), nil
 }
 
 // Send sends one message. The files stay the caller's.
@@ -75,41 +68,13 @@ func (c *Conn) Send(m *Message, files ...*os.File) error {
 		files = append(files[:len(files):len(files)], memory)
 		body, _ = json.Marshal(&Message{Kind: m.Kind, Seq: m.Seq, Large: true})
 	}
-	var oob []byte
-	if len(files) > 0 {
-		fds, err := Descriptors(files)
-		if err != nil {
-			return fmt.Errorf("send %q: %w", m.Kind, err)
-		}
-		oob = unix.UnixRights(fds...)
-	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.socket.SetWriteDeadline(time.Now().Add(sendTimeout))
-	_, _, err = c.socket.WriteMsgUnix(body, oob, nil)
-	runtime.KeepAlive(files)
-	if err != nil {
+	if err := unixsock.Send(c.socket, body, files...); err != nil {
 		return fmt.Errorf("send %q: %w", m.Kind, err)
 	}
 	return nil
-}
-
-// Descriptors are the numbers of open files, to be sent while they are kept open.
-// Not by Fd, which makes a socket blocking: the other end has a duplicate of it, and a listener that turns
-// blocking there holds whoever accepts, and whoever closes it, until somebody
-// connects.
-func Descriptors(files []*os.File) ([]int, error) {
-	fds := make([]int, len(files))
-	for i, f := range files {
-		raw, err := f.SyscallConn()
-		if err == nil {
-			err = raw.Control(func(fd uintptr) { fds[i] = int(fd) })
-		}
-		if err != nil {
-			return nil, err
-		}
-	}
-	return fds, nil
 }
 
 // Receive waits for one message. The files are the caller's. After an
@@ -117,12 +82,9 @@ func Descriptors(files []*os.File) ([]int, error) {
 func (c *Conn) Receive() (m *Message, files []*os.File, err error) {
 	c.rmu.Lock()
 	defer c.rmu.Unlock()
-	n, oobn, flags, _, err := c.socket.ReadMsgUnix(c.body, c.oob)
-	if errors.Is(err, io.EOF) || err == nil && n == 0 && oobn == 0 {
-		err = io.EOF // an empty datagram is how SEQPACKET says the peer is gone
-	}
-	if oobn > 0 {
-		files = received(c.oob[:oobn])
+	body, files, err := c.in.Receive(c.socket)
+	if err != nil {
+		return nil, nil, err
 	}
 	defer func() {
 		if err != nil {
@@ -130,13 +92,7 @@ func (c *Conn) Receive() (m *Message, files []*os.File, err error) {
 			m, files = nil, nil
 		}
 	}()
-	if err != nil {
-		return nil, nil, err
-	}
-	if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
-		return nil, files, fmt.Errorf("receive: message longer than %d bytes or with more than %d files", MaxMessage, MaxFiles)
-	}
-	if m, err = Parse(c.body[:n]); err != nil {
+	if m, err = Parse(body); err != nil {
 		return nil, files, err
 	}
 	if m.Large {
@@ -225,24 +181,6 @@ func sealed(body []byte) (*os.File, error) {
 		return nil, err
 	}
 	return f, nil
-}
-
-func received(oob []byte) (files []*os.File) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil
-	}
-	for i := range messages {
-		fds, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			unix.SetNonblock(fd, true) // sockets are to be waited for by the poller
-			files = append(files, os.NewFile(uintptr(fd), "received"))
-		}
-	}
-	return files
 }
 
 func closeAll(files []*os.File) {

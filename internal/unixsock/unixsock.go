@@ -1,5 +1,5 @@
-// Package unixsock opens Unix sockets between programs of one machine, and says who
-// is at the other end.
+// Package unixsock opens Unix sockets between programs of one machine, says who is
+// at the other end, and carries open files there and back (SCM_RIGHTS, unix(7)).
 //
 // What is said on them is for those who talk.
 package unixsock
@@ -69,7 +69,7 @@ func removeStale(network, path string) error {
 // OnlyRoot fails if who has connected is not root: the mode of the socket says the
 // same, but a mode is changed more easily than this.
 func OnlyRoot(conn *net.UnixConn) error {
-	uid, err := user(conn)
+	uid, err := User(conn)
 	if err == nil && uid != 0 {
 		err = fmt.Errorf("user %d asks, and only root may", uid)
 	}
@@ -79,15 +79,15 @@ func OnlyRoot(conn *net.UnixConn) error {
 // SameUser fails if the other side is not of this process's own user. On the side
 // that has connected it judges who listens.
 func SameUser(conn *net.UnixConn) error {
-	uid, err := user(conn)
+	uid, err := User(conn)
 	if own := os.Geteuid(); err == nil && int64(uid) != int64(own) {
 		err = fmt.Errorf("user %d is there, and only user %d may be", uid, own)
 	}
 	return err
 }
 
-// user is that of the process at the other end.
-func user(conn *net.UnixConn) (uint32, error) {
+// User is the one that the other end had when it connected.
+func User(conn *net.UnixConn) (uint32, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return 0, err

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"hauberk.dev/internal/unixsock"
 )
 
 // Bounds of what goes over a line.
@@ -179,19 +181,10 @@ func (l *line) send(m *parcel, fds ...int) error {
 }
 
 // receive waits for a parcel. The files are the caller's.
-func (l *line) receive(b, oob []byte) (m *parcel, files []*os.File, err error) {
-	n, oobn, flags, _, err := l.conn.ReadMsgUnix(b, oob)
-	if oobn > 0 {
-		files = received(oob[:oobn])
-	}
-	switch {
-	case err != nil:
-	case n == 0:
-		err = io.EOF
-	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-		err = errors.New("a message or its descriptors have no room")
-	default:
-		m, err = parseParcel(b[:n], len(files))
+func (l *line) receive(in *unixsock.Inbox) (m *parcel, files []*os.File, err error) {
+	b, files, err := in.Receive(l.conn)
+	if err == nil {
+		m, err = parseParcel(b, len(files))
 	}
 	if err != nil {
 		for _, f := range files {
@@ -200,21 +193,4 @@ func (l *line) receive(b, oob []byte) (m *parcel, files []*os.File, err error) {
 		return nil, nil, err
 	}
 	return m, files, nil
-}
-
-func received(oob []byte) (files []*os.File) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil
-	}
-	for i := range messages {
-		fds, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "handed on"))
-		}
-	}
-	return files
 }

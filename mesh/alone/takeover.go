@@ -11,8 +11,6 @@ import (
 	"net"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/mesh/handover"
 )
@@ -248,9 +246,9 @@ func (p *Proxy) begin(t *taken) {
 func (p *Proxy) listenTo(ctx context.Context, l *line) {
 	defer l.conn.Close()
 	defer context.AfterFunc(ctx, func() { l.conn.Close() })()
-	b, oob := make([]byte, maxParcel), make([]byte, unix.CmsgSpace(4*maxParcelFiles))
+	in := unixsock.NewInbox(maxParcel, maxParcelFiles)
 	for {
-		m, files, err := l.receive(b, oob)
+		m, files, err := l.receive(in)
 		if err != nil {
 			if !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
 				p.log.Error("the process before hands on what cannot be read; the rest ends there", "err", err)

@@ -70,6 +70,9 @@ const (
 	HeaderLen = 9
 	// MaxWindow is the largest window there may be.
 	MaxWindow = 1<<31 - 1
+	// MaxSettings are taken in one frame: each may change the windows of all
+	// streams, and there are not ten kinds of them.
+	MaxSettings = 64
 )
 
 // Error is a fault of the peer that ends the connection.

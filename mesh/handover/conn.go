@@ -9,12 +9,11 @@ import (
 	"io"
 	"net"
 	"os"
-	"runtime"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	api "hauberk.dev/api/mesh"
+	"hauberk.dev/internal/unixsock"
 )
 
 const (
@@ -101,14 +100,13 @@ func parse(b []byte, files int) (*message, error) {
 type conn struct {
 	ctx    context.Context // of the conversation
 	socket *net.UnixConn
-	agreed int // version
-	body   []byte
-	oob    []byte
+	in     *unixsock.Inbox
+	agreed int        // version
 	met    func(word) // told of each word before it is said and when it is heard; for tests
 }
 
 func newConn(ctx context.Context, socket *net.UnixConn) *conn {
-	return &conn{ctx: ctx, socket: socket, agreed: Version, met: func(word) {}, body: make([]byte, maxMessage), oob: make([]byte, unix.CmsgSpace(4*(MaxFiles+2)))}
+	return &conn{ctx: ctx, socket: socket, agreed: Version, met: func(word) {}, in: unixsock.NewInbox(maxMessage, MaxFiles+1)}
 }
 
 // during has the end of the context wake who waits, until stop is called.
@@ -123,21 +121,13 @@ func (c *conn) send(wait time.Duration, m *message, files ...*os.File) error {
 	if err == nil && len(b) > maxMessage {
 		err = fmt.Errorf("%d bytes, at most %d fit", len(b), maxMessage)
 	}
-	var oob []byte
-	if err == nil && len(files) > 0 {
-		var fds []int
-		if fds, err = api.Descriptors(files); err == nil {
-			oob = unix.UnixRights(fds...)
-		}
-	}
 	if err == nil {
 		c.met(m.Word)
 		c.socket.SetWriteDeadline(time.Now().Add(wait))
 		err = c.ctx.Err() // before this, or else the deadline is moved once more
 	}
 	if err == nil {
-		_, _, err = c.socket.WriteMsgUnix(b, oob, nil)
-		runtime.KeepAlive(files)
+		err = unixsock.Send(c.socket, b, files...)
 	}
 	if err != nil {
 		return fmt.Errorf("say %q: %w", m.Word, err)
@@ -151,16 +141,12 @@ func (c *conn) receive(wait time.Duration) (m *message, files []*os.File, err er
 	if err := c.ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	n, oobn, flags, _, err := c.socket.ReadMsgUnix(c.body, c.oob)
-	files = received(c.oob[:oobn])
+	body, files, err := c.in.Receive(c.socket)
 	switch {
-	case err != nil:
-	case n == 0:
+	case err == io.EOF:
 		err = errors.New("the other process is gone")
-	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-		err = errors.New("a message or its descriptors have no room")
-	default:
-		if m, err = parse(c.body[:n], len(files)); err == nil && m.Word == wordRefused {
+	case err == nil:
+		if m, err = parse(body, len(files)); err == nil && m.Word == wordRefused {
 			err = fmt.Errorf("refused: %.1024q", m.Reason)
 		}
 	}
@@ -183,23 +169,6 @@ func (c *conn) expect(wait time.Duration, w word) (*message, error) {
 		return nil, fmt.Errorf("wait for %q: %w", w, err)
 	}
 	return m, nil
-}
-
-func received(oob []byte) (files []*os.File) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil
-	}
-	for i := range messages {
-		fds, err := unix.ParseUnixRights(&messages[i])
-		if err != nil {
-			continue
-		}
-		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "handed over"))
-		}
-	}
-	return files
 }
 
 func closeAll(files []*os.File) {

@@ -320,6 +320,7 @@ func TestHostileClient(t *testing.T) {
 		"more data than the window":   append(append(settings, open(1)...), bytes.Repeat(h2frame.Append(nil, h2frame.Data, 0, 1, make([]byte, maxFrame)), streamWindow/maxFrame+1)...),
 		"data after end of stream":    h2frame.Append(h2frame.Append(append(settings, open(1)...), h2frame.Data, h2frame.FlagEndStream, 1, nil), h2frame.Data, 0, 1, []byte("x")),
 		"padding beyond the frame":    h2frame.Append(append(settings, open(1)...), h2frame.Data, h2frame.FlagPadded, 1, []byte{9, 1}),
+		"too many settings":           h2frame.Append(nil, h2frame.Settings, 0, 0, make([]byte, 6*(h2frame.MaxSettings+1))),
 		"malformed settings":          h2frame.Append(nil, h2frame.Settings, 0, 0, []byte{1}),
 		"initial window out of range": h2frame.Append(nil, h2frame.Settings, 0, 0, h2frame.AppendSetting(nil, h2frame.SettingWindow, 1<<31)),
 	} {

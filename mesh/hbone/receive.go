@@ -294,6 +294,9 @@ func (h *Conn) readSettings(f h2frame.Header, p []byte) error {
 	if f.Stream != 0 || len(p)%6 != 0 || f.Has(h2frame.FlagAck) && len(p) > 0 {
 		return h2frame.Fault(h2frame.CodeFrameSize, "malformed SETTINGS")
 	}
+	if len(p) > 6*h2frame.MaxSettings {
+		return h2frame.Fault(h2frame.CodeCalm, "%d settings at once; at most %d", len(p)/6, h2frame.MaxSettings)
+	}
 	if f.Has(h2frame.FlagAck) {
 		return nil
 	}

@@ -57,7 +57,7 @@ type Head struct {
 	Length  int64
 	Close   bool // the sender closes after this message
 	Upgrade bool // the sender asks for, or takes up, another protocol
-	H2C     bool // of which one is HTTP/2: to be dropped
+	H2C     bool // of which one carries requests: to be dropped
 	Expect  bool // the client waits for 100 Continue
 }
 

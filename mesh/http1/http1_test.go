@@ -73,7 +73,7 @@ func TestRequest(t *testing.T) {
 		"GET /a?b HTTP/1.1\r\nhOsT: x:8080\r\n\r\n":                                                   {Method: "GET", Target: "/a?b", Host: "x:8080", Minor: 1},
 		"GET / HTTP/1.0\r\n\r\n":                                                                      {Method: "GET", Target: "/", Close: true},
 		"GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n":                                            {Method: "GET", Target: "/"},
-		"POST / HTTP/1.1\r\n" + host + "Content-Length: \t05 \r\n\r\n":                                {Method: "POST", Target: "/", Host: "a", Minor: 1, Framing: Length, Length: 5},
+		"POST / HTTP/1.1\r\n" + host + "Content-Length:   05 \r\n\r\n":                                {Method: "POST", Target: "/", Host: "a", Minor: 1, Framing: Length, Length: 5},
 		"POST / HTTP/1.1\r\n" + host + "transfer-encoding: Chunked\r\nConnection: x, CLOSE\r\n\r\n":   {Method: "POST", Target: "/", Host: "a", Minor: 1, Framing: Chunked, Close: true},
 		"GET / HTTP/1.1\r\n" + host + "Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\n\r\n": {Method: "GET", Target: "/", Host: "a", Minor: 1, Upgrade: true},
 		"PUT / HTTP/1.1\r\n" + host + "Expect: 100-continue\r\nContent-Length: 1\r\n\r\n":             {Method: "PUT", Target: "/", Host: "a", Minor: 1, Expect: true, Framing: Length, Length: 1},

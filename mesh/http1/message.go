@@ -3,6 +3,7 @@ package http1
 import (
 	"bytes"
 	"fmt"
+	"net/netip"
 )
 
 // Field is a field line of a head: views of the head's bytes.
@@ -23,7 +24,7 @@ type Message struct {
 	Length  int64
 	Close   bool // the sender closes after this message
 	Upgrade bool // the sender asks for, or takes up, another protocol
-	H2C     bool // of which one is HTTP/2: what follows could not be judged, so Upgrade is not set
+	H2C     bool // of which one carries requests: they could not be judged, so Upgrade is not set
 	Expect  bool // the client waits for 100 Continue
 }
 
@@ -61,6 +62,11 @@ func (m *Message) Request(head []byte) error {
 	m.Method, m.Target = method, target
 	if !isToken(method) || len(method) > 32 {
 		return malformed("method %.40q", method)
+	}
+	for _, m := range [...]string{"HEAD", "CONNECT"} {
+		if is(method, m) && string(method) != m { // whether its answer has a body depends on who reads it
+			return malformed("method %.32s, which some take for %s", method, m)
+		}
 	}
 	if len(target) == 0 || len(target) > maxTarget {
 		return malformed("target of %d bytes", len(target))
@@ -125,10 +131,9 @@ func isHost(b []byte) bool {
 		if end < 0 {
 			return false
 		}
-		for _, c := range b[1:end] {
-			if !isHex(c) && c != ':' && c != '.' {
-				return false
-			}
+		// Some take the brackets off a name as well.
+		if a, err := netip.ParseAddr(string(b[1:end])); err != nil || !a.Is6() || a.Zone() != "" {
+			return false
 		}
 		if name, port = nil, b[end+1:]; len(port) > 0 && port[0] != ':' {
 			return false
@@ -254,13 +259,18 @@ func (m *Message) fields(b []byte, request bool) error {
 		if colon < 0 || !isToken(line[:colon]) {
 			return malformed("field name %.40q", line[:max(colon, 0)])
 		}
-		f := Field{line[:colon], trim(line[colon+1:])}
+		said := line[colon+1:]
+		f := Field{line[:colon], trim(said)}
 		if !isValue(f.Value) {
 			return malformed("value of %s has a control character", f.Name)
 		}
 		m.Fields = append(m.Fields, f)
 		if err := m.known(&c, f); err != nil {
 			return err
+		}
+		// Some take a tab for a part of the value, and so do not know it.
+		if len(said) > len(f.Value) && bytes.IndexByte(said, '\t') >= 0 && (is(f.Name, "Content-Length") || is(f.Name, "Transfer-Encoding") || is(f.Name, "Host")) {
+			return malformed("a tab beside the value of %s", f.Name)
 		}
 	}
 	m.Close = c.closing || m.Minor == 0 && !c.keepAlive
@@ -306,12 +316,20 @@ func (m *Message) known(c *counts, f Field) error {
 		for more := true; more; {
 			var t []byte
 			t, v, more = bytes.Cut(v, comma)
-			m.H2C = m.H2C || is(trim(t), "h2c")
+			m.H2C = m.H2C || carriesHTTP(trim(t))
 		}
 	case is(f.Name, "Expect"):
 		m.Expect = is(v, "100-continue")
 	}
 	return nil
+}
+
+// carriesHTTP tells whether requests of HTTP would follow in the protocol of an
+// Upgrade field: h2c and its drafts, HTTP itself, and TLS, in which it goes on
+// (RFC 2817).
+func carriesHTTP(protocol []byte) bool {
+	name, _, _ := bytes.Cut(protocol, []byte("/"))
+	return is(name, "h2") || is(name, "HTTP") || is(name, "TLS") || len(name) >= 3 && is(name[:3], "h2c")
 }
 
 // frame decides where the body ends, or refuses a message that says it in more

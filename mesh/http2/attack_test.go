@@ -173,6 +173,10 @@ func TestMalformedStreams(t *testing.T) {
 		"user in authority":     {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "u@a"},
 		"two ports":             {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "a:80:80"},
 		"port that is none":     {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "a:x"},
+		"name in brackets":      {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "[shop.test]"},
+		"host in brackets":      {":method", "GET", ":scheme", "http", ":path", "/", "host", "[127.0.0.1]:80"},
+		"nothing in brackets":   {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "[]:80"},
+		"zone in brackets":      {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "[fe80::1%eth0]"},
 		"bracket in a port":     {":method", "GET", ":scheme", "http", ":path", "/", ":authority", "a:]"},
 		"host with two ports":   {":method", "GET", ":scheme", "http", ":path", "/", "host", "a:80:80"},
 		"two hosts":             with(plainHead, "host", "b"),
@@ -332,6 +336,9 @@ func TestAttacks(t *testing.T) {
 		}},
 		"settings flood": {h2frame.CodeCalm, func(c *rough) {
 			flood(c, 5000, func(i int) []byte { return h2frame.Append(nil, h2frame.Settings, 0, 0, nil) })
+		}},
+		"settings in one frame": {h2frame.CodeCalm, func(c *rough) {
+			c.raw(h2frame.Append(nil, h2frame.Settings, 0, 0, bytes.Repeat(h2frame.AppendSetting(nil, h2frame.SettingWindow, 1), h2frame.MaxSettings+1)))
 		}},
 		"ping flood": {h2frame.CodeCalm, func(c *rough) {
 			flood(c, 5000, func(i int) []byte { return h2frame.Append(nil, h2frame.Ping, 0, 0, make([]byte, 8)) })

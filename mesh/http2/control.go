@@ -93,6 +93,8 @@ func (c *Conn) readSettings(f h2frame.Header, p []byte) error {
 		return h2frame.Fault(h2frame.CodeProtocol, "SETTINGS on stream %d", f.Stream)
 	case len(p)%6 != 0 || f.Has(h2frame.FlagAck) && len(p) > 0:
 		return h2frame.Fault(h2frame.CodeFrameSize, "SETTINGS of %d bytes", len(p))
+	case len(p) > 6*h2frame.MaxSettings:
+		return h2frame.Fault(h2frame.CodeCalm, "%d settings at once; at most %d", len(p)/6, h2frame.MaxSettings)
 	case f.Has(h2frame.FlagAck):
 		return nil
 	}

@@ -3,6 +3,7 @@ package http2
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 
 	"golang.org/x/net/http2/hpack"
@@ -257,7 +258,11 @@ func isAuthority(s string) bool {
 		if end == 0 || end < len(s) && s[end] != ':' {
 			return false
 		}
-		if name, port = s[1:end-1], ""; end < len(s) {
+		// Some take the brackets off a name as well.
+		if a, err := netip.ParseAddr(s[1 : end-1]); err != nil || !a.Is6() || a.Zone() != "" {
+			return false
+		}
+		if name, port = "", ""; end < len(s) {
 			port = s[end+1:]
 		}
 	}

@@ -1,12 +1,131 @@
 package http2
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
 
 	"hauberk.dev/mesh/h2frame"
 )
+
+// State is a group of frozen connections whose streams are each other's mates. It
+// is plain data that goes through JSON and that only Resume reads.
+type State struct {
+	Conns   []connState   `json:"conns"`
+	Streams []streamState `json:"streams,omitempty"`
+}
+
+// connState is one connection. Streams are named by their place in State.
+type connState struct {
+	Client  bool       `json:"client,omitempty"`
+	Started bool       `json:"started,omitempty"` // Run has greeted the peer
+	Begun   uint8      `json:"begun,omitempty"`
+	Greeted bool       `json:"greeted,omitempty"`
+	Unread  []byte     `json:"unread,omitempty"`
+	Part    *partState `json:"part,omitempty"`
+	Out     []byte     `json:"out,omitempty"`
+	Answers int        `json:"answers,omitempty"`
+
+	// The table of the decoder, oldest first, and how large it may be. That of
+	// the encoder is not kept, as a decoder can be told to empty its own.
+	Table    []h2frame.Field `json:"table,omitempty"`
+	TableMax uint32          `json:"tableMax"`
+	Encoder  uint32          `json:"encoder"`
+
+	Cheap   allowanceState `json:"cheap"`
+	Resets  allowanceState `json:"resets"`
+	Updates allowanceState `json:"updates"`
+	Frames  uint64         `json:"frames,omitempty"`
+	Sent    uint64         `json:"sent,omitempty"`
+	Paid    uint64         `json:"paid,omitempty"`
+	Empty   int            `json:"empty,omitempty"`
+	Well    int            `json:"well,omitempty"`
+
+	Window  int64 `json:"window"`
+	Credit  int64 `json:"credit"`
+	Owed    int64 `json:"owed,omitempty"`
+	Initial int64 `json:"initial"`
+	Most    int   `json:"most"`
+
+	NextID   uint32        `json:"nextID,omitempty"`
+	LastID   uint32        `json:"lastID,omitempty"`
+	Taken    uint32        `json:"taken,omitempty"`
+	Draining bool          `json:"draining,omitempty"`
+	Ended    []endingState `json:"ended,omitempty"` // oldest first
+
+	Ready   []int `json:"ready,omitempty"`
+	Waiting []int `json:"waiting,omitempty"`
+	Blocked []int `json:"blocked,omitempty"`
+
+	End     *endState `json:"end,omitempty"` // the peer has been told, and reads
+	Closing bool      `json:"closing,omitempty"`
+}
+
+type partState struct {
+	Data   int    `json:"data"` // -1 if it is none
+	N      int    `json:"n,omitempty"`
+	End    bool   `json:"end,omitempty"`
+	Skip   int    `json:"skip,omitempty"`
+	Stream uint32 `json:"stream,omitempty"`
+	Flags  byte   `json:"flags,omitempty"`
+	Self   bool   `json:"self,omitempty"`
+	Frames int    `json:"frames,omitempty"`
+	Block  []byte `json:"block,omitempty"`
+}
+
+// fieldState is a Field, whose bytes need not be text.
+type fieldState struct {
+	Name      []byte `json:"n"`
+	Value     []byte `json:"v"`
+	Sensitive bool   `json:"s,omitempty"`
+}
+
+type allowanceState struct {
+	Left int           `json:"left"`
+	Ago  time.Duration `json:"ago,omitempty"` // since it grew, 0 if it never had to
+}
+
+type endingState struct {
+	ID  uint32  `json:"id"`
+	How endKind `json:"how"`
+}
+
+// endState is why a connection has ended: a fault of the peer if Code is set.
+type endState struct {
+	Drained bool   `json:"drained,omitempty"`
+	Code    Code   `json:"code,omitempty"`
+	Why     string `json:"why,omitempty"`
+	Shut    bool   `json:"shut,omitempty"`
+}
+
+type streamState struct {
+	Conn  int             `json:"conn"` // -1 if that has ended
+	ID    uint32          `json:"id,omitempty"`
+	Mate  int             `json:"mate"` // -1 if it has none
+	Value json.RawMessage `json:"value,omitempty"`
+
+	Declared int64 `json:"declared"`
+	Got      int64 `json:"got,omitempty"`
+	Answered bool  `json:"answered,omitempty"`
+	Bodyless bool  `json:"bodyless,omitempty"`
+	IsHead   bool  `json:"isHead,omitempty"`
+
+	Window    int64          `json:"window"`
+	Credit    int64          `json:"credit"`
+	Owed      int64          `json:"owed,omitempty"`
+	Heads     [][]fieldState `json:"heads,omitempty"`
+	Data      []byte         `json:"data,omitempty"`
+	Trailers  []fieldState   `json:"trailers"` // nil and empty differ
+	Begun     bool           `json:"begun,omitempty"`
+	Finishing bool           `json:"finishing,omitempty"`
+	Stopping  bool           `json:"stopping,omitempty"`
+	StopCode  Code           `json:"stopCode,omitempty"`
+	Ended     bool           `json:"ended,omitempty"`
+	PeerEnded bool           `json:"peerEnded,omitempty"`
+	Over      bool           `json:"over,omitempty"`
+	HeadBytes int            `json:"headBytes,omitempty"`
+}
 
 // check finds what no connection could have been in. A State that passes is
 // resumed without a panic, whatever it says.

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	api "hauberk.dev/api/mesh"
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/plan"
 )
 
@@ -290,11 +291,11 @@ func TestUnknownRequests(t *testing.T) {
 		{`{"kind":"hello","seq":4,"hello":{"version":1,"process":2,"more":3}}`, "unknown field", false},
 		{`{"kind":"ping","seq":5}`, "", false},
 	} {
-		var oob []byte
+		var files []*os.File
 		if c.file {
-			oob = unix.UnixRights(descriptor(t)...)
+			files = append(files, null(t))
 		}
-		if _, _, err := ends[1].WriteMsgUnix([]byte(c.ask), oob, nil); err != nil {
+		if err := unixsock.Send(ends[1], []byte(c.ask), files...); err != nil {
 			t.Fatal(err)
 		}
 		m, _, err := asker.Receive()
@@ -308,13 +309,4 @@ func TestUnknownRequests(t *testing.T) {
 	if err := <-ended; err == nil || !strings.Contains(err.Error(), "unknown field") {
 		t.Errorf("ended by %v", err)
 	}
-}
-
-// descriptor is a descriptor to send.
-func descriptor(t *testing.T) []int {
-	fds, err := api.Descriptors([]*os.File{null(t)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fds
 }

@@ -8,9 +8,8 @@ import (
 	"os"
 	"regexp"
 
-	"golang.org/x/sys/unix"
-
 	"hauberk.dev/api/node"
+	"hauberk.dev/internal/unixsock"
 )
 
 // What a hook, or a person, asks of the loader: one packet each way.
@@ -71,15 +70,7 @@ func ask(socket string, r request, files ...*os.File) (Answer, error) {
 	if len(packet) > maxPacket {
 		return a, fmt.Errorf("%s %s: the policies take %d bytes, at most %d are taken", r.Op, r.ID, len(packet), maxPacket)
 	}
-	var rights []byte
-	if len(files) > 0 {
-		var fds []int
-		for _, f := range files {
-			fds = append(fds, int(f.Fd()))
-		}
-		rights = unix.UnixRights(fds...)
-	}
-	if _, _, err := conn.WriteMsgUnix(packet, rights, nil); err != nil {
+	if err := unixsock.Send(conn, packet, files...); err != nil {
 		return a, fmt.Errorf("%s %s: %w", r.Op, r.ID, err)
 	}
 	buf := make([]byte, maxPacket)
@@ -98,29 +89,11 @@ func ask(socket string, r request, files ...*os.File) (Answer, error) {
 
 // heard reads one request and its descriptors.
 func heard(conn *net.UnixConn) (r request, files []*os.File, err error) {
-	buf, rights := make([]byte, maxPacket+1), make([]byte, unix.CmsgSpace(4*maxFiles))
-	n, rn, flags, _, err := conn.ReadMsgUnix(buf, rights)
+	packet, files, err := unixsock.NewInbox(maxPacket, maxFiles).Receive(conn)
 	if err != nil {
 		return r, nil, err
 	}
-	messages, err := unix.ParseSocketControlMessage(rights[:rn])
-	if err != nil {
-		return r, nil, err
-	}
-	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return r, files, err
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			files = append(files, os.NewFile(uintptr(fd), "given"))
-		}
-	}
-	if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || n > maxPacket {
-		return r, files, errors.New("read request: it is too long")
-	}
-	r, err = parseRequest(buf[:n])
+	r, err = parseRequest(packet)
 	return r, files, err
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -13,9 +14,8 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"hauberk.dev/internal/flock"
+	"hauberk.dev/internal/unixsock"
 	"hauberk.dev/vm"
 	"hauberk.dev/vm/qemu"
 )
@@ -116,24 +116,25 @@ func (c Client) ask(ctx context.Context, r Request, progress func(string)) (Give
 // with an error.
 func hear(conn *net.UnixConn, progress func(string)) (_ answer, files []*os.File, err error) {
 	var have []byte
-	buf, rights := make([]byte, maxLine), make([]byte, unix.CmsgSpace(4*maxFiles))
+	in := unixsock.NewInbox(maxLine, maxFiles)
 	for range maxAnswers {
 		line, rest, whole := bytes.Cut(have, []byte{'\n'})
 		for !whole {
 			if len(have) > maxLine {
 				return answer{}, files, errors.New("its line is too long")
 			}
-			n, nr, _, _, err := conn.ReadMsgUnix(buf, rights)
-			if err == nil && n == 0 {
+			part, more, err := in.Receive(conn)
+			files = append(files, more...)
+			switch {
+			case err == io.EOF:
 				err = errors.New("it hung up")
-			}
-			if err == nil {
-				files, err = received(files, rights[:nr])
+			case len(files) > maxFiles:
+				err = errors.New("it sent too many files")
 			}
 			if err != nil {
 				return answer{}, files, err
 			}
-			have = append(have, buf[:n]...)
+			have = append(have, part...)
 			line, rest, whole = bytes.Cut(have, []byte{'\n'})
 		}
 		a, err := parseAnswer(line)
@@ -156,31 +157,6 @@ func closeAll(files []*os.File) error {
 
 // maxFiles is how many files an answer may carry: the tap and the line.
 const maxFiles = 2
-
-// received adds the files of a message.
-func received(files []*os.File, rights []byte) ([]*os.File, error) {
-	if len(rights) == 0 {
-		return files, nil
-	}
-	messages, err := unix.ParseSocketControlMessage(rights)
-	if err != nil {
-		return files, err
-	}
-	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return files, err
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			files = append(files, os.NewFile(uintptr(fd), "given"))
-		}
-	}
-	if len(files) > maxFiles {
-		return files, errors.New("it sent too many files")
-	}
-	return files, nil
-}
 
 // connect connects to the keeper, which is started if it is not there.
 func (c Client) connect(ctx context.Context) (*net.UnixConn, error) {

@@ -383,23 +383,7 @@ func say(conn *net.UnixConn, a answer, files ...*os.File) error {
 	if err != nil {
 		return err
 	}
-	var rights []byte
-	if len(files) > 0 {
-		var fds []int
-		for _, f := range files {
-			// Not by Fd: it makes a socket blocking, for whoever has a duplicate.
-			raw, err := f.SyscallConn()
-			if err == nil {
-				err = raw.Control(func(fd uintptr) { fds = append(fds, int(fd)) })
-			}
-			if err != nil {
-				return err
-			}
-		}
-		rights = unix.UnixRights(fds...)
-	}
-	_, _, err = conn.WriteMsgUnix(append(line, '\n'), rights, nil)
-	return err
+	return unixsock.Send(conn, append(line, '\n'), files...)
 }
 
 // dup gives a file of its own on what f is.
