@@ -297,7 +297,6 @@ func TestNormalsRefused(t *testing.T) {
 
 // scripted is a proxy that knows what a test says.
 type scripted struct {
-	learner
 	mu     sync.Mutex
 	all    map[string]api.Analysis
 	schema map[string][]byte

@@ -76,11 +76,10 @@ func bankSchema(t *testing.T) (path string, all protoreflect.MessageDescriptors)
 // teller is a server of JSON that knows nothing else. What it answers the account's
 // name says.
 type teller struct {
-	mu    sync.Mutex
-	seen  []string // method, target, body
-	head  http.Header
-	left  chan struct{} // a client has gone
-	parts map[string]string
+	mu   sync.Mutex
+	seen []string // method, target, body
+	head http.Header
+	left chan struct{} // a client has gone
 }
 
 func (x *teller) ServeHTTP(w http.ResponseWriter, r *http.Request) {
