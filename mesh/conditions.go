@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -279,6 +280,7 @@ type found struct {
 	c       call
 	now     time.Time
 	headers map[string]any
+	mixed   error            // why headers cannot be told
 	tokens  map[string]proof // by name of the issuer
 	claims  map[*token.Token]any
 	unclear string // why the last condition could not be told
@@ -448,14 +450,16 @@ func (f facts) request(name string) (any, error) {
 		}
 		return nil, errHost
 	}
-	if f.headers == nil {
-		f.headers = c.letter.all()
+	if f.headers == nil && f.mixed == nil {
+		f.headers, f.mixed = c.letter.all()
 	}
-	return f.headers, nil
+	return f.headers, f.mixed
 }
 
-// all are the fields by name, those of one name as one.
-func (l letter) all() map[string]any {
+// all are the fields by name, those of one name as one. What some servers take for
+// another name is told under that as well: with hyphens alone, and with underscores.
+// It cannot be told where both are there and say different things.
+func (l letter) all() (map[string]any, error) {
 	all := map[string]any{}
 	l.each(func(name, value string) {
 		if old, twice := all[name]; twice {
@@ -469,18 +473,18 @@ func (l letter) all() map[string]any {
 			all[name] = value
 		}
 	})
-	for name, value := range all { // what some servers take for another name is told under that as well
-		if other := strings.ReplaceAll(name, "_", "-"); other != name {
-			if old, both := all[other]; both {
-				value = old.(string) + ", " + value.(string)
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		for _, other := range [...]string{strings.ReplaceAll(name, "_", "-"), strings.ReplaceAll(name, "-", "_")} {
+			if old, both := all[other]; both && old != all[name] {
+				return nil, fmt.Errorf("some servers take field %s for %s, and they say different things", name, other)
 			}
-			all[other] = value
+			all[other] = all[name]
 		}
 	}
 	if host := l.host(); host != "" {
 		all["host"] = host
 	}
-	return all
+	return all, nil
 }
 
 // plainValue makes of a claim what conditions know: every number is a double, as

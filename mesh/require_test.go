@@ -202,9 +202,12 @@ func TestAliases(t *testing.T) {
 	has.Headers = []plan.Header{{Name: "x-debug"}}
 	said := named("/said")
 	said.When = is("request.headers/x-role", "_==_", "root")
+	said2, calm := named("/said2"), named("/calm")
+	said2.When = is("request.headers/x_role", "_==_", "root")
+	calm.When = is("request.headers/x-debug", "_!=_", "1")
 	low := named("/low")
 	low.Headers = []plan.Header{{Name: "user_id", Exact: &gold}}
-	_, web := requireWorld(t, []plan.Rule{absent, tenant, token, low, named("/never"), named("/said")}, []plan.Rule{has, said}, func(s *plan.Service) {
+	_, web := requireWorld(t, []plan.Rule{absent, tenant, token, low, calm, named("/never"), named("/said"), named("/said2")}, []plan.Rule{has, said, said2}, func(s *plan.Service) {
 		i := m.issuer()
 		i.Header = "x-token"
 		s.Issuers = []plan.Issuer{i}
@@ -227,6 +230,20 @@ func TestAliases(t *testing.T) {
 		"/said|X-Role: user":                           200,
 		"/said|X-Role: root":                           403,
 		"/said|X_Role: root":                           403,
+		"/said|X-Role: root|X_Role: x":                 403,
+		"/said|X-Role: x|X_Role: root":                 403,
+		"/said|X-Role: root|X_Role: root":              403,
+		"/said|X-Role: x|X_Role: x":                    200,
+		"/said2|X-Role: root":                          403,
+		"/said2|X_Role: root":                          403,
+		"/said2|X-Role: root|X_Role: x":                403,
+		"/said2|X-Role: user":                          200,
+		"/calm|X-Debug: 0":                             200,
+		"/calm|X_Debug: 0":                             200,
+		"/calm|X-Debug: 0|X_Debug: 0":                  200,
+		"/calm|X-Debug: 1|X_Debug: 0":                  403,
+		"/calm|X-Debug: 0|X_Debug: 1":                  403,
+		"/calm|X-Debug: 1":                             403,
 		"/low|User_Id: gold":                           200,
 		"/low|User-Id: gold":                           403,
 	} {
