@@ -493,6 +493,6 @@ func (f *outFlow) judgeCallback(codec rpcCodec) (fault, string) {
 	}
 	counts.calledBack[verdictDenied].Add(1)
 	ev.Kind, ev.Rule, ev.Reason = api.EventAccessDenied, v.rule, what+": "+v.reason
-	f.sb.refuse(ev)
+	f.sb.tellRefused(ev) // no scan: a server asks each of its clients the same
 	return faultDenied, fmt.Sprintf("access denied to %s: %s: %s; see: hauberk why %s", f.party.peerIdentity, what, v.reason, facts.Instance)
 }

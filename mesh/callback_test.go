@@ -106,6 +106,36 @@ func expect(t *testing.T, p callbackProtocol, c io.Reader, id uint64, asks, good
 	}
 }
 
+// A server that asks over each of many connections what it may not scans nothing: it
+// is neither found nor an offender.
+func TestCallbacksAreNoScan(t *testing.T) {
+	w, dial := callbackWorld(t)
+	w.service("web").Inspect = &plan.Inspect{Observe: 1, Incident: 20}
+	w.plan.Generation++
+	w.apply()
+	p := callbackProtocols()[0]
+	for n := range 100 {
+		_, server := dial(p)
+		if _, err := server.Write(slices.Concat(p.call(1, "back"), p.call(2, fmt.Sprint("push", n)))); err != nil {
+			t.Fatal(err)
+		}
+		expect(t, p, server, 1, false, false)
+		expect(t, p, server, 2, false, false)
+	}
+	_, server := dial(p)
+	if _, err := server.Write(p.call(1, "last")); err != nil {
+		t.Fatal(err)
+	}
+	w.awaitEvent(api.EventAccessDenied, `"last"`) // and with it all before
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, e := range w.events {
+		if e.Kind == api.EventFinding || e.Kind == api.EventIncident || e.Offender != "" {
+			t.Fatalf("found: %+v", e)
+		}
+	}
+}
+
 // A server that asks its client is refused by default, in the protocol and by its
 // own id, which may be one of the client's too; one-way requests are dropped;
 // heartbeats and answers go on, and so does the connection.

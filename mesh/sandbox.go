@@ -144,12 +144,17 @@ func (sb *sandbox) ended(e *entry) {
 	sb.bytesIn.Add(e.received.Load())
 }
 
-// refuse counts and tells what was refused.
+// refuse counts and tells what was refused to a caller, who may be looking around.
 func (sb *sandbox) refuse(ev api.Event) {
+	sb.tellRefused(ev)
+	sb.p.analysis.refused(sb, ev)
+}
+
+// tellRefused counts and tells what was refused.
+func (sb *sandbox) tellRefused(ev api.Event) {
 	sb.refused.Add(1)
 	ev.Instance = sb.facts.Load().Instance
 	sb.p.events.add(ev)
-	sb.p.analysis.refused(sb, ev)
 }
 
 func (sb *sandbox) stats() api.InstanceStats {
