@@ -46,8 +46,8 @@ func startTime(pid int) (uint64, error) {
 	if len(rest) < 20 {
 		return 0, fmt.Errorf("read /proc/%d/stat: %d fields after the name", pid, len(rest))
 	}
-	if rest[0] == "Z" {
-		return 0, fs.ErrNotExist // has ended; nobody has asked how yet
+	if rest[0] == "Z" || rest[0] == "X" {
+		return 0, fs.ErrNotExist // has ended; nobody has asked how yet, or somebody just does
 	}
 	return strconv.ParseUint(rest[19], 10, 64)
 }
