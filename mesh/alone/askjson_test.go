@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -76,13 +77,17 @@ func bankSchema(t *testing.T) (path string, all protoreflect.MessageDescriptors)
 // teller is a server of JSON that knows nothing else. What it answers the account's
 // name says.
 type teller struct {
-	mu   sync.Mutex
-	seen []string // method, target, body
-	head http.Header
-	left chan struct{} // a client has gone
+	mu    sync.Mutex
+	seen  []string // method, target, body
+	head  http.Header
+	came  atomic.Int32 // requests, read or not
+	under atomic.Int32 // of them, those that are being served
 }
 
 func (x *teller) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	x.under.Add(1)
+	x.came.Add(1)
+	defer x.under.Add(-1)
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
 		panic(http.ErrAbortHandler)
@@ -132,7 +137,6 @@ func (x *teller) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	case "slow":
 		<-r.Context().Done()
-		x.left <- struct{}{}
 	case "list":
 		io.WriteString(w, `[{"id":"a"},{"id":"b"}]`)
 	case "null":
@@ -153,9 +157,21 @@ func (x *teller) last() (string, http.Header) {
 	return x.seen[len(x.seen)-1], x.head
 }
 
+// leaves has a client give a call up, until one of them was at the server before that:
+// the server is told of it.
+func (x *teller) leaves(t *testing.T, call func()) {
+	t.Helper()
+	before := x.came.Load()
+	waitFor(t, "call at the server", func() bool {
+		call()
+		return x.came.Load() > before
+	})
+	waitFor(t, "end of the call at the server", func() bool { return x.under.Load() == 0 })
+}
+
 func newTeller(t *testing.T) (x *teller, address string) {
 	t.Helper()
-	x = &teller{left: make(chan struct{}, 100)}
+	x = &teller{}
 	s := httptest.NewUnstartedServer(x)
 	s.Config.Protocols = new(http.Protocols)
 	s.Config.Protocols.SetHTTP1(true)
@@ -255,10 +271,10 @@ func callJSONOver(t *testing.T, protocol string) {
 		}
 	}
 	left, err := time.ParseDuration(saw.Get("X-Timeout-Ms") + "ms")
-	if err != nil || left > patience || left < time.Second || len(saw["X-Timeout-Ms"]) != 1 {
+	if err != nil || left > patience || left <= 0 || len(saw["X-Timeout-Ms"]) != 1 {
 		t.Errorf("%v, %v, of %v", left, err, saw["X-Timeout-Ms"])
 	}
-	if d, ok := grpcTimeout([]byte(saw.Get("Grpc-Timeout"))); !ok || d > patience || d < time.Second {
+	if d, ok := grpcTimeout([]byte(saw.Get("Grpc-Timeout"))); !ok || d > patience || d <= 0 {
 		t.Errorf("Grpc-Timeout: %v", saw["Grpc-Timeout"])
 	}
 	hops := map[string]int{"http2": 1}[protocol] // where Connection names nothing
@@ -267,29 +283,29 @@ func callJSONOver(t *testing.T, protocol string) {
 	}
 
 	// The client's time is over, or it gives up: the server is told at once.
-	short, stop := context.WithTimeout(ctx, 200*time.Millisecond)
-	if _, err := call(short, "Get", `{"id":"slow"}`); status.Code(err) != codes.DeadlineExceeded {
-		t.Error(err)
-	}
-	stop()
-	<-x.left
-	gone, leave := context.WithCancel(ctx)
-	begun := len(x.seen)
-	go func() {
-		for {
-			if x.mu.Lock(); len(x.seen) > begun {
-				x.mu.Unlock()
-				leave()
-				return
-			}
-			x.mu.Unlock()
-			time.Sleep(time.Millisecond)
+	x.leaves(t, func() {
+		short, stop := context.WithTimeout(ctx, 200*time.Millisecond)
+		defer stop()
+		if _, err := call(short, "Get", `{"id":"slow"}`); status.Code(err) != codes.DeadlineExceeded {
+			t.Error(err)
 		}
-	}()
-	if _, err := call(gone, "Pay", `{"id":"slow"}`); status.Code(err) != codes.Canceled {
-		t.Error(err)
-	}
-	<-x.left
+	})
+	x.leaves(t, func() {
+		gone, leave := context.WithCancel(ctx)
+		before := x.came.Load()
+		var waits sync.WaitGroup
+		waits.Go(func() {
+			for x.came.Load() == before && gone.Err() == nil {
+				time.Sleep(time.Millisecond)
+			}
+			leave()
+		})
+		if _, err := call(gone, "Pay", `{"id":"slow"}`); status.Code(err) != codes.Canceled {
+			t.Error(err)
+		}
+		leave()
+		waits.Wait()
+	})
 
 	if _, err := call(ctx, "Get", `{"id":"7"}`, grpc.UseCompressor(gzip.Name)); status.Code(err) != codes.Unimplemented {
 		t.Errorf("a compressed call: %v", err)
@@ -502,16 +518,17 @@ upstreams: [{name: up, outlier: {unreachable: 1000}, endpoints: [{address: '`+ad
 			t.Errorf("the server saw %s: %q, want %q", name, head[name], want)
 		}
 	}
-	if left, err := time.ParseDuration(head.Get("X-Timeout-Ms") + "ms"); err != nil || left > 5*time.Second || left < time.Second || len(head["X-Timeout-Ms"]) != 1 {
+	if left, err := time.ParseDuration(head.Get("X-Timeout-Ms") + "ms"); err != nil || left > 5*time.Second || left <= 0 || len(head["X-Timeout-Ms"]) != 1 {
 		t.Errorf("%v, %v, of %v", left, err, head["X-Timeout-Ms"])
 	}
 	if f := ask(30000, "get", "com.x.Book int", `[null,7]`, "a", "b\r\nX-Evil: 1"); f.bolt.Status != bolt.CodecFailed {
 		t.Errorf("a header that ends a field: status %d", f.bolt.Status)
 	}
-	if f := ask(50, "slow", "", `[]`); f.bolt.Status != bolt.Timeout {
-		t.Errorf("a slow server: status %d, %q", f.bolt.Status, f.text())
-	}
-	<-x.left
+	x.leaves(t, func() {
+		if f := ask(50, "slow", "", `[]`); f.bolt.Status != bolt.Timeout {
+			t.Errorf("a slow server: status %d, %q", f.bolt.Status, f.text())
+		}
+	})
 
 	// Of version 2 with its sum; a call of another service or codec; one way.
 	c.send(boltCall(bolt.Request, 900, "com.x.Books:1.0", "free", true, ""))
@@ -567,25 +584,23 @@ upstreams: [{name: up, protocol: `+protocol+`, outlier: {failures: 1, ejection: 
 		conn := grpcTo(t, p)
 		q, r := dynamicpb.NewMessage(types.ByName("Account")), dynamicpb.NewMessage(types.ByName("Account"))
 		q.Set(q.Descriptor().Fields().ByName("id"), protoreflect.ValueOfString("slow"))
-		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
-		if err := conn.Invoke(ctx, "/bank.v1.Bank/Get", q, r); status.Code(err) != codes.DeadlineExceeded {
-			t.Error(err)
-		}
-		cancel()
-		c := newRPCTester(t, p, "rpc", false)
-		frame := boltCall(bolt.Request, 3, "com.x.Books:1.0", "slow", false, "")
-		binary.BigEndian.PutUint32(frame[10:], 50) // its timeout
-		c.send(frame)
-		if f := c.next(); f.bolt.Status != bolt.Timeout {
-			t.Errorf("%+v", f)
-		}
-		<-x.left
-		<-x.left
-		for end := time.Now().Add(patience); p.world.Load().upstreams["up"].endpoints[0].active.Load() > 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatal("a call goes on")
+		x.leaves(t, func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+			defer cancel()
+			if err := conn.Invoke(ctx, "/bank.v1.Bank/Get", q, r); status.Code(err) != codes.DeadlineExceeded {
+				t.Error(err)
 			}
-		}
+		})
+		c := newRPCTester(t, p, "rpc", false)
+		x.leaves(t, func() {
+			frame := boltCall(bolt.Request, 3, "com.x.Books:1.0", "slow", false, "")
+			binary.BigEndian.PutUint32(frame[10:], 50) // its timeout
+			c.send(frame)
+			if f := c.next(); f.bolt.Status != bolt.Timeout {
+				t.Errorf("%+v", f)
+			}
+		})
+		waitFor(t, "end of the calls", func() bool { return p.world.Load().upstreams["up"].endpoints[0].active.Load() == 0 })
 		if !allUp(p) || p.world.Load().upstreams["up"].endpoints[0].failures.Load() > 0 {
 			t.Error("the server is blamed")
 		}
