@@ -112,7 +112,7 @@ func (n *analysis) beginLocked(p *Proxy, key string) *inspect.Service {
 func (n *analysis) goOn(key string, schema []byte) error {
 	s := inspect.New(inspect.Config{})
 	if err := s.Import(schema); err != nil {
-		return err
+		return fmt.Errorf("%s%w", api.Useless, err)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -124,7 +124,7 @@ func TestRelearn(t *testing.T) {
 	}
 	var refused *link.RefusedError
 	for _, bad := range []string{"{", `{"version":99}`} {
-		if err := give([]byte(bad)); !errors.As(err, &refused) || w.analysed().Learnt != 30 {
+		if err := give([]byte(bad)); !errors.As(err, &refused) || !errors.Is(err, link.ErrUseless) || w.analysed().Learnt != 30 {
 			t.Errorf("%q was taken: %v", bad, err)
 		}
 	}

@@ -60,6 +60,7 @@ type meshSandbox struct {
 func newMeshPart(n *Node) *meshPart {
 	m := &meshPart{n: n, sandboxes: map[string]*meshSandbox{}, published: map[uint16]link.Published{}, dirty: make(chan struct{}, 1)}
 	m.normals = newNormals(filepath.Join(n.conf.State, "learnt"), n.slog, m.learntAnew)
+	m.normals.here = m.workloads
 	return m
 }
 
@@ -125,7 +126,16 @@ func (m *meshPart) session(ctx context.Context) error {
 					return err
 				}
 				m.n.note(err)
+				if errors.Is(err, context.DeadlineExceeded) {
+					m.changed() // it has not been refused: it is to be said
+				}
 			}
+		case <-m.normals.more:
+			if len(m.dirty) > 0 { // the plan goes first
+				m.normals.wake()
+				continue
+			}
+			m.normals.later(ctx, l)
 		}
 	}
 }
@@ -133,6 +143,13 @@ func (m *meshPart) session(ctx context.Context) error {
 // say sends all there is. The link counts as connected before the sandboxes
 // are sent, so that one added meanwhile is not missed.
 func (m *meshPart) say(ctx context.Context, l *link.Link) error {
+	if err := m.saySandboxes(ctx, l); err != nil {
+		return err
+	}
+	return m.sayPlan(ctx, l)
+}
+
+func (m *meshPart) saySandboxes(ctx context.Context, l *link.Link) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*meshTime)
 	defer cancel()
 	if err := m.sayGateway(ctx, l); err != nil {
@@ -150,7 +167,7 @@ func (m *meshPart) say(ctx context.Context, l *link.Link) error {
 			return err
 		}
 	}
-	return m.sayPlan(ctx, l)
+	return nil
 }
 
 // sayGateway hands the gateway over. A mesh that has outlived a process of
@@ -174,11 +191,9 @@ func (m *meshPart) sayGateway(ctx context.Context, l *link.Link) error {
 }
 
 // sayPlan sends the published ports and the plan, before the first of a link what
-// was learnt of the workloads in it. A port that cannot be opened
-// keeps back neither the plan nor the other ports.
+// was learnt of the workloads in it: that has a time of its own. A port that cannot
+// be opened keeps back neither the plan nor the other ports.
 func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
-	ctx, cancel := context.WithTimeout(ctx, meshTime)
-	defer cancel()
 	m.mu.Lock()
 	p := m.plan
 	if p == nil {
@@ -190,6 +205,8 @@ func (m *meshPart) sayPlan(ctx context.Context, l *link.Link) error {
 	if err := m.normals.give(ctx, l); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, meshTime)
+	defer cancel()
 	if err := l.SetPublish(ctx, published); err != nil {
 		return err
 	}
@@ -355,6 +372,15 @@ func (m *meshPart) fenced() map[string]*meshSandbox {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return maps.Clone(m.sandboxes)
+}
+
+// workloads are those with an instance here.
+func (m *meshPart) workloads() map[string]bool {
+	all := map[string]bool{}
+	for _, s := range m.fenced() {
+		all[s.plan.Namespace+"/"+s.plan.Service] = true
+	}
+	return all
 }
 
 // setPlan hands over the newest plan.

@@ -29,6 +29,10 @@ import (
 const (
 	keepEvery  = time.Minute
 	maxNormals = 128 << 20 // bytes, of all workloads
+	// giveTime bounds what the first plan of a proxy waits for what was kept, and
+	// relearnTime one workload of it.
+	giveTime    = 3 * time.Second
+	relearnTime = 2 * time.Second
 	// A file of what was learnt is a line of JSON, and what the proxy gave.
 	normalFormat  = "hauberk-learnt"
 	normalVersion = 1
@@ -52,13 +56,24 @@ type learner interface {
 type normals struct {
 	dir   string
 	every time.Duration
+	brief time.Duration // giveTime
+	one   time.Duration // relearnTime
 	log   *slog.Logger
 	// anew is told of a workload whose kept normal is of no use.
 	anew func(service, why string)
+	// here are the workloads that have an instance on this node.
+	here func() map[string]bool
+	// more holds something when later is to be called.
+	more chan struct{}
 
 	mu       sync.Mutex
-	given    learner           // who has got what was kept
-	turns    map[string]uint64 // workloads that are looked at; one that is again has another
+	given    learner                 // whose first plan need not wait any more
+	before   map[string]api.Analysis // what it had learnt itself
+	late     []string                // workloads it is still to get; their files stay as they are
+	tries    int                     // of them, until the next tick
+	slow     map[string]bool         // workloads that took too long: no plan waits for them again
+	away     map[string]bool         // workloads let go of for want of room
+	turns    map[string]uint64       // workloads that are looked at; one that is again has another
 	turn     uint64
 	swept    bool            // nothing is there of other workloads
 	stale    map[string]bool // workloads whose file should be gone, and is not
@@ -80,8 +95,8 @@ type normal struct {
 }
 
 func newNormals(dir string, log *slog.Logger, anew func(service, why string)) *normals {
-	return &normals{dir: dir, every: keepEvery, log: log, anew: anew,
-		turns: map[string]uint64{}, stale: map[string]bool{}, kept: map[string]normal{}, failing: map[string]bool{}}
+	return &normals{dir: dir, every: keepEvery, brief: giveTime, one: relearnTime, log: log, anew: anew, more: make(chan struct{}, 1),
+		slow: map[string]bool{}, away: map[string]bool{}, turns: map[string]uint64{}, stale: map[string]bool{}, kept: map[string]normal{}, failing: map[string]bool{}}
 }
 
 // marshalNormal makes a file. Its digest is of the line without it, and of the
@@ -182,6 +197,9 @@ func (k *normals) dropLocked(key string) {
 	delete(k.turns, key)
 	delete(k.kept, key)
 	delete(k.failing, key)
+	delete(k.slow, key)
+	delete(k.away, key)
+	k.late = slices.DeleteFunc(k.late, func(other string) bool { return other == key })
 	os.Remove(k.path(key) + refusedSuffix)
 	if err := os.Remove(k.path(key)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		k.stale[key], k.swept = true, false
@@ -228,48 +246,175 @@ func (k *normals) looked() []string {
 	return slices.Sorted(maps.Keys(all))
 }
 
-// gave tells whether a proxy has got what was kept. Until then nothing of it is.
+// gave tells whether a proxy has got what its first plan waits for. Until then
+// nothing of it is kept.
 func (k *normals) gave(l learner) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.given == l
 }
 
+// hosts tells whether a workload has an instance here. It is not called with mu.
+func (k *normals) hosts() func(key string) bool {
+	if k.here == nil {
+		return func(string) bool { return true }
+	}
+	all := k.here()
+	return func(key string) bool { return all[key] }
+}
+
 // give has a proxy go on from what was kept, before it gets its first plan. What
-// it has learnt for as long itself is newer. An error is one of the link.
+// it has learnt for as long itself is newer. The plan waits for workloads with an
+// instance here, and not for long: the others are for later. An error is the end of
+// the link or of ctx.
 func (k *normals) give(ctx context.Context, l learner) error {
 	if k.gave(l) {
 		return nil
 	}
-	stats, err := l.Stats(ctx)
-	if err != nil {
+	brief, cancel := context.WithTimeout(ctx, k.brief)
+	defer cancel()
+	stats, err := l.Stats(brief)
+	if over(ctx, err) {
 		return err
 	}
+	if err != nil {
+		k.log.Warn("what the mesh knows itself is not known: " + err.Error())
+	}
+	here, late := k.hosts(), []string(nil)
 	for _, key := range k.looked() {
-		h, schema, err := k.read(key)
-		if errors.Is(err, fs.ErrNotExist) {
+		if !here(key) || k.isSlow(key) || brief.Err() != nil {
+			late = append(late, key)
 			continue
 		}
-		if now, known := stats.Analysis[key]; known && (err != nil || !h.Since.Before(now.Since)) {
-			k.did(key, h, err)
-			continue
+		if err := k.offer(brief, l, stats.Analysis, key); over(ctx, err) {
+			return err
+		} else if err != nil {
+			late = append(late, key)
 		}
-		if err == nil {
-			err = l.Relearn(ctx, key, schema)
-			if refused := (*link.RefusedError)(nil); err != nil && !errors.As(err, &refused) {
-				return err
-			}
-		}
-		if k.did(key, h, err); err != nil {
-			k.refused(key, err)
-			continue
-		}
-		k.log.Info("the mesh goes on from what was learnt", "workload", key, "since", h.Since, "requests", h.Requests, "written", h.Written)
 	}
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.given = l
+	k.given, k.before, k.late = l, stats.Analysis, nil
+	for _, key := range late {
+		k.lateLocked(key)
+	}
+	k.mu.Unlock()
+	k.again()
 	return nil
+}
+
+// over tells whether an error is the end of the link or of ctx.
+func over(ctx context.Context, err error) bool {
+	return err != nil && (ctx.Err() != nil || errors.Is(err, link.ErrClosed))
+}
+
+// lateLocked notes a workload whose file is to be given later: it takes room.
+func (k *normals) lateLocked(key string) {
+	fi, err := os.Stat(k.path(key))
+	if err != nil || k.turns[key] == 0 { // it has none, or is forgotten
+		return
+	}
+	if _, known := k.kept[key]; !known {
+		k.kept[key] = normal{Bytes: int(fi.Size())}
+	}
+	k.late = append(k.late, key)
+}
+
+func (k *normals) isSlow(key string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.slow[key]
+}
+
+// again has what is late be tried, each once.
+func (k *normals) again() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.tries = len(k.late)
+	k.nextLocked()
+}
+
+func (k *normals) nextLocked() {
+	if k.tries > 0 {
+		k.wake()
+	}
+}
+
+func (k *normals) wake() {
+	select {
+	case k.more <- struct{}{}:
+	default:
+	}
+}
+
+// later gives what one workload had learnt to a proxy that has its plan. It is
+// called between plans, as what a plan has forgotten must not be given after it.
+func (k *normals) later(ctx context.Context, l learner) {
+	k.mu.Lock()
+	if k.given != l || len(k.late) == 0 || k.tries == 0 {
+		k.mu.Unlock()
+		return
+	}
+	k.tries--
+	key, before := k.late[0], k.before
+	k.mu.Unlock()
+	err := k.offer(ctx, l, before, key)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if i := slices.Index(k.late, key); i >= 0 {
+		if k.late = slices.Delete(k.late, i, i+1); err != nil {
+			k.late = append(k.late, key)
+		}
+	}
+	k.nextLocked()
+}
+
+// offer gives the proxy the file of a workload, if it has not learnt for as long
+// itself before. After an error it is to be offered again.
+func (k *normals) offer(ctx context.Context, l learner, before map[string]api.Analysis, key string) error {
+	h, schema, err := k.read(key)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if now, known := before[key]; known && (err != nil || !h.Since.Before(now.Since)) {
+		k.did(key, h, err)
+		return nil
+	}
+	if err == nil {
+		err = k.relearn(ctx, l, key, schema)
+		refused := (*link.RefusedError)(nil)
+		switch useless := errors.Is(err, link.ErrUseless); {
+		case errors.As(err, &refused) && !useless: // by one that is older, or gives its place to another
+			k.did(key, h, nil)
+			k.log.Warn("the mesh does not take what was learnt; the file stays", "workload", key, "file", k.path(key), "err", err)
+			return nil
+		case err != nil && !useless:
+			return err
+		}
+	}
+	if err != nil {
+		k.refused(key, err)
+		return nil
+	}
+	k.did(key, h, nil)
+	k.log.Info("the mesh goes on from what was learnt", "workload", key, "since", h.Since, "requests", h.Requests, "written", h.Written)
+	return nil
+}
+
+// relearn notes and tells of what takes too long.
+func (k *normals) relearn(ctx context.Context, l learner, key string, schema []byte) error {
+	one, cancel := context.WithTimeout(ctx, k.one)
+	defer cancel()
+	err := l.Relearn(one, key, schema)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	switch was := k.slow[key]; {
+	case err == nil:
+		delete(k.slow, key)
+	case errors.Is(one.Err(), context.DeadlineExceeded) && k.turns[key] != 0 && !was:
+		k.slow[key] = true
+		k.log.Warn("the mesh does not take what was learnt in time; the file stays, and is given later", "workload", key, "file", k.path(key), "err", err)
+	}
+	return err
 }
 
 // did notes what is in a file, if it could be read.
@@ -289,6 +434,9 @@ func (k *normals) refused(key string, err error) {
 			k.log.Warn(err.Error())
 		}
 	}
+	k.mu.Lock()
+	delete(k.kept, key)
+	k.mu.Unlock()
 	k.anew(key, err.Error())
 }
 
@@ -304,6 +452,7 @@ func (k *normals) run(ctx context.Context, ended <-chan struct{}, l learner) {
 			return
 		case <-tick.C:
 			k.keep(ctx, l)
+			k.again()
 		}
 	}
 }
@@ -317,9 +466,10 @@ func (k *normals) keep(ctx context.Context, l learner) {
 	if err != nil && ctx.Err() == nil && !errors.Is(err, link.ErrClosed) {
 		k.log.Warn("what is learnt is not kept: " + err.Error())
 	}
+	here := k.hosts()
 	for _, key := range slices.Sorted(maps.Keys(stats.Analysis)) {
 		now := stats.Analysis[key]
-		turn, due := k.due(key, now)
+		turn, due := k.due(key, now, here(key))
 		if !due {
 			continue
 		}
@@ -338,24 +488,20 @@ func (k *normals) keep(ctx context.Context, l learner) {
 	}
 }
 
-// due tells whether more is known of a workload than was kept.
-func (k *normals) due(key string, now api.Analysis) (turn uint64, due bool) {
+// due tells whether more is known of a workload than was kept. What was kept and
+// is not given yet is worth more than what its proxy has learnt since.
+func (k *normals) due(key string, now api.Analysis, here bool) (turn uint64, due bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if slices.Contains(k.late, key) || k.away[key] && !here {
+		return 0, false
+	}
 	turn, was := k.turns[key], k.kept[key]
 	return turn, turn != 0 && now.Learnt > 0 && (was.Requests != now.Learnt || !was.Since.Equal(now.Since))
 }
 
 func (k *normals) write(h normal, turn uint64, schema []byte) error {
-	k.mu.Lock()
-	total := len(schema)
-	for key, was := range k.kept {
-		if key != h.Service {
-			total += was.Bytes
-		}
-	}
-	k.mu.Unlock()
-	if total > maxNormals {
+	if total := k.room(h.Service, len(schema)); total > maxNormals {
 		return fmt.Errorf("%d bytes of all workloads; at most %d are kept", total, maxNormals)
 	}
 	b, err := marshalNormal(h, schema)
@@ -370,10 +516,44 @@ func (k *normals) write(h normal, turn uint64, schema []byte) error {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	delete(k.away, h.Service)
 	if delete(k.stale, h.Service); k.turns[h.Service] != turn { // forgotten meanwhile
 		return os.Remove(k.path(h.Service))
 	}
 	return nil
+}
+
+// room is how many bytes there are with those of a workload. If that is too many,
+// the oldest of workloads without an instance here are let go of.
+func (k *normals) room(key string, size int) (total int) {
+	here := k.hosts()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var away []string
+	total = size
+	for other, was := range k.kept {
+		if other == key {
+			continue
+		}
+		if total += was.Bytes; !here(other) {
+			away = append(away, other)
+		}
+	}
+	if !here(key) { // none of these is worth more than another
+		return total
+	}
+	slices.SortFunc(away, func(a, b string) int { return k.kept[a].Written.Compare(k.kept[b].Written) })
+	for _, other := range away {
+		if total <= maxNormals {
+			break
+		}
+		k.log.Info("what was learnt is let go of for want of room: no instance is here", "workload", other, "written", k.kept[other].Written)
+		total -= k.kept[other].Bytes
+		turn := k.turns[other]
+		k.dropLocked(other)
+		k.turns[other], k.away[other] = turn, true
+	}
+	return total
 }
 
 // told notes what became of keeping a workload's, and tells of it when that changes.
@@ -407,6 +587,9 @@ func (k *normals) WriteTo(w io.Writer) (int64, error) {
 		"# TYPE hauberk_learnt_kept_failures_total counter\nhauberk_learnt_kept_failures_total %d\n"+
 		"# HELP hauberk_learnt_kept_seconds When it was last written down, as a time of Unix.\n# TYPE hauberk_learnt_kept_seconds gauge\n", k.failures)
 	for _, key := range slices.Sorted(maps.Keys(k.kept)) {
+		if k.kept[key].Written.IsZero() { // not read yet
+			continue
+		}
 		fmt.Fprintf(&b, "hauberk_learnt_kept_seconds{workload=%q} %d\n", key, k.kept[key].Written.Unix())
 	}
 	return b.WriteTo(w)

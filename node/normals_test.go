@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -302,6 +303,7 @@ type scripted struct {
 	schema map[string][]byte
 	asked  func(service string)
 	given  map[string][]byte
+	take   func(ctx context.Context, service string) error
 }
 
 func (s *scripted) Stats(context.Context) (api.Stats, error) {
@@ -317,7 +319,12 @@ func (s *scripted) Learnt(_ context.Context, service string) ([]byte, error) {
 	return s.schema[service], nil
 }
 
-func (s *scripted) Relearn(_ context.Context, service string, schema []byte) error {
+func (s *scripted) Relearn(ctx context.Context, service string, schema []byte) error {
+	if s.take != nil {
+		if err := s.take(ctx, service); err != nil {
+			return err
+		}
+	}
 	s.given[service] = schema
 	return nil
 }
@@ -491,4 +498,201 @@ func FuzzNormal(f *testing.F) {
 			t.Fatalf("%q is written as %q, %v", b, again, err)
 		}
 	})
+}
+
+// keptOf has a file of each workload be there.
+func keptOf(t *testing.T, log *lines, names ...string) *normals {
+	t.Helper()
+	k := newNormals(t.TempDir(), slog.New(slog.NewTextHandler(log, nil)), func(service, why string) { t.Error(service, why) })
+	for i, name := range names {
+		b, err := marshalNormal(normal{Service: "bank/" + name, Since: learntSince, Requests: 5, Written: learntSince.Add(time.Duration(i))}, []byte("old"))
+		if err := errors.Join(err, os.WriteFile(k.path("bank/"+name), b, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k.follow(looking(1, names...))
+	return k
+}
+
+// What takes too long is given after the plan, with what has no instance here, and
+// until then its file stays as it is; what takes too long once no plan waits for again.
+func TestNormalsGivenLater(t *testing.T) {
+	log := &lines{}
+	k := keptOf(t, log, "a", "b", "c")
+	k.one = 20 * time.Millisecond
+	k.here = func() map[string]bool { return map[string]bool{"bank/a": true, "bank/b": true} }
+	stuck := true
+	s := &scripted{given: map[string][]byte{}, schema: map[string][]byte{"bank/a": []byte("new")},
+		all: map[string]api.Analysis{}}
+	var asked []string
+	s.take = func(ctx context.Context, service string) error {
+		if asked = append(asked, service); service == "bank/a" && stuck {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		return nil
+	}
+	if err := k.give(t.Context(), s); err != nil || fmt.Sprint(asked) != "[bank/a bank/b]" || !k.gave(s) {
+		t.Fatalf("%v, asked %q", err, asked)
+	}
+	s.all["bank/a"] = api.Analysis{Since: learntSince.Add(1), Learnt: 1}
+	k.keep(t.Context(), s)
+	if _, schema, err := k.read("bank/a"); err != nil || string(schema) != "old" {
+		t.Errorf("kept is %q, %v", schema, err)
+	}
+	for range 9 {
+		k.later(t.Context(), s)
+	}
+	if fmt.Sprint(asked) != "[bank/a bank/b bank/a bank/c]" && fmt.Sprint(asked) != "[bank/a bank/b bank/c bank/a]" {
+		t.Errorf("asked %q", asked)
+	}
+	// Another link: the plan does not wait for it.
+	asked, stuck = nil, false
+	next := &scripted{given: map[string][]byte{}, take: s.take}
+	if err := k.give(t.Context(), next); err != nil || fmt.Sprint(asked) != "[bank/b]" {
+		t.Errorf("%v, asked %q", err, asked)
+	}
+	for range 9 {
+		k.later(t.Context(), next)
+	}
+	if len(next.given) != 3 || len(k.late) > 0 || len(k.slow) > 0 || log.count("WARN") != 1 {
+		t.Errorf("given %q, late %q, slow %v\n%s", next.given, k.late, k.slow, &log.b)
+	}
+}
+
+// A refusal that is not for the schema's sake leaves the file where it is.
+func TestNormalsRefusedByAnOlderProxy(t *testing.T) {
+	log := &lines{}
+	k := keptOf(t, log, "a", "b")
+	s := &scripted{given: map[string][]byte{}}
+	s.take = func(_ context.Context, service string) error {
+		if service == "bank/a" {
+			return fmt.Errorf("give: %w", &link.RefusedError{Kind: api.KindRelearn, Reason: `message "relearn": unknown kind`})
+		}
+		return nil
+	}
+	if err := k.give(t.Context(), s); err != nil || len(s.given) != 1 || !log.has("the file stays") {
+		t.Errorf("%v, given %q\n%s", err, s.given, &log.b)
+	}
+	if _, schema, err := k.read("bank/a"); err != nil || string(schema) != "old" {
+		t.Errorf("kept is %q, %v", schema, err)
+	}
+}
+
+// For want of room workloads without an instance here are let go of, the oldest first.
+func TestNormalsAwayGoFirst(t *testing.T) {
+	log := &lines{}
+	k := keptOf(t, log, "a", "b", "c", "d")
+	if err := k.give(t.Context(), &scripted{given: map[string][]byte{}}); err != nil {
+		t.Fatal(err)
+	}
+	k.here = func() map[string]bool { return map[string]bool{"bank/a": true, "bank/d": true} }
+	s := &scripted{given: map[string][]byte{}, schema: map[string][]byte{"bank/b": []byte("new"), "bank/d": []byte("new")},
+		all: map[string]api.Analysis{"bank/b": {Since: learntSince, Learnt: 9}, "bank/d": {Since: learntSince, Learnt: 9}}}
+	k.given = s
+	b := k.kept["bank/b"]
+	b.Bytes = maxNormals - 8
+	b.Requests = 9
+	k.kept["bank/b"] = b
+	k.keep(t.Context(), s)
+	k.keep(t.Context(), s)
+	for name, want := range map[string]string{"a": "old", "b": "", "c": "old", "d": "new"} {
+		if _, schema, err := k.read("bank/" + name); string(schema) != want || want == "" && !os.IsNotExist(err) {
+			t.Errorf("of %s %q is kept, %v", name, schema, err)
+		}
+	}
+	if log.count("let go of") != 1 || log.has("WARN") {
+		t.Error(&log.b)
+	}
+}
+
+// stuckProxy answers all but Relearn, which never ends; plans are those it got.
+func stuckProxy(t *testing.T, path string) (plans chan uint64) {
+	t.Helper()
+	ln, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plans = make(chan uint64, 16)
+	ctx, stop := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	handle := func(ctx context.Context, m *api.Message, files []*os.File) (*api.Message, []*os.File, error) {
+		for _, f := range files {
+			f.Close()
+		}
+		switch m.Kind {
+		case api.KindHello:
+			return &api.Message{Hello: &api.Hello{Version: api.Version}}, nil, nil
+		case api.KindCut:
+			return &api.Message{Receipt: &api.Receipt{Epoch: m.Epoch.Number}}, nil, nil
+		case api.KindStats:
+			return &api.Message{Stats: &api.Stats{}}, nil, nil
+		case api.KindRelearn:
+			<-ctx.Done()
+		case api.KindPlan:
+			plans <- m.Plan.Generation
+		}
+		return nil, nil, nil
+	}
+	running.Go(func() {
+		for {
+			c, err := ln.AcceptUnix()
+			if err != nil {
+				return
+			}
+			running.Go(func() { link.NewSession(api.NewConn(c, 1<<20), handle, 16).Run(ctx) })
+		}
+	})
+	t.Cleanup(func() {
+		ln.Close()
+		stop()
+		running.Wait()
+	})
+	return plans
+}
+
+// A proxy that never takes what was kept gets its plans nevertheless, and what was
+// kept stays.
+func TestNormalsDoNotHoldUpPlans(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "mesh.sock")
+	plans := stuckProxy(t, path)
+	k := newNormals(filepath.Join(dir, "learnt"), slog.New(slog.DiscardHandler), nil)
+	if err := os.MkdirAll(k.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	names := []string{"a", "b", "c", "d"}
+	for _, name := range names {
+		b, err := marshalNormal(normal{Service: "bank/" + name, Since: learntSince, Requests: 50}, taught(t, 50))
+		if err := errors.Join(err, os.WriteFile(k.path("bank/"+name), b, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	null, err := os.Open(os.DevNull) // in place of its sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	n := startNode(t, dir, path)
+	n.mesh.mu.Lock()
+	n.mesh.sandboxes["a-1"] = &meshSandbox{plan: plan.Sandbox{Instance: "a-1", Namespace: "bank", Service: "a", Address: netip.MustParseAddr("10.0.0.1")},
+		tcp: null, udp: null, dns: null}
+	n.mesh.mu.Unlock()
+	for generation := range uint64(2) {
+		n.mesh.setPlan(looking(1+generation, names...))
+		select {
+		case got := <-plans:
+			if got != 1+generation {
+				t.Errorf("plan %d", got)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("no plan\n%s", &n.log.b)
+		}
+	}
+	n.stop()
+	for _, name := range names {
+		if _, _, err := k.read("bank/" + name); err != nil {
+			t.Error(err)
+		}
+	}
 }

@@ -101,6 +101,10 @@ type Learnt struct {
 	Schema  []byte `json:"schema,omitempty"`
 }
 
+// Useless begins the refusal of a Relearn whose schema nobody could go on from. It
+// is in words, as a field that an older node does not know would end its link.
+const Useless = "what was learnt is of no use: "
+
 // MaxConnections bounds what one message asks of.
 const MaxConnections = 1024
 

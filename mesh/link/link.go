@@ -233,7 +233,8 @@ func (l *Link) Learnt(ctx context.Context, service string) ([]byte, error) {
 
 // Relearn gives the proxy what one before it had learnt of the requests to a
 // service. It goes on from that with the next plan, and before if it has
-// learnt for less long itself. A RefusedError says that it does not.
+// learnt for less long itself. A RefusedError says that it does not, ErrUseless
+// that this is for the schema's sake.
 func (l *Link) Relearn(ctx context.Context, service string, schema []byte) error {
 	_, err := l.call(ctx, &api.Message{Kind: api.KindRelearn, Learnt: &api.Learnt{Service: service, Schema: schema}})
 	if err != nil {

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -29,6 +30,14 @@ type RefusedError struct {
 }
 
 func (e *RefusedError) Error() string { return fmt.Sprintf("%s refused: %s", e.Kind, e.Reason) }
+
+// ErrUseless is the RefusedError of a Relearn whose schema nobody can go on from.
+var ErrUseless = errors.New("what was learnt is of no use")
+
+// Is tells a refusal for the schema's sake apart.
+func (e *RefusedError) Is(target error) bool {
+	return target == ErrUseless && e.Kind == api.KindRelearn && strings.HasPrefix(e.Reason, api.Useless)
+}
 
 // Handler answers a request. The files it gets are its own; those it returns
 // are sent and then closed. The answer's Kind and Seq are filled in.
