@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/plan"
@@ -34,6 +35,9 @@ type call struct {
 	// source is where the call comes from, if that can be told.
 	source netip.Addr
 	letter letter
+	// began is when a request under way began, by which its tokens are judged;
+	// zero is now.
+	began time.Time
 	// found is what conditions find out, nil if no rule of the service has any.
 	found *found
 }

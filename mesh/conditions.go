@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,11 +35,49 @@ type judgement struct {
 	trying     bool // some rule or policy is in audit
 	when       map[*plan.Expr]*condition.Condition
 	issuers    map[string]*issuer
+	print      func() string // of what is the same as long as the plan says the same; empty if there is none
+}
+
+// judged is what a request under way was allowed by: it is judged again only by
+// other rules, and its tokens by the time it began.
+type judged struct {
+	rules string
+	began time.Time
+}
+
+// rules is a fingerprint of all that decides about requests to a service, with the
+// keys that were read from files. It is empty if there is none.
+func (s *service) rules() string {
+	all := s.print()
+	for i := range s.Issuers {
+		if s.Issuers[i].File == "" || all == "" {
+			continue
+		}
+		if v := s.issuers[s.Issuers[i].Name].now.Load(); v != nil {
+			all += string(v.set[:])
+		} else {
+			all += "-"
+		}
+	}
+	return all
+}
+
+// by tells whether the rules of a service have decided already.
+func (j *judged) by(s *service) bool { return j.rules != "" && j.rules == s.rules() }
+
+func (s *service) fingerprint() string {
+	b, err := json.Marshal(plan.Service{Ports: s.Ports, Allow: s.Allow, Deny: s.Deny, Issuers: s.Issuers})
+	if err != nil {
+		return ""
+	}
+	sum := sha256.Sum256(b)
+	return string(sum[:])
 }
 
 // prepare checks the rules and makes their conditions ready.
 func (s *service) prepare() error {
 	var faults []error
+	s.print = sync.OnceValue(s.fingerprint)
 	s.when, s.issuers = map[*plan.Expr]*condition.Condition{}, map[string]*issuer{}
 	for _, i := range s.Issuers {
 		ready, err := newIssuer(i)
@@ -286,7 +325,12 @@ type found struct {
 	unclear string // why the last condition could not be told
 }
 
-func find(s *service, c call) *found { return &found{s: s, c: c, now: time.Now()} }
+func find(s *service, c call) *found {
+	if c.began.IsZero() {
+		c.began = time.Now()
+	}
+	return &found{s: s, c: c, now: c.began}
+}
 
 // why explains a refusal by what could not be told.
 func (f *found) why() string {

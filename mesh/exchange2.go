@@ -131,6 +131,7 @@ type asked struct {
 	look         looked        // at its body, and for its answer
 	fields       []http2.Field // kept if some rule reads them
 	note         note
+	judged
 }
 
 // askedOf is what is kept of a request; nothing, if a state of another version
@@ -197,9 +198,12 @@ func (x *exchange2) request(s *http2.Stream, h *http2.Head) {
 		return
 	}
 	d := x.a.p.directory.Load()
-	q := &asked{method: h.Method, path: h.Path, grpc: h.GRPC(), fields: x.keep(d, h)}
+	q := &asked{method: h.Method, path: h.Path, grpc: h.GRPC(), fields: x.keep(d, h), judged: judged{began: time.Now()}}
 	s.Value = q
 	q.note = x.a.sight.begin2(h)
+	if s := d.services[x.key]; s != nil {
+		q.rules = s.rules() // before its keys are read: they may change meanwhile
+	}
 	v, status := x.judge(d, q)
 	if !v.allowed {
 		x.a.denied(verdict{rule: v.rule, reason: said(q.method, q.path) + ": " + v.reason})
@@ -246,7 +250,7 @@ func (x *exchange2) judge(d *directory, q *asked) (verdict, int) {
 		return verdict{reason: "the service is no longer in the plan"}, 403
 	}
 	c := x.a.call()
-	c.letter.two = q.fields
+	c.letter.two, c.began = q.fields, q.began
 	return decideRequest(s, c, &http1.Head{Method: q.method, Target: q.path})
 }
 
@@ -258,6 +262,9 @@ func (x *exchange2) judgeAgain(d *directory) {
 
 func (x *exchange2) again(d *directory, s *http2.Stream) {
 	q := askedOf(s)
+	if now := d.services[x.key]; now != nil && q.by(now) {
+		return
+	}
 	if v, _ := x.judge(d, q); !v.allowed {
 		x.a.denied(verdict{rule: v.rule, reason: said(q.method, q.path) + " under way: " + v.reason})
 		s.Reset(http2.CodeSecurity)

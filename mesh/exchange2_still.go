@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"hauberk.dev/mesh/http2"
 )
@@ -22,6 +23,8 @@ type askedState struct {
 	GRPC   bool         `json:"grpc,omitempty"`
 	Fields []fieldState `json:"fields,omitempty"`
 	Note   *noteState   `json:"note,omitempty"`
+	Rules  []byte       `json:"rules,omitempty"` // as judged has them
+	Began  time.Time    `json:"began,omitzero"`
 }
 
 // fieldState is a field, whose bytes need not be text.
@@ -63,7 +66,7 @@ func (x *exchange2) state(client *begunSide) *exchange2State {
 	var err error
 	if s.HTTP2, err = http2.Save(conns, func(s *http2.Stream) (json.RawMessage, error) {
 		q := askedOf(s)
-		kept := askedState{Method: q.method, Path: q.path, GRPC: q.grpc, Note: q.note.state()}
+		kept := askedState{Method: q.method, Path: q.path, GRPC: q.grpc, Note: q.note.state(), Rules: []byte(q.rules), Began: q.began}
 		for _, f := range q.fields {
 			kept.Fields = append(kept.Fields, fieldState{[]byte(f.Name), []byte(f.Value)})
 		}
@@ -94,7 +97,7 @@ func (x *exchange2) resume(client http2.Transport, s *exchange2State) error {
 	}, func(b json.RawMessage) (any, error) {
 		var kept askedState
 		err := json.Unmarshal(b, &kept)
-		q := &asked{method: kept.Method, path: kept.Path, grpc: kept.GRPC, note: kept.Note.note()}
+		q := &asked{method: kept.Method, path: kept.Path, grpc: kept.GRPC, note: kept.Note.note(), judged: judged{string(kept.Rules), kept.Began}}
 		for _, f := range kept.Fields {
 			q.fields = append(q.fields, http2.Field{Name: string(f.Name), Value: string(f.Value)})
 		}

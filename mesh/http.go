@@ -122,7 +122,8 @@ type exchange struct {
 	out      *bufio.Writer // to the client
 	settled  sync.Cond     // under mu: under way has fallen, or over or still is set
 	mu       sync.Mutex
-	under    []http1.Head // requests passed on whose responses are not complete; a tunnel's stays
+	judged   judged     // the last request; for the requests' goroutine
+	under    []underWay // requests passed on whose responses are not complete; a tunnel's stays
 	over     bool
 	still    bool // frozen
 	stop     chan struct{}
@@ -136,14 +137,21 @@ type exchange struct {
 	replies replyingAt
 }
 
+// maxUnderWay bounds the heads that an exchange keeps of requests under way.
+const maxUnderWay = 64 << 10
+
+// underWay is what is kept of a request until its response is complete.
+type underWay struct {
+	http1.Head
+	judged
+}
+
 // way judges requests under way anew.
 type way struct {
-	// letters tells whether some rule reads fields, which are then kept.
-	letters func() bool
 	// stale tells whether there has been another plan since a request was judged.
 	stale func() bool
 	// allows tells whether the plan of the moment allows a request under way.
-	allows func(*http1.Head) bool
+	allows func(*underWay) bool
 }
 
 // allowedStill tells whether all requests under way are allowed.
@@ -162,10 +170,14 @@ func (x *exchange) allowedStill() bool {
 	return true
 }
 
-// keep is what is kept of the head of a request under way.
-func (x *exchange) keep(h *http1.Head) http1.Head {
-	kept := *h
-	if kept.Raw = nil; x.way != nil && x.way.letters() {
+// keepLocked is what is kept of the head of a request under way. Fields that are
+// too many to be kept are not there for a rule that a later plan has.
+func (x *exchange) keepLocked(h *http1.Head) underWay {
+	kept, size := underWay{*h, x.judged}, len(h.Raw)
+	for i := range x.under {
+		size += len(x.under[i].Raw)
+	}
+	if kept.Raw = nil; x.way != nil && size <= maxUnderWay {
 		kept.Raw = bytes.Clone(h.Raw)
 	}
 	return kept
@@ -324,7 +336,7 @@ func (x *exchange) one(h *http1.Head) error {
 	if err := x.begin(req, h); err != nil {
 		return err
 	}
-	if x.way != nil && x.way.stale() && !x.way.allows(h) { // whoever looked for it has not seen it
+	if x.way != nil && x.way.stale() && !x.way.allows(&underWay{*h, x.judged}) { // whoever looked for it has not seen it
 		return errForbidden
 	}
 	x.asking = askingAt{how: askingBody, close: h.Close, req: req}
@@ -414,7 +426,6 @@ func (x *exchange) awaitTunnel() error {
 
 // begin notes a request under way. It fails when there are no more responses.
 func (x *exchange) begin(r request, h *http1.Head) error {
-	kept := x.keep(h)
 	x.mu.Lock()
 	if x.still || x.over {
 		defer x.mu.Unlock()
@@ -423,7 +434,7 @@ func (x *exchange) begin(r request, h *http1.Head) error {
 		}
 		return errOver
 	}
-	x.under = append(x.under, kept)
+	x.under = append(x.under, x.keepLocked(h))
 	x.mu.Unlock()
 	select {
 	case x.waiting <- r:

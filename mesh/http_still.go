@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"time"
 
 	"hauberk.dev/mesh/http1"
 )
@@ -80,13 +81,18 @@ type frozenRequest struct {
 	Target string `json:"target,omitempty"`
 	Host   string `json:"host,omitempty"`
 	Head   []byte `json:"head,omitempty"`
+	// Rules and Began as judged has them.
+	Rules []byte    `json:"rules,omitempty"`
+	Began time.Time `json:"began,omitzero"`
 }
 
 // judged adds what rules may read.
-func (f *frozenRequest) judged(h *http1.Head) { f.Target, f.Host, f.Head = h.Target, h.Host, h.Raw }
+func (f *frozenRequest) judged(h *underWay) {
+	f.Target, f.Host, f.Head, f.Rules, f.Began = h.Target, h.Host, h.Raw, []byte(h.rules), h.began
+}
 
-func (f *frozenRequest) way() http1.Head {
-	return http1.Head{Method: f.Method, Target: f.Target, Host: f.Host, Raw: f.Head}
+func (f *frozenRequest) way() underWay {
+	return underWay{http1.Head{Method: f.Method, Target: f.Target, Host: f.Host, Raw: f.Head}, judged{string(f.Rules), f.Began}}
 }
 
 func frozenRequestOf(r request) frozenRequest {

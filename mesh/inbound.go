@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	api "hauberk.dev/api/mesh"
 	"hauberk.dev/id"
@@ -285,12 +286,15 @@ func (a *arrival) allowedStill(d *directory) bool {
 }
 
 // allowsStill judges a request under way by the plan of the moment.
-func (a *arrival) allowsStill(h *http1.Head) bool {
+func (a *arrival) allowsStill(h *underWay) bool {
 	v := verdict{reason: "the service is no longer in the plan"}
 	if s := a.p.directory.Load().services[a.key]; s != nil {
+		if h.by(s) {
+			return true
+		}
 		c := a.call()
-		c.letter.one = h
-		v, _ = decideRequest(s, c, h)
+		c.letter.one, c.began = &h.Head, h.began
+		v, _ = decideRequest(s, c, &h.Head)
 	}
 	if !v.allowed {
 		a.denied(verdict{rule: v.rule, reason: said(h.Method, h.Target) + " under way: " + v.reason})
@@ -544,7 +548,8 @@ func (a *arrival) denied(v verdict) {
 func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeState) *exchangeState {
 	var tried *http1.Head
 	var by *directory // that has judged last
-	x := &exchange{
+	var x *exchange
+	x = &exchange{
 		entry:  e,
 		sight:  a.sight,
 		client: client,
@@ -559,8 +564,9 @@ func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeSta
 			status = 403
 			by = a.p.directory.Load()
 			if s := by.services[key]; s != nil {
+				x.judged = judged{s.rules(), time.Now()}
 				c := a.call()
-				c.letter.one = h
+				c.letter.one, c.began = h, x.judged.began
 				v, status = decideRequest(s, c, h)
 			}
 			if v.allowed {
@@ -583,9 +589,8 @@ func (a *arrival) serveHTTP(e *entry, key string, client side, from *exchangeSta
 			a.sb.refuse(ev)
 		},
 		way: &way{
-			letters: func() bool { s := a.p.directory.Load().services[key]; return s != nil && s.letters },
-			stale:   func() bool { return by != a.p.directory.Load() },
-			allows:  a.allowsStill,
+			stale:  func() bool { return by != a.p.directory.Load() },
+			allows: a.allowsStill,
 		},
 	}
 	x.start()

@@ -41,6 +41,7 @@ type fileStamp struct {
 // verifier is an issuer with the keys of the moment.
 type verifier struct {
 	token.Issuer
+	set    [sha256.Size]byte // the digest of the keys as they were read
 	mu     sync.Mutex
 	proven map[[sha256.Size]byte]*token.Token
 }
@@ -81,7 +82,7 @@ func (i *issuer) take(set []byte) error {
 	if err != nil {
 		return err
 	}
-	i.now.Store(&verifier{Issuer: token.Issuer{Name: i.Issuer.Issuer, Audiences: i.Audiences, Keys: keys, Skew: time.Duration(i.Skew) * time.Second},
+	i.now.Store(&verifier{set: sha256.Sum256(set), Issuer: token.Issuer{Name: i.Issuer.Issuer, Audiences: i.Audiences, Keys: keys, Skew: time.Duration(i.Skew) * time.Second},
 		proven: map[[sha256.Size]byte]*token.Token{}})
 	return nil
 }

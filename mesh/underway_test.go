@@ -89,3 +89,100 @@ func TestUnderWayJudgedAgain(t *testing.T) {
 		srv.Close()
 	}
 }
+
+// TestUnderWayTokenExpires: a tunnel stays when its token expires, whatever plans
+// come that do not forbid it, and after it was put down and taken up; so does one that
+// began when no rule read fields. One that forbids either ends it at once.
+func TestUnderWayTokenExpires(t *testing.T) {
+	m := newMint(t)
+	w := newWorld(t)
+	web := w.add("web", nil, nil, nil)
+	all := []string{"*"}
+	b := w.add("api", httpPort, []plan.Rule{{Name: "holders", From: all, Token: wants()}}, nil)
+	plain := w.add("plain", httpPort, []plan.Rule{{Name: "any", From: all}}, nil)
+	i := m.issuer()
+	i.Skew = 0
+	w.service("api").Issuers = []plan.Issuer{i}
+	apply := func() {
+		w.plan.Generation++
+		w.apply()
+	}
+	apply()
+	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") == "" {
+			return
+		}
+		c, buf, err := rw.(http.Hijacker).Hijack()
+		if err == nil {
+			io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+			io.Copy(c, buf)
+			c.Close()
+		}
+	})}
+	defer srv.Close()
+	go srv.Serve(b.listen(t, 8080))
+	go srv.Serve(plain.listen(t, 8080))
+	field := "\r\nAuthorization: " + m.token(t, 2*time.Second, nil)
+	type tunnel struct {
+		net.Conn
+		*bufio.Reader
+	}
+	var tunnels []tunnel
+	for address, more := range map[string]string{"10.99.0.2:8080": field, "10.99.0.3:8080": "\r\nX-Role: teller"} {
+		c := web.mustDial(t, address)
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		io.WriteString(c, "GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: echo"+more+"\r\n\r\n")
+		r := bufio.NewReader(c)
+		if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 101 {
+			t.Fatalf("%s: %+v, %v", address, resp, err)
+		}
+		tunnels = append(tunnels, tunnel{c, r})
+	}
+	stay := func(when string) {
+		t.Helper()
+		for _, c := range tunnels {
+			io.WriteString(c.Conn, "still\n")
+			if line, err := c.ReadString('\n'); err != nil || line != "still\n" {
+				t.Fatalf("%s: %q, %v", when, line, err)
+			}
+		}
+	}
+	stay("at first")
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		c := web.mustDial(t, "10.99.0.2:8080")
+		status, _, _, err := request1(t, c, "GET / HTTP/1.1\r\nHost: a"+field+"\r\n\r\n")
+		c.Close()
+		if err == nil && status == 403 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the token does not expire: %d, %v", status, err)
+		}
+	}
+	apply()
+	stay("after a plan that changes nothing")
+	load, err := w.proxy.hold()
+	if err == nil {
+		err = w.proxy.back(load)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	apply()
+	stay("taken up")
+	for _, name := range []string{"api", "plain"} {
+		w.service(name).Deny = []plan.Rule{{Name: "never", From: all, Headers: []plan.Header{{Name: "x-never"}}}}
+	}
+	apply()
+	stay("after a rule that reads fields")
+	for _, name := range []string{"api", "plain"} {
+		w.service(name).Deny = []plan.Rule{{Name: "nobody", From: all, Headers: []plan.Header{{Name: "upgrade"}}}}
+	}
+	apply()
+	for _, c := range tunnels {
+		if b, err := io.ReadAll(c.Reader); err != nil && strings.Contains(err.Error(), "timeout") {
+			t.Errorf("forbidden, and goes on: %q, %v", b, err)
+		}
+	}
+}
