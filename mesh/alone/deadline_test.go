@@ -3,6 +3,7 @@ package alone
 import (
 	"context"
 	"io"
+	"net"
 	"net/http"
 	"strconv"
 	"sync/atomic"
@@ -13,6 +14,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"hauberk.dev/mesh/h2frame"
 )
 
 func TestGRPCTimeout(t *testing.T) {
@@ -117,5 +120,62 @@ func TestWebSocket(t *testing.T) {
 		if err := websocket.Message.Receive(c, &got); err != nil || string(got) != string(sent) {
 			t.Fatalf("%d of %d bytes: %v", len(got), n, err)
 		}
+	}
+}
+
+// canceller is a server that cancels each request when its time is over by its own
+// clock, which may be a little ahead.
+func canceller(t *testing.T, after time.Duration) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go cancelCalls(c, after)
+		}
+	}()
+	return ln.Addr().String()
+}
+
+func cancelCalls(c net.Conn, after time.Duration) {
+	defer c.Close()
+	b := make([]byte, len(h2frame.Preface))
+	if _, err := io.ReadFull(c, b); err != nil {
+		return
+	}
+	c.Write(h2frame.Append(nil, h2frame.Settings, 0, 0, nil))
+	for head := make([]byte, h2frame.HeaderLen); ; {
+		if _, err := io.ReadFull(c, head); err != nil {
+			return
+		}
+		f := h2frame.Parse(head)
+		if _, err := io.CopyN(io.Discard, c, int64(f.Length)); err != nil {
+			return
+		}
+		if f.Kind == h2frame.Headers {
+			time.Sleep(after)
+			c.Write(h2frame.AppendWord(nil, h2frame.Reset, f.Stream, uint32(h2frame.CodeCancel)))
+		}
+	}
+}
+
+// TestCancelledInTime has a server go by the time that it was told a moment before
+// the proxy does: nothing is wrong with it, and the client hears that time is over.
+func TestCancelledInTime(t *testing.T) {
+	p := serve(t, one("  - {prefix: /, upstream: up, deadline: X-Timeout-Ms}", upstreamTwo(canceller(t, 49_500*time.Microsecond))))
+	for range 10 {
+		resp, _ := get(t, p, "GET", "/", nil, func(r *http.Request) { r.Header.Set("X-Timeout-Ms", "50") })
+		if resp.StatusCode != 504 {
+			t.Fatalf("status %d", resp.StatusCode)
+		}
+	}
+	if n := p.world.Load().upstreams["up"].endpoints[0].failures.Load(); n != 0 {
+		t.Errorf("%d failures are the server's", n)
 	}
 }

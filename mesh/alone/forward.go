@@ -254,9 +254,10 @@ func (s *session) over(srv *server, err error) (late, givenUp bool, why error) {
 	if why = s.stopUpload(srv, err); s.left() {
 		why = errClient
 	}
-	late = errors.Is(why, os.ErrDeadlineExceeded)
+	cancelled := givenUp && isCancelled(why) // the server went by the time that it was told
+	late = errors.Is(why, os.ErrDeadlineExceeded) || cancelled
 	switch givenUp = givenUp && late; {
-	case srv.two == nil || !late:
+	case srv.two == nil || !late || cancelled:
 	case givenUp:
 		srv.two.vain(s.cache.asked, s.tryTime(s.action))
 	default:

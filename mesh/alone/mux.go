@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"hauberk.dev/mesh/h2frame"
 	"hauberk.dev/mesh/http1"
 	"hauberk.dev/mesh/http2"
 	"hauberk.dev/mesh/proxyproto"
@@ -171,6 +172,13 @@ func (t *call) vain(asked time.Time, most time.Duration) {
 // notTaken says that the server has not looked at a request.
 func notTaken(err error) bool {
 	return errors.Is(err, http2.ErrRefused) || errors.Is(err, http2.ErrBusy)
+}
+
+// isCancelled tells whether a server has cancelled a request, as those of gRPC do
+// when its time is over.
+func isCancelled(err error) bool {
+	var reset *http2.ResetError
+	return errors.As(err, &reset) && reset.Code == h2frame.CodeCancel
 }
 
 // errConnection is the end of a connection with requests on it.
