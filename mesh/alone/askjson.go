@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -78,6 +79,7 @@ func (s *session) callJSON(a *action) {
 		s.answerGRPC(12, fmt.Sprintf("a message of %.64q in %.64q; it is read as application/grpc+proto, not compressed", kind, coding))
 		return
 	}
+	defer s.giveBytes()
 	body, ok := s.whole(a)
 	if !ok {
 		return
@@ -90,6 +92,10 @@ func (s *session) callJSON(a *action) {
 	if err != nil {
 		s.why = err.Error()
 		s.answerGRPC(map[bool]int{true: 8, false: 3}[errors.Is(err, transcode.ErrTooLarge)], err.Error())
+		return
+	}
+	if !s.takeBytes(len(q.Target) + len(q.Body)) {
+		s.refuseHeld()
 		return
 	}
 	answer, message, err := s.askJSON(a, q)
@@ -135,7 +141,10 @@ func (s *session) askJSON(a *action, q *transcode.Request) (answer *http1.Messag
 	if !s.until.IsZero() { // servers that are made for gRPC's clients know it
 		head = appendTimeout(append(head, "Grpc-Timeout: "...), time.Until(s.until))
 	}
-	x := &exchangeJSON{method: q.Method, head: appendJSON(head, q.Method, q.Body), left: s.left, held: &s.p.answers}
+	x := &exchangeJSON{method: q.Method, head: endJSON(head, q.Method, q.Body), sent: q.Body, left: s.left, held: &s.p.answers}
+	if !s.takeBytes(len(x.head)) {
+		return nil, nil, errHeld
+	}
 	defer x.free()
 	err = s.ask(ctx, a, func(srv *server) error {
 		if err := x.with(ctx, srv); err != nil {
@@ -155,6 +164,8 @@ func (s *session) askJSON(a *action, q *transcode.Request) (answer *http1.Messag
 		}
 		if err != nil {
 			err = fmt.Errorf("%w: %w", errAnswer, err)
+		} else if !s.takeBytes(len(message)) { // until the client has read it
+			err = errHeld
 		}
 	}
 	return &x.answer, message, err
@@ -169,7 +180,6 @@ func (s *session) answerCall(a *action, m *http1.Message, message []byte) {
 		return
 	}
 	b := s.begin(200)
-	s.conn.SetWriteDeadline(s.within(time.Now(), s.streamTime()))
 	b = appendField(b, "Content-Type", "application/grpc")
 	for i := range m.Fields {
 		f := &m.Fields[i]
@@ -179,8 +189,15 @@ func (s *session) answerCall(a *action, m *http1.Message, message []byte) {
 	}
 	binary.BigEndian.PutUint32(message[1:], uint32(len(message)-grpcPrefix))
 	s.code, s.after = 0, []http2.Field{{Name: "grpc-status", Value: "0"}}
-	if s.out.kept(s.finish(b, -1)) == nil {
-		s.out.write(message)
+	err = s.out.kept(s.finish(b, -1))
+	for part := range slices.Chunk(message, piece) {
+		if err == nil {
+			s.conn.SetWriteDeadline(s.within(time.Now(), time.Duration(s.world.config.Limits.IdleTimeout)))
+			err = s.out.write(part)
+		}
+	}
+	if err != nil {
+		s.final, s.aborted, s.why = true, true, err.Error()
 	}
 }
 
@@ -209,6 +226,11 @@ func badBinary(f *http1.Field) bool {
 
 // appendJSON ends the head of a request and puts its body behind. nil is none.
 func appendJSON(head []byte, method string, body []byte) []byte {
+	return append(endJSON(head, method, body), body...)
+}
+
+// endJSON ends the head of a request with that body.
+func endJSON(head []byte, method string, body []byte) []byte {
 	switch {
 	case body != nil:
 		head = append(head, "Content-Type: application/json\r\nContent-Length: "...)
@@ -216,13 +238,14 @@ func appendJSON(head []byte, method string, body []byte) []byte {
 	case method != "GET" && method != "DELETE":
 		head = append(head, "Content-Length: 0\r\n"...)
 	}
-	return append(append(head, "\r\n"...), body...)
+	return append(head, "\r\n"...)
 }
 
 // exchangeJSON is a request to a server of JSON, with its answer.
 type exchangeJSON struct {
 	method string
-	head   []byte      // and body
+	head   []byte
+	sent   []byte      // the body, if it is not behind the head
 	left   func() bool // nobody waits for the answer any more; nil: somebody does
 	held   *holding    // what is read is counted there
 	answer http1.Message
@@ -251,7 +274,11 @@ func (x *exchangeJSON) with(ctx context.Context, srv *server) error {
 	if x.left != nil && x.left() { // after the deadline was set: either is seen
 		return errClient
 	}
-	_, err := srv.conn.Write(x.head)
+	parts := net.Buffers{x.head}
+	if len(x.sent) > 0 {
+		parts = append(parts, x.sent)
+	}
+	_, err := parts.WriteTo(srv.conn)
 	if err == nil {
 		err = x.read(srv)
 	}

@@ -19,6 +19,7 @@ import (
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/encoding/gzip"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -137,6 +138,8 @@ func (x *teller) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	case "slow":
 		<-r.Context().Done()
+	case "large":
+		io.WriteString(w, `{"lastNote":"`+strings.Repeat("a", 3<<20)+`"}`)
 	case "list":
 		io.WriteString(w, `[{"id":"a"},{"id":"b"}]`)
 	case "null":
@@ -260,12 +263,13 @@ func callJSONOver(t *testing.T, protocol string) {
 
 	// Metadata, and the time that is left.
 	var head metadata.MD
-	with := metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer x", "x-removed", "1", "x-forwarded-for", "6.6.6.6", "some-bin", "\x00\xff", "x-timeout-ms", "99999999")
+	with := metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer x", "x-removed", "1", "x-forwarded-for", "6.6.6.6", "some-bin", "\x00\xff", "x-timeout-ms", "99999999", "x_timeout_ms", "99999999",
+		"x-http-method-override", "DELETE", "x_http_method", "DELETE", "x-original-url", "/admin", "content_length", "3", "transfer_encoding", "chunked")
 	if _, err := call(with, "Get", `{"id":"7"}`, grpc.Header(&head)); err != nil {
 		t.Fatal(err)
 	}
 	_, saw := x.last()
-	for name, want := range map[string]string{"Authorization": "Bearer x", "X-Removed": "", "X-Forwarded-For": "127.0.0.1", "Some-Bin": "AP8", "X-Set": "127.0.0.1", "Te": "", "Accept": "application/json", "Accept-Encoding": "identity"} {
+	for name, want := range map[string]string{"Authorization": "Bearer x", "X-Removed": "", "X-Forwarded-For": "127.0.0.1", "Some-Bin": "AP8", "X-Set": "127.0.0.1", "Te": "", "X_timeout_ms": "", "X-Http-Method-Override": "", "X_http_method": "", "X-Original-Url": "", "Content_length": "", "Transfer_encoding": "", "Accept": "application/json", "Accept-Encoding": "identity"} {
 		if got := saw.Get(name); got != want || len(saw[name]) > 1 {
 			t.Errorf("the server saw %s: %q, want %q", name, saw[name], want)
 		}
@@ -508,12 +512,12 @@ upstreams: [{name: up, outlier: {unreachable: 1000}, endpoints: [{address: '`+ad
 			t.Errorf("%s(%s): status %d, %.300q; want %d, %s", q.name, q.arguments, f.bolt.Status, text, q.status, q.want)
 		}
 	}
-	ask(30000, "get", "com.x.Book int", `[{"id":"a/../b?c","cents":5},7]`, "authorization", "Bearer x", "Host", "evil", "X-Forwarded-For", "6.6.6.6", "Transfer-Encoding", "chunked", "x-timeout-ms", "9", "sofa_head_method_name", "get")
+	ask(30000, "get", "com.x.Book int", `[{"id":"a/../b?c","cents":5},7]`, "authorization", "Bearer x", "Host", "evil", "X-Forwarded-For", "6.6.6.6", "Transfer-Encoding", "chunked", "x-timeout-ms", "9", "sofa_head_method_name", "get", "X-Http-Method-Override", "DELETE", "content_length", "3")
 	seen, head := x.last()
 	if want := `POST /v1/books/get [{"id":"a/../b?c","cents":5},7]`; seen != want {
 		t.Errorf("the server saw %q, want %q", seen, want)
 	}
-	for name, want := range map[string]string{"Authorization": "Bearer x", "X-Forwarded-For": "127.0.0.1", "Content-Type": "application/json", "Service": "", "Sofa_head_method_name": ""} {
+	for name, want := range map[string]string{"Authorization": "Bearer x", "X-Forwarded-For": "127.0.0.1", "Content-Type": "application/json", "X-Http-Method-Override": "", "Content_length": "", "Service": "", "Sofa_head_method_name": ""} {
 		if got := head.Get(name); got != want || len(head[name]) > 1 {
 			t.Errorf("the server saw %s: %q, want %q", name, head[name], want)
 		}
@@ -604,5 +608,68 @@ upstreams: [{name: up, protocol: `+protocol+`, outlier: {failures: 1, ejection: 
 		if !allUp(p) || p.world.Load().upstreams["up"].endpoints[0].failures.Load() > 0 {
 			t.Error("the server is blamed")
 		}
+	}
+}
+
+// TestCallJSONHeld has calls take more than is left, and counts what they leave.
+func TestCallJSONHeld(t *testing.T) {
+	schema, types := bankSchema(t)
+	x, address := newTeller(t)
+	p := serve(t, one("\n  - {transcode: {descriptors: '"+schema+"', to: json}, upstream: up, body: 4MiB}", upstreamOf(address)))
+	p.held.most = 100 << 10
+	conn := grpcTo(t, p)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for _, c := range []struct {
+		id, note string
+		want     codes.Code
+		asked    bool
+	}{
+		{"7", strings.Repeat("a", 10<<10), codes.OK, true},
+		{"7", strings.Repeat("a", 200<<10), codes.ResourceExhausted, false},
+		{"7", strings.Repeat("\x01", 40<<10), codes.ResourceExhausted, false}, // six times as long in JSON
+		{"large", "", codes.ResourceExhausted, true},
+		{"gone", strings.Repeat("a", 10<<10), codes.Unavailable, true},
+		{"7", strings.Repeat("a", 10<<10), codes.OK, true},
+	} {
+		before := x.came.Load()
+		q, r := dynamicpb.NewMessage(types.ByName("Account")), dynamicpb.NewMessage(types.ByName("Account"))
+		q.Set(q.Descriptor().Fields().ByName("id"), protoreflect.ValueOfString(c.id))
+		q.Set(q.Descriptor().Fields().ByName("last_note"), protoreflect.ValueOfString(c.note))
+		if err := conn.Invoke(ctx, "/bank.v1.Bank/Pay", q, r); status.Code(err) != c.want || x.came.Load() > before != c.asked {
+			t.Errorf("%s, %d bytes: %v, want %v", c.id, len(c.note), err, c.want)
+		}
+		waitFor(t, "end of what is counted", func() bool { return p.held.n.Load() == 0 && p.answers.n.Load() == 0 })
+	}
+}
+
+// TestCallJSONUnread has a client that does not read its answer: it is given up as idle.
+func TestCallJSONUnread(t *testing.T) {
+	schema, types := bankSchema(t)
+	_, address := newTeller(t)
+	p := serve(t, "limits: {idle_timeout: 2s}\n"+one("\n  - {transcode: {descriptors: '"+schema+"', to: json}, upstream: up}", upstreamOf(address)))
+	conn, err := grpc.NewClient("passthrough:///"+p.Address("web").String(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStaticStreamWindowSize(64<<10))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/bank.v1.Bank/Get")
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, r := dynamicpb.NewMessage(types.ByName("Account")), dynamicpb.NewMessage(types.ByName("Account"))
+	q.Set(q.Descriptor().Fields().ByName("id"), protoreflect.ValueOfString("large"))
+	if err := s.SendMsg(q); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "count of the answer", func() bool { return p.held.n.Load() > 3<<20 })
+	waitFor(t, "end of the call", func() bool { return p.held.n.Load() == 0 })
+	if err := s.RecvMsg(r); err == nil {
+		t.Error("the call went on")
 	}
 }

@@ -104,7 +104,8 @@ func (s *session) another(a *action) bool {
 
 // tells says whether a field tells the deadline, which is told anew.
 func (s *session) tells(a *action, f *http1.Field) bool {
-	return !s.until.IsZero() && (equalFold(f.Name, "grpc-timeout") || a.route.Deadline != "" && equalFold(f.Name, a.route.Deadline))
+	is := func(name string) bool { return len(f.Name) == len(name) && hyphenated(f.Name, name) }
+	return !s.until.IsZero() && (is("grpc-timeout") || a.route.Deadline != "" && is(a.route.Deadline))
 }
 
 // appendDeadline says how long the client still waits.

@@ -51,6 +51,7 @@ type session struct {
 	long   bool       // its head is over every limit
 	grpc   bool
 	code   int       // status of a call of gRPC
+	taken  int       // bytes of a message that becomes another, counted in p.held
 	until  time.Time // the client waits no longer; zero: it does not say
 	cache  caching
 	extra  []byte        // fields of the proxy's own

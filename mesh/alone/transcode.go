@@ -122,6 +122,7 @@ func (s *session) transcode(a *action) {
 		s.refuse(501, call.Method.Path+" streams, which one answer in JSON cannot", "call it by gRPC")
 		return
 	}
+	defer s.giveBytes()
 	body, ok := s.whole(a)
 	if !ok {
 		return
@@ -138,12 +139,17 @@ func (s *session) transcode(a *action) {
 	case len(message) > maxCall:
 		s.refuse(413, "the message of the call is too large", "")
 		return
+	case !s.takeBytes(len(message)):
+		s.refuseHeld()
+		return
 	}
 	answer, err := s.call(a, call.Method.Path, message)
 	var out []byte
 	if err == nil {
 		if out, err = call.AppendResponse(nil, answer, maxAnswerJ); err != nil {
 			err = fmt.Errorf("the server's answer: %w", err)
+		} else if !s.takeBytes(len(answer) + len(out)) { // until the client has read it
+			err = errHeld
 		}
 	}
 	if err != nil {
@@ -178,6 +184,8 @@ func (s *session) callFailed(err error) {
 		s.refuse(status, said.message, "gRPC status "+strconv.Itoa(said.code))
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		s.refuse(504, "the server did not answer in time", "raise timeout of the route")
+	case errors.Is(err, errHeld):
+		s.refuseHeld()
 	case errors.Is(err, balance.ErrOverflow):
 		s.refuse(503, err.Error(), "are the limits of the upstream wide enough?")
 	case errors.Is(err, balance.ErrNoEndpoint), errors.Is(err, errBusy), errors.Is(err, errUnsent):
@@ -187,7 +195,32 @@ func (s *session) callFailed(err error) {
 	}
 }
 
-// whole reads the body to its end. It answers what is too much, or too slow.
+// takeBytes counts bytes of a message that becomes another, until giveBytes.
+func (s *session) takeBytes(n int) bool {
+	if !s.p.held.take(n) {
+		return false
+	}
+	s.taken += n
+	return true
+}
+
+func (s *session) giveBytes() {
+	s.p.held.give(s.taken)
+	s.taken = 0
+}
+
+// refuseHeld answers that the proxy has no room for the message.
+func (s *session) refuseHeld() bool {
+	if !s.grpc {
+		return s.refuse(503, errHeld.Error(), "")
+	}
+	s.why = errHeld.Error()
+	s.answerGRPC(8, s.why)
+	return false
+}
+
+// whole reads the body to its end. It answers what is too much, or too slow. What it
+// takes its caller gives back.
 func (s *session) whole(a *action) (body []byte, ok bool) {
 	limit := min(int64(a.route.Body), maxCall)
 	if s.grpc {
@@ -208,6 +241,9 @@ func (s *session) whole(a *action) (body []byte, ok bool) {
 		}
 		if s.got += int64(len(data)); s.got > limit {
 			return nil, s.refuse(413, errTooLarge.Error(), "raise body of the route, up to 4MiB")
+		}
+		if !s.takeBytes(len(data)) {
+			return nil, s.refuseHeld()
 		}
 		if body = append(body, data...); len(data) > 0 || s.body.Ended() {
 			continue
@@ -267,14 +303,17 @@ func (s *session) appendFields(b []byte, a *action) ([]byte, error) {
 	return s.appendEdits(s.appendTrace(s.appendForwarded(b), a), &a.toServer), nil
 }
 
-// ofMessage fields tell of the message that was, or are gRPC's own to write.
+// ofMessage fields tell of the message that was, are gRPC's own to write, or have
+// servers that obey them do something else than what the request line says. Servers
+// that make variables of names take an underscore for a hyphen.
 func ofMessage(name []byte) bool {
-	for _, own := range []string{"host", "expect", "content-type", "content-encoding", "accept", "accept-encoding", "range", "if-match", "if-none-match"} {
-		if equalFold(name, own) {
+	for _, own := range [...]string{"host", "expect", "content-type", "content-encoding", "content-length", "transfer-encoding", "accept", "accept-encoding", "range", "if-match", "if-none-match",
+		"x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"} {
+		if len(name) == len(own) && hyphenated(name, own) {
 			return true
 		}
 	}
-	return len(name) >= 5 && equalFold(name[:5], "grpc-")
+	return len(name) >= 5 && hyphenated(name[:5], "grpc-")
 }
 
 // unary makes one call of gRPC: head is the beginning of its head, message has its

@@ -55,6 +55,7 @@ func (s *session) callBolt(a *action) {
 		s.refuse(404, fmt.Sprintf("the service has no method %.64q, or it is not asked by POST", name), "POST .../METHOD with a list of arguments calls it")
 		return
 	}
+	defer s.giveBytes()
 	body, ok := s.whole(a)
 	if !ok {
 		return
@@ -69,12 +70,19 @@ func (s *session) callBolt(a *action) {
 		s.refuse(400, err.Error(), "")
 		return
 	}
+	if !s.takeBytes(len(frame)) {
+		s.refuseHeld()
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	answer, err := s.boltAnswer(ctx, a, frame)
 	var out []byte
 	if err == nil {
 		out, err = transcode.AppendResponse(nil, answer, maxAnswerJ)
+	}
+	if err == nil && !s.takeBytes(len(out)) { // until the client has read it
+		err = errHeld
 	}
 	if err == nil {
 		s.short(200, "application/json", out, "", "")

@@ -273,6 +273,9 @@ func textAt(m *Message, raw []byte, to []*field) (string, error) {
 
 // text is a value as a path or a query says it.
 func (f *field) text(v value) (string, error) {
+	if len(v.b) > maxTarget { // before it is escaped, and taken apart
+		return "", fmt.Errorf("over %d bytes: %w", maxTarget, ErrTooLarge)
+	}
 	leaf := f
 	if f.kind == kindMessage && f.message.byNumber[1] != nil && strings.HasSuffix(f.message.name, "Value") {
 		leaf = f.message.byNumber[1]

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -333,4 +334,25 @@ func FuzzAnswer(f *testing.F) {
 		}
 		same(t, string(text), got, want)
 	})
+}
+
+// TestAskLong has a value that no path or query has room for: it is refused before it
+// is taken apart.
+func TestAskLong(t *testing.T) {
+	s, empty := shop(t)
+	for _, call := range []string{"Book", "Move", "Get"} {
+		m := empty()
+		m.Set(m.Descriptor().Fields().ByName("text"), protoreflect.ValueOfString(strings.Repeat("a\x01", 2<<20)))
+		raw, err := proto.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err = s.Ask(s.Method("/shop.v1.Shop/"+call), raw, false, 16<<20)
+		runtime.ReadMemStats(&after)
+		if n := after.TotalAlloc - before.TotalAlloc; err == nil || n > 1<<20 {
+			t.Errorf("%s: %v after %d bytes", call, err, n)
+		}
+	}
 }
