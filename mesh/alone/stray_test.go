@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"hauberk.dev/mesh/http2"
@@ -73,17 +74,93 @@ func TestStrayAnswer(t *testing.T) {
 	}
 }
 
-// A server that ends a connection of TLS at rest costs no request, whatever it asks.
-func TestStaleTLS(t *testing.T) {
+// upstreamTLSOf is an upstream with TLS at ln, and what its server needs for that.
+func upstreamTLSOf(t testing.TB, ln net.Listener) (string, *tls.Config) {
+	t.Helper()
 	dir := t.TempDir()
 	certify(t, dir, "s", "localhost")
 	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "s.pem"), filepath.Join(dir, "s.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return "upstreams:\n- name: up\n  endpoints: [{address: '" + ln.Addr().String() + "'}]\n  tls: {name: localhost, ca: " + filepath.Join(dir, "s.pem") + "}\n",
+		&tls.Config{Certificates: []tls.Certificate{cert}}
+}
+
+// gathering keeps what is written to it, where on, to be sent as one.
+type gathering struct {
+	net.Conn
+	on bool
+	b  []byte
+}
+
+func (g *gathering) Write(p []byte) (int, error) {
+	if !g.on {
+		return g.Conn.Write(p)
+	}
+	g.b = append(g.b, p...)
+	return len(p), nil
+}
+
+// The same where TLS has read the stray answer, or part of it, along with the one
+// before. A server that says nothing unasked keeps its connection.
+func TestStrayAnswerTLS(t *testing.T) {
+	for _, c := range []struct {
+		name       string
+		unasked    string
+		cut, conns int
+	}{
+		{"whole", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong", 0, 2},
+		{"cut", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong", 7, 2},
+		{"cut head", "x", 20, 2}, // 3 bytes of it are there in TLS 1.3
+		{"none", "", 0, 1},
+	} {
+		for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+			t.Run(c.name+" "+tls.VersionName(version), func(t *testing.T) {
+				ln := listenTCP(t)
+				text, config := upstreamTLSOf(t, ln)
+				config.MaxVersion = version
+				var conns atomic.Int32
+				serveConns(t, ln, func(under net.Conn) {
+					conns.Add(1)
+					g := &gathering{Conn: under}
+					tc := tls.Server(g, config)
+					for r := bufio.NewReader(tc); ; {
+						req, err := http.ReadRequest(r)
+						if err != nil {
+							return
+						}
+						g.on = true
+						io.WriteString(tc, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nright")
+						if req.URL.Path == "/first" {
+							io.WriteString(tc, c.unasked)
+							g.b = g.b[:len(g.b)-c.cut]
+						}
+						under.Write(g.b)
+						g.on, g.b = false, nil
+					}
+				})
+				p := serve(t, one("  - {prefix: /, upstream: up}", text))
+				for _, path := range []string{"/first", "/second", "/third", "/fourth"} {
+					if resp, got := get(t, p, "GET", path, nil, nil); got != "right" {
+						t.Errorf("%s: %d %q", path, resp.StatusCode, got)
+					}
+					waitFor(t, "the connection to be at rest", func() bool { return p.resting("up") == 1 })
+				}
+				if n := int(conns.Load()); n != c.conns {
+					t.Errorf("%d connections, want %d", n, c.conns)
+				}
+			})
+		}
+	}
+}
+
+// A server that ends a connection of TLS at rest costs no request, whatever it asks.
+func TestStaleTLS(t *testing.T) {
 	read, ended := make(chan bool, 9), make(chan bool, 9)
 	ln := listenTCP(t)
-	serveConns(t, tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{cert}}), func(c net.Conn) {
+	text, config := upstreamTLSOf(t, ln)
+	serveConns(t, tls.NewListener(ln, config), func(c net.Conn) {
 		req, err := http.ReadRequest(bufio.NewReader(c))
 		if err != nil {
 			return
@@ -95,7 +172,7 @@ func TestStaleTLS(t *testing.T) {
 		ended <- true
 	})
 	t.Cleanup(func() { close(read) })
-	p := serve(t, one("  - {prefix: /, upstream: up}", "upstreams:\n- name: up\n  endpoints: [{address: '"+ln.Addr().String()+"'}]\n  tls: {name: localhost, ca: "+filepath.Join(dir, "s.pem")+"}\n"))
+	p := serve(t, one("  - {prefix: /, upstream: up}", text))
 	for i := range 4 {
 		if resp, got := get(t, p, "POST", "/", strings.NewReader("x"), nil); resp.StatusCode != 200 {
 			t.Fatalf("request %d: %d %q", i, resp.StatusCode, got)

@@ -59,7 +59,9 @@ type server struct {
 	tcp    *net.TCPConn
 	raw    syscall.RawConn
 	look   func(uintptr) // for alive
+	under  *beneath      // TLS; nil: there is none
 	ended  bool
+	begun  bool // of a closed one: something had come that nobody took
 	closed bool
 	reused bool
 	since  time.Time
@@ -268,7 +270,8 @@ func (s *server) greet(ctx context.Context, h proxyproto.Header) error {
 	if s.up.tls == nil {
 		return nil
 	}
-	c := tls.Client(s.conn, s.up.tls.now.Load())
+	s.under = &beneath{Conn: s.conn, raw: s.raw}
+	c := tls.Client(s.under, s.up.tls.now.Load())
 	if err := c.HandshakeContext(ctx); err != nil {
 		return err
 	}
@@ -314,6 +317,7 @@ func (s *server) close() {
 	}
 	s.closed = true
 	s.conn.Close()
+	s.begun = s.in.end > 0
 	s.in.drop()
 	if s.two != nil {
 		return // the connection stays
@@ -321,9 +325,11 @@ func (s *server) close() {
 	s.up.open.Add(-1)
 }
 
-// alive looks whether the server has ended the connection, or spoken unasked. Of TLS
-// that may be a word of its own, but most often is that of its end.
+// alive looks whether the server has ended the connection, or spoken unasked.
 func (s *server) alive() bool {
+	if s.under != nil {
+		return s.under.rests(s.conn)
+	}
 	s.ended = true
 	s.raw.Control(s.look)
 	return !s.ended
