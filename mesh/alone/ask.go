@@ -78,7 +78,8 @@ func (x *errand) judged(srv *server, err error) balance.Outcome {
 	switch {
 	case err == nil, errors.As(err, &grpc) && !failure(grpc.code), errors.As(err, &http) && http.status < 500:
 		return balance.Success
-	case errors.Is(err, errClient), errors.Is(err, errStale), errors.Is(err, errHeld), notTaken(err):
+	case errors.Is(err, errClient), errors.Is(err, errStale), errors.Is(err, errHeld), notTaken(err),
+		srv.reused && !srv.begun && srv.broken(err): // a kept connection had ended, which tells nothing of the endpoint
 		return balance.Cancelled
 	case x.givenUp():
 		if srv.two != nil {

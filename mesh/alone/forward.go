@@ -213,11 +213,12 @@ func (s *session) failed(srv *server, err error, whole, safe, more bool) (again 
 	if begun { // it was reached, and answers what it should not
 		s.outcome = balance.Failure
 	}
-	if givenUp {
+	stale := srv.reused && !begun && srv.broken(err) // that tells nothing of the endpoint
+	if givenUp || stale {
 		s.outcome = balance.Cancelled
 	}
 	switch {
-	case srv.reused && !begun && srv.broken(err) && (unsent || safe && whole):
+	case stale && (unsent || safe && whole):
 		return true, errStale
 	case unsent && !late:
 		if notTaken(err) {
@@ -241,7 +242,9 @@ func (s *session) failed(srv *server, err error, whole, safe, more bool) (again 
 		srv.e.failures.Add(1)
 		s.unavailable(504, "the server did not answer in time", "raise timeout of the route")
 	default:
-		srv.e.failures.Add(1)
+		if !stale {
+			srv.e.failures.Add(1)
+		}
 		s.unavailable(502, "the server's answer: "+err.Error(), "")
 	}
 	return false, nil

@@ -13,6 +13,9 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/dynamicpb"
+
 	"hauberk.dev/mesh/http2"
 )
 
@@ -179,6 +182,64 @@ func TestStaleTLS(t *testing.T) {
 		}
 		read <- true
 		<-ended
+	}
+}
+
+// A kept connection that ends under a request which may not be sent twice costs that
+// request, and its endpoint nothing. One that ends a new connection so is blamed.
+func TestStalePost(t *testing.T) {
+	const answer = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+	schema, types := bankSchema(t)
+	for name, route := range map[string]string{"HTTP": "{prefix: /, upstream: up}", "JSON": "{transcode: {descriptors: '" + schema + "', to: json}, upstream: up}"} {
+		for kept, want := range map[string]bool{"kept": true, "new": false} {
+			t.Run(name+" "+kept, func(t *testing.T) {
+				ln := listenTCP(t)
+				serveConns(t, ln, func(c net.Conn) {
+					for r := bufio.NewReader(c); ; {
+						req, err := http.ReadRequest(r)
+						if err != nil || req.Method == "POST" { // which Pay is
+							if err == nil {
+								io.Copy(io.Discard, req.Body)
+							}
+							return
+						}
+						io.WriteString(c, answer)
+					}
+				})
+				p := serve(t, one("  - "+route, upstreamOf(ln.Addr().String())))
+				ask := func(method string) bool {
+					resp, _ := get(t, p, map[string]string{"Get": "GET", "Pay": "POST"}[method], "/", nil, nil)
+					return resp.StatusCode == 200
+				}
+				if name == "JSON" {
+					conn := grpcTo(t, p)
+					ask = func(method string) bool {
+						q, r := dynamicpb.NewMessage(types.ByName("Account")), dynamicpb.NewMessage(types.ByName("Account"))
+						q.Set(q.Descriptor().Fields().ByName("id"), protoreflect.ValueOfString("7"))
+						return conn.Invoke(t.Context(), "/bank.v1.Bank/"+method, q, r) == nil
+					}
+				}
+				if want {
+					if !ask("Get") {
+						t.Fatal("no answer")
+					}
+					waitFor(t, "the connection to be at rest", func() bool { return p.resting("up") == 1 })
+				}
+				if ask("Pay") {
+					t.Fatal("an answer that nobody gave")
+				}
+				if name == "HTTP" { // it is answered before its outcome is told
+					waitFor(t, "end of the client's connection", func() bool { return p.open.Load() == 0 })
+				}
+				w := p.enter()
+				defer w.leave()
+				up := w.upstreams["up"]
+				failures := up.endpoints[0].failures.Load()
+				if well := up.set.Hosts()[0].Up() && failures == 0; well != want {
+					t.Errorf("well: %v, %d failures", well, failures)
+				}
+			})
+		}
 	}
 }
 
