@@ -1,11 +1,13 @@
 package alone
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -41,7 +43,11 @@ func openLog(c AccessLog) (*accessLog, error) {
 	}
 	var w io.WriteCloser = keepOpen{os.Stdout}
 	if c.Path != "-" {
-		f, err := os.OpenFile(c.Path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o640)
+		// Without O_NONBLOCK a FIFO that nobody reads would keep the reload for ever.
+		f, err := os.OpenFile(c.Path, os.O_CREATE|os.O_APPEND|os.O_WRONLY|syscall.O_NONBLOCK, 0o640)
+		if errors.Is(err, syscall.ENXIO) {
+			return nil, fmt.Errorf("access_log.path: %q is a FIFO that nobody reads; start its reader first", c.Path)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("open access log: %w", err)
 		}

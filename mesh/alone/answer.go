@@ -253,6 +253,9 @@ func (s *session) copyFile(a *action, x *static.Answer, z bool) error {
 		if _, err := io.Copy(paced{s, c}, from); err != nil {
 			return err
 		}
+		if from.N > 0 { // its end would look like a whole answer
+			return io.ErrUnexpectedEOF
+		}
 		return c.close()
 	}
 	if _, plain := s.conn.(*net.TCPConn); !plain {

@@ -3,6 +3,7 @@ package alone
 import (
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -65,6 +66,38 @@ func TestFileUnread(t *testing.T) {
 	waitFor(t, "an end of the connection", func() bool { return p.open.Load() == 0 })
 	if _, got := get(t, p, "GET", "/large.txt", nil, nil); len(got) != 64<<20 {
 		t.Errorf("%d bytes for one who reads", len(got))
+	}
+}
+
+// A file that shrinks while it is sent compressed does not end as one that is whole.
+func TestFileShrinks(t *testing.T) {
+	const size = 64 << 20 // more than lies between two sockets
+	path := filepath.Join(t.TempDir(), "large.txt")
+	b := make([]byte, size)
+	rand.NewChaCha8([32]byte{}).Read(b)
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := serve(t, one("  - {prefix: /, static: {root: '"+filepath.Dir(path)+"'}, gzip: {level: 1}}"))
+	req, err := http.NewRequest("GET", "http://"+p.Address("web").String()+"/large.txt", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := &http.Transport{}
+	defer tr.CloseIdleConnections()
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if !resp.Uncompressed {
+		t.Fatal("it is not compressed")
+	}
+	if err := os.Truncate(path, size/2); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(io.Discard, resp.Body); err == nil {
+		t.Errorf("%d bytes are a whole answer", n)
 	}
 }
 
@@ -195,6 +228,24 @@ func TestLogUnread(t *testing.T) {
 		<-l.done
 	case <-time.After(patience):
 		t.Error("it waits for the reader")
+	}
+}
+
+// One that nobody reads at all is an error with its place, and not a wait.
+func TestLogWithoutReader(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	if err := syscall.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	said := make(chan error, 1)
+	go func() { _, err := openLog(AccessLog{Path: path}); said <- err }()
+	select {
+	case err := <-said:
+		if err == nil || !strings.Contains(err.Error(), "access_log.path: \""+path) || !strings.Contains(err.Error(), "start its reader") {
+			t.Error(err)
+		}
+	case <-time.After(patience):
+		t.Fatal("it waits for a reader")
 	}
 }
 
