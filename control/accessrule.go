@@ -72,7 +72,8 @@ func (w world) protect(s *plan.Service, policy key, a spec.AccessPolicy) {
 	allow, deny := w.rules(policy, "allow", a.Allow, issuers), w.rules(policy, "deny", a.Deny, issuers)
 	callbacks := w.rules(policy, verbCallbacks, callbackRules(a.Callbacks), issuers)
 	if a.Mode == modeAudit {
-		s.Trials = append(s.Trials, plan.Trial{Name: policy.Name, Allow: allow, Deny: deny, Callbacks: callbacks, Faulty: len(allow) < len(a.Allow)})
+		s.Trials = append(s.Trials, plan.Trial{Name: policy.Name, Allow: allow, Deny: deny, Callbacks: callbacks,
+			Faulty: len(allow) < len(a.Allow), FaultyCallbacks: len(callbacks) < len(a.Callbacks)})
 		return
 	}
 	s.Allow, s.Deny, s.Callbacks = append(s.Allow, allow...), append(s.Deny, deny...), append(s.Callbacks, callbacks...)

@@ -314,8 +314,13 @@ func TestCallbackRules(t *testing.T) {
 	}
 	p.Mode = modeAudit
 	s = plan.Service{}
-	if w.protect(&s, k, p); len(s.Callbacks) != 0 || len(s.Trials) != 1 || len(s.Trials[0].Callbacks) != 1 {
+	if w.protect(&s, k, p); len(s.Callbacks) != 0 || len(s.Trials) != 1 || len(s.Trials[0].Callbacks) != 1 || !s.Trials[0].FaultyCallbacks || s.Trials[0].Faulty {
 		t.Errorf("in audit: %+v", s)
+	}
+	p.Callbacks = p.Callbacks[:1]
+	s = plan.Service{}
+	if w.protect(&s, k, p); s.Trials[0].FaultyCallbacks {
+		t.Errorf("in audit, nothing wrong with its callbacks: %+v", s)
 	}
 }
 

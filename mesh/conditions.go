@@ -169,7 +169,7 @@ func (s *service) try(c call) string {
 		// says nothing of calls.
 		allow, verb, some := t.Allow, "/allow", len(t.Allow) > 0 || t.Faulty
 		if c.back {
-			allow, verb, some = t.Callbacks, "/callbacks", some || len(t.Callbacks) > 0
+			allow, verb, some = t.Callbacks, "/callbacks", some || len(t.Callbacks) > 0 || t.FaultyCallbacks
 		}
 		if some && !slices.ContainsFunc(allow, func(r plan.Rule) bool { return matches(&r, c, false) }) {
 			return t.Name + verb

@@ -481,6 +481,13 @@ func TestTrialOfPaths(t *testing.T) {
 	if v := decide(faulty, call{caller: spiffe("web"), port: 8080}); !v.allowed || v.trial != "broken/allow" {
 		t.Errorf("a trial that could allow nothing: %+v", v)
 	}
+	faulty.Callbacks, faulty.Trials = anyone(), []plan.Trial{{Name: "broken", FaultyCallbacks: true}}
+	if v := decide(faulty, call{caller: spiffe("web"), back: true}); !v.allowed || v.trial != "broken/callbacks" {
+		t.Errorf("a trial that could allow no callback: %+v", v)
+	}
+	if v := decide(faulty, call{caller: spiffe("web"), port: 8080}); !v.allowed || v.trial != "" {
+		t.Errorf("a trial that says nothing of calls: %+v", v)
+	}
 	c := call{caller: spiffe("web"), port: 8080, letter: letter{one: &http1.Head{Raw: []byte("GET /a//b HTTP/1.1\r\n\r\n")}}}
 	s.Deny, s.Trials = nil, s.Trials[1:]
 	if v, status := decideRequest(s, c, &http1.Head{Method: "GET", Target: "/a//b"}); !v.allowed || v.trial != "meant/deny[0]" {

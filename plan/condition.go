@@ -52,6 +52,8 @@ type Trial struct {
 	// Faulty says that rules of Allow are left out, for they make no sense: they
 	// would allow nothing.
 	Faulty bool `json:"faulty,omitempty"`
+	// FaultyCallbacks says the same of Callbacks.
+	FaultyCallbacks bool `json:"faultyCallbacks,omitempty"`
 }
 
 // Expr is a condition in CEL that has been parsed and checked: what is left is
