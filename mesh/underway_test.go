@@ -122,7 +122,7 @@ func TestUnderWayTokenExpires(t *testing.T) {
 	defer srv.Close()
 	go srv.Serve(b.listen(t, 8080))
 	go srv.Serve(plain.listen(t, 8080))
-	field := "\r\nAuthorization: " + m.token(t, 2*time.Second, nil)
+	field := "\r\nAuthorization: " + m.token(t, 5*time.Second, nil)
 	type tunnel struct {
 		net.Conn
 		*bufio.Reader
@@ -131,7 +131,7 @@ func TestUnderWayTokenExpires(t *testing.T) {
 	for address, more := range map[string]string{"10.99.0.2:8080": field, "10.99.0.3:8080": "\r\nX-Role: teller"} {
 		c := web.mustDial(t, address)
 		defer c.Close()
-		c.SetDeadline(time.Now().Add(30 * time.Second))
+		c.SetDeadline(time.Now().Add(time.Minute))
 		io.WriteString(c, "GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: echo"+more+"\r\n\r\n")
 		r := bufio.NewReader(c)
 		if resp, err := http.ReadResponse(r, nil); err != nil || resp.StatusCode != 101 {
