@@ -24,7 +24,7 @@ func TestStoredSlowly(t *testing.T) {
 		w.Header().Set("Cache-Control", "max-age=60")
 		w.Write(make([]byte, size))
 	})
-	p := serve(t, "limits: {idle_timeout: 500ms}\ncache: {memory: 64MiB}\n"+one("  - {prefix: /, upstream: up, cache: {largest: 32MiB}}", upstreamOf(up)))
+	p := serve(t, "limits: {idle_timeout: 2s}\ncache: {memory: 64MiB}\n"+one("  - {prefix: /, upstream: up, cache: {largest: 32MiB}}", upstreamOf(up)))
 	if _, got := get(t, p, "GET", "/", nil, nil); len(got) != size {
 		t.Fatalf("%d bytes", len(got))
 	}
@@ -40,7 +40,7 @@ func TestStoredSlowly(t *testing.T) {
 		if err != nil {
 			t.Fatalf("after %d bytes and %v: %v", n, time.Since(begin), err)
 		}
-		time.Sleep(10 * time.Millisecond) // the pace is what is tested
+		time.Sleep(15 * time.Millisecond) // the pace is what is tested
 	}
 	if n < size {
 		t.Errorf("%d bytes of %d", n, size)
@@ -64,7 +64,8 @@ func TestFileUnread(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, "an end of the connection", func() bool { return p.open.Load() == 0 })
-	if _, got := get(t, p, "GET", "/large.txt", nil, nil); len(got) != 64<<20 {
+	patient := serve(t, one("  - {prefix: /, static: {root: '"+dir+"'}}"))
+	if _, got := get(t, patient, "GET", "/large.txt", nil, nil); len(got) != 64<<20 {
 		t.Errorf("%d bytes for one who reads", len(got))
 	}
 }
