@@ -61,6 +61,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err := closeOff(); err != nil {
 		return err
 	}
+	// Who reads the log may end before this does: that loses lines, and no request.
+	signal.Ignore(syscall.SIGPIPE)
 	if *config != "" {
 		return alone(ctx, *config, *door, *take, stderr)
 	}
